@@ -1,0 +1,241 @@
+"""The job file, key by key: types, limits and defaults. No torch, no disk, no environment.
+
+Field descriptions are what `janus-cluster config schema` shows in an editor.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _empty_is_none(value: object) -> object:
+    return None if value == "" else value
+
+
+OneOrMany = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
+OptionalPath = Annotated[str | None, BeforeValidator(_empty_is_none)]
+Slot = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+
+
+class Section(BaseModel):
+    """A frozen part of the job file that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=False)
+
+
+class Hardware(Section):
+    """What one node is."""
+
+    gpus_per_node: int = Field(8, ge=0, le=16, description="GPUs asked of Slurm per node (--gres=gpu:<type>:<n>)")
+    gpu_type: str = Field("h800", pattern=r"^[A-Za-z0-9_.-]*$", description="Gres type; empty for an untyped gres")
+    processes_per_node: int | None = Field(
+        None, ge=1, le=64, description="Ranks per node; default: gpus_per_node (device cuda) or 1 (device cpu)"
+    )
+    device: Literal["cuda", "cpu"] = Field("cuda", description="Where training computes; cpu trains over gloo")
+
+
+class Environment(Section):
+    """How a node is prepared before anything runs."""
+
+    profile: Literal["h800-ib", "h800-ethernet", "cpu", "janusvln-legacy"] = Field(
+        "h800-ib", description="Which NCCL/torch variables are exported (templates/env/<profile>.yaml)"
+    )
+    setup: OneOrMany = Field((), description="Shell lines run on every node first: module load, conda activate, …")
+    python: OptionalPath = Field(None, description="Interpreter on the nodes; default: the one that submits")
+    variables: dict[str, str] = Field(
+        default_factory=dict, description="Own variables; they win over the profile's, and lint says what it thinks"
+    )
+    forward: OneOrMany = Field(
+        (), description="Names of variables carried from the submitter's environment (secrets go to a 0600 file)"
+    )
+
+    @field_validator("variables", mode="before")
+    @classmethod
+    def _numbers_are_text(cls, value: object) -> object:
+        if isinstance(value, dict):
+            return {k: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in value.items()}
+        return value
+
+    @field_validator("variables")
+    @classmethod
+    def _variable_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if not re.match(VARIABLE_PATTERN, name):
+                raise ValueError(f"{name!r} is no shell variable name")
+            if "\n" in text or "\0" in text:
+                raise ValueError(f"{name}: a value may not hold a line break")
+        return value
+
+
+class Preflight(Section):
+    """The gate that runs in the same allocation, before training."""
+
+    enabled: bool = Field(True, description="false trains without the gate (the same as --no-preflight)")
+    profile: Literal["auto", "h800", "cpu"] = Field("auto", description="Thresholds (templates/preflight/<profile>.yaml)")
+    require_paths: OneOrMany = Field((), description="More paths that must exist on every node")
+    min_free_gb: float = Field(
+        1.0, ge=0, description="Free space wanted where the run folder lies, in GB (1e9 bytes)"
+    )
+    all_reduce_mb: float | None = Field(None, gt=0, description="All-reduce payload in MB (1e6 bytes); default: profile's")
+    timeout_s: int = Field(600, ge=10, le=7200, description="The gate's own limit; a node that has not reported fails")
+
+
+class Model(Section):
+    """Which network, and where its weights lie."""
+
+    preset: Literal["tiny", "qwen2.5-vl-3b", "qwen2.5-vl-7b"] = Field(
+        "qwen2.5-vl-7b", description="tiny: random weights made on the spot, for rehearsals on CPU"
+    )
+    path: OptionalPath = Field(None, description="Qwen2.5-VL folder in the hub's layout, or a JanusVLN checkpoint")
+    vggt_path: OptionalPath = Field(None, description="VGGT-1B: model.safetensors, model.pt or their folder")
+    lam: float = Field(0.2, ge=0, le=10, description="λ: weight of the spatial memory added to the image embeddings")
+    reference_frame: Literal["first", "last"] = Field(
+        "first", description="first: the current frame supplies the memory; last: the predecessor's default"
+    )
+
+
+class Data(Section):
+    """Which episodes, and how a sample is made of them."""
+
+    roots: OneOrMany = Field((), description="Folders of episode folders")
+    history: int = Field(8, ge=0, le=64, description="History frames before the current one, at most")
+    image_mode: Literal["crop", "pad"] = Field("crop", description="crop: upstream's; pad: the predecessor's white bars")
+    image_width: int = Field(644, ge=56, le=2240, multiple_of=28, description="Frames are resized to this width, pixels")
+    max_pixels: int = Field(576 * 28 * 28, ge=784, description="Pixels per frame, at most; wider frames are made smaller")
+    min_pixels: int = Field(16 * 28 * 28, ge=784, description="Pixels per frame, at least")
+    max_length: int = Field(8192, ge=64, description="Tokens per sample; a longer sample is refused, never cut")
+    validation_fraction: float = Field(0.1, ge=0, lt=1, description="Share of episodes held out (split by episode)")
+    num_workers: int = Field(4, ge=0, le=64, description="Loader processes per rank")
+
+
+class SegmentWeights(Section):
+    """Weight of each part of the target text in the loss; 0 means 0."""
+
+    subinstruction: float = Field(1.0, ge=0)
+    description_2d: float = Field(1.0, ge=0)
+    description_3d: float = Field(1.0, ge=0)
+    action: float = Field(3.0, ge=0)
+
+
+class Tune(Section):
+    """Which parts learn; the rest is frozen, outside DeepSpeed and not saved again."""
+
+    llm: bool = True
+    projector: bool = Field(True, description="visual.merger")
+    vision: bool = Field(False, description="the ViT blocks")
+    vggt_merger: bool = True
+    action_head: bool = True
+
+
+class Training(Section):
+    """Optimisation. Effective batch = per_device_batch_size × gradient_accumulation_steps × ranks."""
+
+    per_device_batch_size: int = Field(1, ge=1, le=1024)
+    gradient_accumulation_steps: int = Field(8, ge=1, le=4096)
+    effective_batch_size: int | None = Field(
+        None, ge=1, description="What you mean it to be; the job is refused when the arithmetic says otherwise"
+    )
+    num_epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; wins over num_epochs")
+    learning_rate: float = Field(2e-5, gt=0, le=1)
+    projector_learning_rate: float = Field(1e-5, gt=0, le=1, description="visual.merger and the VGGT merger")
+    vision_learning_rate: float = Field(1e-6, gt=0, le=1, description="ViT blocks, where tune.vision is true")
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = True
+    action_loss_weight: float = Field(1.0, ge=0, description="d: weight of the action head's cross-entropy")
+    segment_weights: SegmentWeights = SegmentWeights()
+    tune: Tune = Tune()
+    seed: int = Field(42, ge=0)
+    logging_steps: int = Field(1, ge=1)
+    ddp_timeout_s: int = Field(7200, ge=30, description="How long a collective may hang before the job is ended")
+
+
+class DeepSpeed(Section):
+    """The ZeRO JSON: a shipped profile, and single values over it."""
+
+    profile: Literal["zero2", "zero2_offload", "zero3"] = "zero3"
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="Dotted DeepSpeed keys, e.g. zero_optimization.reduce_bucket_size: 5e8"
+    )
+
+
+class Checkpoint(Section):
+    """What is saved, and from where a run goes on."""
+
+    every_steps: int = Field(500, ge=1)
+    keep_last: int = Field(2, ge=1)
+    export: bool = Field(True, description="Write a folder at the end that from_pretrained loads")
+    resume: Literal["auto", "never"] = Field("auto", description="auto: the newest complete checkpoint of this run folder")
+
+
+class JobConfig(Section):
+    """One job file."""
+
+    name: Slot = Field(description="Run folders, Slurm's job name and `tail NAME` use it")
+    kind: Literal["train", "preflight"] = "train"
+    nodes: Literal[1, 2] = 1
+    runs_dir: OptionalPath = Field(None, description="Where run folders are made; default: $JANUS_HOME/runs or ./runs")
+    slurm: dict[str, Any] = Field(default_factory=dict, description="Any sbatch option under its own long name")
+    hardware: Hardware = Hardware()
+    environment: Environment = Environment()
+    preflight: Preflight = Preflight()
+    model: Model = Model()
+    data: Data = Data()
+    training: Training = Training()
+    deepspeed: DeepSpeed = DeepSpeed()
+    checkpoint: Checkpoint = Checkpoint()
+
+
+class EnvVar(Section):
+    """One exported variable, why it is set, and who set it."""
+
+    name: str
+    value: str
+    reason: str
+    origin: str
+
+
+class ResolvedJob(Section):
+    """Everything derived, once, on the login node. Compute nodes read this and derive nothing again.
+
+    `origins` maps a dotted key of `job` to where its value came from: `default`, `jobs/x.yaml:12`,
+    `--set`, `--nodes`, `$MODEL_PATH (jobs/x.yaml:9)`.
+    """
+
+    schema_version: Literal[1] = 1
+    janus_version: str
+    run_dir: str
+    config_hash: str
+    job: JobConfig
+    origins: dict[str, str]
+    processes_per_node: int
+    world_size: int
+    effective_batch_size: int
+    preflight_profile: Literal["h800", "cpu"]
+    python: str
+    sbatch_options: dict[str, str | None]
+    env: tuple[EnvVar, ...]
+    secret_names: tuple[str, ...]
+    ds_config: dict[str, Any]
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def load(cls, text: str) -> ResolvedJob:
+        """Parse the text of resolved.json. Raises: ValueError."""
+        return cls.model_validate_json(text)

@@ -1,0 +1,79 @@
+"""Every error a user can meet, and the exit code of each.
+
+    JanusError                1   anything that has no better name
+    ├── UsageError            2   the job file, an option or a path is wrong; nothing was written
+    ├── GateFailed           10   preflight refused the nodes; training did not start
+    ├── GateUndetermined     11   preflight could not be judged (a node did not report, a verdict is stale)
+    ├── TrainingFailed       12   training ran and ended with an error
+    ├── StoppedOnPurpose     13   a stop signal ended the attempt
+    ├── SubmitFailed         20   sbatch refused the job; its own words are in the message
+    ├── SlurmUnavailable     21   there is no Slurm here, or it does not answer
+    ├── JobNotFound          22   no run or job of that name
+    └── SandboxFailed        23   the sandbox Slurm could not be started or stopped
+
+`janus-cluster preflight` alone uses 0 pass, 1 warn, 2 fail, 3 undetermined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class JanusError(Exception):
+    """What was wrong, where, and what to type next.
+
+    `hint` is the next thing to type or to change; it is printed on a line of its own.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(JanusError):
+    """The job file, an option or a path is wrong. Nothing was written."""
+
+    exit_code = 2
+
+    @classmethod
+    def of_many(cls, problems: Sequence[str], *, hint: str | None = None) -> UsageError:
+        """One error that lists every problem, so that a job file is mended in one go."""
+        if len(problems) == 1:
+            return cls(problems[0], hint=hint)
+        lines = "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1))
+        return cls(f"{len(problems)} problems:\n{lines}", hint=hint)
+
+
+class GateFailed(JanusError):
+    exit_code = 10
+
+
+class GateUndetermined(JanusError):
+    exit_code = 11
+
+
+class TrainingFailed(JanusError):
+    exit_code = 12
+
+
+class StoppedOnPurpose(JanusError):
+    exit_code = 13
+
+
+class SubmitFailed(JanusError):
+    exit_code = 20
+
+
+class SlurmUnavailable(JanusError):
+    exit_code = 21
+
+
+class JobNotFound(JanusError):
+    exit_code = 22
+
+
+class SandboxFailed(JanusError):
+    exit_code = 23

@@ -1,0 +1,179 @@
+"""RunDir: the only place that knows a path inside a run folder, and the only writer of small files in it.
+
+    <run>/
+      job.yaml         the job as given, after --set           resolved.json  every value, and where it came from
+      job.sbatch       the script that Slurm runs              env.sh         every exported variable and its reason
+      ds_config.json   what DeepSpeed gets                     manifest.json  git state, versions, sha256 of inputs
+      submission.json  where it was sent, and the job id       status.json    written by the running attempt only
+      metrics.jsonl    one line per event of training          secrets.env    0600; values that no other file may hold
+      preflight/attempt_<n>/  facts.<node>.json, all_reduce.<node>.json, verdict.<node>.json, verdict.json, verdict.md
+      logs/slurm.log          what the batch script itself said (before any attempt began, and after)
+      logs/attempt_<n>/       <node>.log, <node>.rank<r>.log
+      checkpoints/checkpoint-<step>/      export/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run folder. Attributes are paths; nothing is created by naming them."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def job_yaml(self) -> Path:
+        return self.path / "job.yaml"
+
+    @property
+    def resolved_json(self) -> Path:
+        return self.path / "resolved.json"
+
+    @property
+    def job_sbatch(self) -> Path:
+        return self.path / "job.sbatch"
+
+    @property
+    def env_sh(self) -> Path:
+        return self.path / "env.sh"
+
+    @property
+    def secrets_env(self) -> Path:
+        return self.path / "secrets.env"
+
+    @property
+    def ds_config_json(self) -> Path:
+        return self.path / "ds_config.json"
+
+    @property
+    def manifest_json(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def submission_json(self) -> Path:
+        return self.path / "submission.json"
+
+    @property
+    def status_json(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics_jsonl(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def slurm_log(self) -> Path:
+        return self.logs / "slurm.log"
+
+    def attempt_logs(self, attempt: int) -> Path:
+        return self.logs / f"attempt_{attempt}"
+
+    def node_log(self, attempt: int, node: str) -> Path:
+        return self.attempt_logs(attempt) / f"{node}.log"
+
+    def rank_log(self, attempt: int, node: str, rank: int) -> Path:
+        return self.attempt_logs(attempt) / f"{node}.rank{rank}.log"
+
+    def preflight(self, attempt: int) -> Path:
+        return self.path / "preflight" / f"attempt_{attempt}"
+
+    def facts_json(self, attempt: int, node: str) -> Path:
+        return self.preflight(attempt) / f"facts.{node}.json"
+
+    def all_reduce_json(self, attempt: int, node: str) -> Path:
+        return self.preflight(attempt) / f"all_reduce.{node}.json"
+
+    def node_verdict_json(self, attempt: int, node: str) -> Path:
+        return self.preflight(attempt) / f"verdict.{node}.json"
+
+    def verdict_json(self, attempt: int) -> Path:
+        return self.preflight(attempt) / "verdict.json"
+
+    def verdict_md(self, attempt: int) -> Path:
+        return self.preflight(attempt) / "verdict.md"
+
+    def attempts(self) -> list[int]:
+        """The numbers of the attempts that have begun, ascending."""
+        found = (re.fullmatch(r"attempt_(\d+)", p.name) for p in self.logs.glob("attempt_*"))
+        return sorted(int(m.group(1)) for m in found if m)
+
+    def begin_attempt(self) -> int:
+        """Claim the next attempt number by creating its log folder; safe against a second claimer."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        attempt = (self.attempts() or [0])[-1] + 1
+        while True:
+            try:
+                self.attempt_logs(attempt).mkdir()
+            except FileExistsError:
+                attempt += 1
+                continue
+            self.preflight(attempt).mkdir(parents=True, exist_ok=True)
+            return attempt
+
+    def append_metric(self, record: dict[str, Any]) -> None:
+        """One whole line in metrics.jsonl; only global rank 0 of training calls this."""
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        with self.metrics_jsonl.open("a", encoding="utf-8") as f:
+            f.write(line)
+
+    def read_metrics(self) -> Iterator[dict[str, Any]]:
+        """Every whole line of metrics.jsonl; a torn last line is left out."""
+        if not self.metrics_jsonl.exists():
+            return
+        with self.metrics_jsonl.open(encoding="utf-8", errors="replace") as f:
+            for line in f:
+                if line.endswith("\n"):
+                    try:
+                        yield json.loads(line)
+                    except ValueError:
+                        continue
+
+
+def write_text_atomically(path: Path, text: str, *, mode: int = 0o644) -> None:
+    """`path` holds all of `text` or what it held before, whatever happens; readers never see half of it."""
+    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as f:
+            os.fchmod(f.fileno(), mode)
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        Path(tmp).replace(path)
+    except BaseException:
+        Path(tmp).unlink(missing_ok=True)
+        raise
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """`path` holds `value` as indented JSON, or what it held before."""
+    write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The file's JSON value. Raises: OSError, ValueError."""
+    return json.loads(path.read_text(encoding="utf-8"))
