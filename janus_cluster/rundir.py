@@ -7,7 +7,7 @@
       submission.json  where it was sent, and the job id       status.json    written by the running attempt only
       metrics.jsonl    one line per event of training          secrets.env    0600; values that no other file may hold
       preflight/attempt_<n>/  facts.<node>.json, all_reduce.<node>.json, verdict.<node>.json, verdict.json, verdict.md
-      logs/slurm.log          what the batch script itself said (before any attempt began, and after)
+      logs/batch.log          what the batch script and the attempt itself said
       logs/attempt_<n>/       <node>.log, <node>.rank<r>.log
       checkpoints/checkpoint-<step>/      export/
 """
@@ -87,8 +87,8 @@ class RunDir:
         return self.path / "logs"
 
     @property
-    def slurm_log(self) -> Path:
-        return self.logs / "slurm.log"
+    def batch_log(self) -> Path:
+        return self.logs / "batch.log"
 
     def attempt_logs(self, attempt: int) -> Path:
         return self.logs / f"attempt_{attempt}"
