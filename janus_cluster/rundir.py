@@ -5,10 +5,11 @@
       job.sbatch       the script that Slurm runs              env.sh         every exported variable and its reason
       ds_config.json   what DeepSpeed gets                     manifest.json  git state, versions, sha256 of inputs
       submission.json  where it was sent, and the job id       status.json    written by the running attempt only
+      submitit/        what submitit keeps of the submission
       metrics.jsonl    one line per event of training          secrets.env    0600; values that no other file may hold
       preflight/attempt_<n>/  facts.<node>.json, all_reduce.<node>.json, verdict.<node>.json, verdict.json, verdict.md
       logs/batch.log          what the batch script and the attempt itself said
-      logs/attempt_<n>/       <node>.log, <node>.rank<r>.log
+      logs/attempt_<n>/       <node>.log, <node>.rank<r>.log, torchrun/<node>/ (its error files)
       checkpoints/checkpoint-<step>/      export/
 """
 
@@ -67,6 +68,10 @@ class RunDir:
         return self.path / "submission.json"
 
     @property
+    def submitit(self) -> Path:
+        return self.path / "submitit"
+
+    @property
     def status_json(self) -> Path:
         return self.path / "status.json"
 
@@ -98,6 +103,9 @@ class RunDir:
 
     def rank_log(self, attempt: int, node: str, rank: int) -> Path:
         return self.attempt_logs(attempt) / f"{node}.rank{rank}.log"
+
+    def torchrun_logs(self, attempt: int, node: str) -> Path:
+        return self.attempt_logs(attempt) / "torchrun" / node
 
     def preflight(self, attempt: int) -> Path:
         return self.path / "preflight" / f"attempt_{attempt}"

@@ -15,14 +15,17 @@ VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
 
 def _one_or_many(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+    """One string means a list of one; an unset ${VAR:-} leaves nothing."""
+    if isinstance(value, str):
+        value = [value]
+    return [item for item in value if item != ""] if isinstance(value, list) else value
 
 
 def _empty_is_none(value: object) -> object:
     return None if value == "" else value
 
 
-OneOrMany = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
+OneOrMany = Annotated[list[str], BeforeValidator(_one_or_many)]
 OptionalPath = Annotated[str | None, BeforeValidator(_empty_is_none)]
 Slot = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 
@@ -50,13 +53,13 @@ class Environment(Section):
     profile: Literal["h800-ib", "h800-ethernet", "cpu", "janusvln-legacy"] = Field(
         "h800-ib", description="Which NCCL/torch variables are exported (templates/env/<profile>.yaml)"
     )
-    setup: OneOrMany = Field((), description="Shell lines run on every node first: module load, conda activate, …")
+    setup: OneOrMany = Field([], description="Shell lines run on every node first: module load, conda activate, …")
     python: OptionalPath = Field(None, description="Interpreter on the nodes; default: the one that submits")
     variables: dict[str, str] = Field(
         default_factory=dict, description="Own variables; they win over the profile's, and lint says what it thinks"
     )
     forward: OneOrMany = Field(
-        (), description="Names of variables carried from the submitter's environment (secrets go to a 0600 file)"
+        [], description="Names of variables carried from the submitter's environment (secrets go to a 0600 file)"
     )
 
     @field_validator("variables", mode="before")
@@ -82,7 +85,7 @@ class Preflight(Section):
 
     enabled: bool = Field(True, description="false trains without the gate (the same as --no-preflight)")
     profile: Literal["auto", "h800", "cpu"] = Field("auto", description="Thresholds (templates/preflight/<profile>.yaml)")
-    require_paths: OneOrMany = Field((), description="More paths that must exist on every node")
+    require_paths: OneOrMany = Field([], description="More paths that must exist on every node")
     min_free_gb: float = Field(
         1.0, ge=0, description="Free space wanted where the run folder lies, in GB (1e9 bytes)"
     )
@@ -107,7 +110,7 @@ class Model(Section):
 class Data(Section):
     """Which episodes, and how a sample is made of them."""
 
-    roots: OneOrMany = Field((), description="Folders of episode folders")
+    roots: OneOrMany = Field([], description="Folders of episode folders")
     history: int = Field(8, ge=0, le=64, description="History frames before the current one, at most")
     image_mode: Literal["crop", "pad"] = Field("crop", description="crop: upstream's; pad: the predecessor's white bars")
     image_width: int = Field(644, ge=56, le=2240, multiple_of=28, description="Frames are resized to this width, pixels")

@@ -1,0 +1,47 @@
+"""Where runs, the sandbox and the site's memory live.
+
+    JANUS_HOME=X   X/runs    X/sandbox                              X/site
+    without it     ./runs    $XDG_STATE_HOME/janus-cluster/sandbox  $XDG_STATE_HOME/janus-cluster/site
+
+XDG_STATE_HOME defaults to ~/.local/state.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def runs_dir(environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> Path:
+    """The absolute folder that holds run folders; it need not exist yet."""
+    env = os.environ if environ is None else environ
+    here = Path.cwd() if cwd is None else cwd
+    home = env.get("JANUS_HOME")
+    return _absolute(Path(home), here) / "runs" if home else _absolute(here, Path.cwd()) / "runs"
+
+
+def sandbox_home(environ: Mapping[str, str] | None = None) -> Path:
+    """The absolute folder of the sandbox Slurm; it need not exist yet."""
+    return _state_dir(os.environ if environ is None else environ) / "sandbox"
+
+
+def site_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """The absolute folder of what is remembered about the site; it need not exist yet."""
+    return _state_dir(os.environ if environ is None else environ) / "site"
+
+
+def _state_dir(env: Mapping[str, str]) -> Path:
+    home = env.get("JANUS_HOME")
+    if home:
+        return _absolute(Path(home), Path.cwd())
+    # The XDG base directory specification says that a relative value is to be ignored.
+    xdg = Path(env.get("XDG_STATE_HOME") or "")
+    if xdg.is_absolute():
+        return xdg / "janus-cluster"
+    user_home = Path(env["HOME"]) if env.get("HOME") else Path.home()
+    return _absolute(user_home, Path.cwd()) / ".local" / "state" / "janus-cluster"
+
+
+def _absolute(path: Path, base: Path) -> Path:
+    return Path(os.path.normpath(base / path.expanduser()))

@@ -1,0 +1,29 @@
+"""The same job on this machine without Slurm: N simulated nodes, one task process each, on the loopback interface."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+
+from janus_cluster.node.steps import Step
+
+
+class LocalLauncher:
+    """Nodes are named local-01, local-02; the job id is this process's pid."""
+
+    cluster = "local"
+
+    def __init__(self, num_nodes: int) -> None:
+        self.nodes = tuple(f"local-{i:02d}" for i in range(1, num_nodes + 1))
+        self.job_id: str | None = f"local-{os.getpid()}"
+
+    def master_addr(self) -> str:
+        return "127.0.0.1"
+
+    def start(self, task_argv: Sequence[str], *, end_together: bool) -> Step:
+        processes = []
+        for rank, node in enumerate(self.nodes):
+            identity = {"JANUS_NODE": node, "JANUS_NODE_RANK": str(rank), "JANUS_NUM_NODES": str(len(self.nodes))}
+            processes.append(subprocess.Popen(list(task_argv), env=os.environ | identity, stdin=subprocess.DEVNULL))
+        return Step(processes, end_together=end_together)

@@ -1,0 +1,67 @@
+"""A step runs one phase once on every node. Slurm and the local launcher differ here and nowhere else."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+_GRACE_S = 20.0
+_POLL_S = 0.2
+
+
+class Step:
+    """The running processes of one phase: one srun, or one process per simulated node."""
+
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]], *, end_together: bool) -> None:
+        self._processes = list(processes)
+        self._end_together = end_together
+
+    def wait(self, *, timeout_s: float | None, on_wait: Callable[[], None]) -> int:
+        """The worst exit code after all have ended; past the limit they are ended and 124 is returned.
+
+        `on_wait` is called several times a second, so that a heartbeat or a stop request can be served.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while any(p.poll() is None for p in self._processes):
+            if deadline is not None and time.monotonic() > deadline:
+                self.terminate()
+                return 124
+            if self._end_together and any(p.poll() for p in self._processes):
+                self.terminate()
+                break
+            on_wait()
+            time.sleep(_POLL_S)
+        codes = [p.returncode for p in self._processes]
+        first_bad = next((c for c in codes if c > 0), None) or next((c for c in codes if c), 0)
+        return first_bad if first_bad >= 0 else 128 - first_bad
+
+    def terminate(self) -> None:
+        """Every process has ended: asked first, killed after a grace period."""
+        for p in self._processes:
+            if p.poll() is None:
+                p.terminate()
+        deadline = time.monotonic() + _GRACE_S
+        for p in self._processes:
+            try:
+                p.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                p.kill()
+                p.wait()
+
+
+class Launcher(Protocol):
+    """How one allocation runs a command once per node."""
+
+    cluster: str
+    job_id: str | None
+    nodes: tuple[str, ...]
+
+    def master_addr(self) -> str:
+        """A name or address of node 0 that every node can reach."""
+        ...
+
+    def start(self, task_argv: Sequence[str], *, end_together: bool) -> Step:
+        """`task_argv` is running once on every node. With `end_together` one failure ends all."""
+        ...

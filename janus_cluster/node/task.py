@@ -1,0 +1,79 @@
+"""One phase on one node. srun (or the local launcher) starts it once per node:
+
+    python -m janus_cluster.node.task RUN_DIR --attempt 1 --phase facts|all_reduce|train --master-addr A --master-port P
+
+`facts` writes what this node is; the other phases become torchrun. Everything printed goes to this node's log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from janus_cluster.config.schema import ResolvedJob
+from janus_cluster.node.topology import NodeIdentity, read_identity
+from janus_cluster.node.torchrun import build_torchrun_argv
+from janus_cluster.rundir import RunDir, write_json_atomically
+
+_MODULES = {"all_reduce": "janus_cluster.training.probe", "train": "janus_cluster.training.entry"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The phase has run and the process has ended with its exit code."""
+    args = _parse(argv)
+    run = RunDir(args.run_dir)
+    identity = read_identity(os.environ)
+    _log_to(run.node_log(args.attempt, identity.node))
+    resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
+    if args.phase == "facts":
+        from janus_cluster.preflight.gate import read_facts
+
+        facts = read_facts(resolved, node=identity.node)
+        write_json_atomically(run.facts_json(args.attempt, identity.node), facts)
+        print(f"preflight: {identity.node} has reported its facts in {facts['duration_s']:.1f} s", flush=True)
+        return
+    command = _torchrun(run, resolved, identity, args)
+    print(f"{args.phase}: torchrun, node {identity.node_rank + 1} of {identity.num_nodes}, "
+          f"{resolved.processes_per_node} processes here, rendezvous {args.master_addr}:{args.master_port}", flush=True)
+    os.execv(command[0], command)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m janus_cluster.node.task", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--attempt", type=int, required=True)
+    parser.add_argument("--phase", choices=["facts", *_MODULES], required=True)
+    parser.add_argument("--master-addr", default="127.0.0.1")
+    parser.add_argument("--master-port", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def _log_to(path: Path) -> None:
+    """Both output streams of this process and of what it becomes append to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+
+
+def _torchrun(run: RunDir, resolved: ResolvedJob, identity: NodeIdentity, args: argparse.Namespace) -> list[str]:
+    return build_torchrun_argv(
+        sys.executable,
+        _MODULES[args.phase],
+        [str(run.path), "--attempt", str(args.attempt), "--node", identity.node],
+        identity=identity,
+        processes_per_node=resolved.processes_per_node,
+        master_addr=args.master_addr,
+        master_port=args.master_port,
+        log_dir=run.torchrun_logs(args.attempt, identity.node),
+    )
+
+
+if __name__ == "__main__":
+    main()

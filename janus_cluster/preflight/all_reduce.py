@@ -1,0 +1,57 @@
+"""Judge the all-reduce over all ranks: right sum, everybody there, bus bandwidth above the floor."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from janus_cluster.preflight.model import CheckResult
+
+
+def busbw_gb_per_s(times_s: Sequence[float], *, payload_bytes: int, world_size: int) -> float:
+    """Bus bandwidth of an all-reduce from the median time.
+
+    Units:   payload_bytes / median(times_s) · 2(n-1)/n; 1 GB = 1e9 B. One rank moves nothing: algbw is given.
+    Raises:  ValueError if times_s is empty or holds a time that is not positive.
+    Source:  NVIDIA/nccl-tests doc/PERFORMANCE.md, AllReduce.
+    """
+    if not times_s or min(times_s) <= 0:
+        raise ValueError("times_s must hold positive times")
+    algbw = payload_bytes / statistics.median(times_s) / 1e9
+    return algbw * (2 * (world_size - 1) / world_size if world_size > 1 else 1.0)
+
+
+def judge_all_reduce(
+    facts: dict[str, Any] | None, *, node: str, world_size: int, floor_gb_per_s: float, source: str
+) -> CheckResult:
+    """Compare one node's measured all-reduce with the profile's floor.
+
+    Returns: PASS, or FAIL when the node did not report, the sum was wrong, a rank was missing or the bandwidth
+             is below the floor.
+    """
+    shape = {
+        "id": "all_reduce",
+        "phase": "active",
+        "node": node,
+        "unit": "GB/s busbw",
+        "expected": f">= {floor_gb_per_s:g}",
+        "threshold_source": source,
+    }
+    fix = "see the node logs of this attempt; which interface does NCCL/gloo use, can the nodes reach each other?"
+    if facts is None:
+        return CheckResult(**shape, state="FAIL", measured="did not report", fix=fix)
+    if not facts["sum_correct"]:
+        return CheckResult(**shape, state="FAIL", measured="the sum was wrong", fix="a GPU or link corrupts data: " + fix)
+    if facts["world_size"] != world_size:
+        return CheckResult(**shape, state="FAIL", measured=f"{facts['world_size']} of {world_size} ranks", fix=fix)
+    busbw = busbw_gb_per_s(facts["times_s"], payload_bytes=facts["payload_bytes"], world_size=world_size)
+    payload = f"{facts['payload_bytes'] / 1e6:g} MB, {facts['backend']}, {world_size} ranks"
+    is_sound = busbw >= floor_gb_per_s
+    return CheckResult(
+        **shape,
+        state="PASS" if is_sound else "FAIL",
+        measured=f"{busbw:.3g} ({payload})",
+        duration_s=sum(facts["times_s"]),
+        fix="" if is_sound else fix,
+    )

@@ -1,0 +1,76 @@
+"""Steps inside an allocation: srun starts one task per node."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from janus_cluster.errors import JanusError
+from janus_cluster.node.steps import Step
+
+_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True)
+class SlurmLauncher:
+    """One allocation, as the batch shell's environment describes it."""
+
+    job_id: str | None
+    nodes: tuple[str, ...]
+    cluster: str = "slurm"
+
+    @classmethod
+    def of_allocation(cls, environ: Mapping[str, str], *, num_nodes: int) -> SlurmLauncher:
+        """The allocation of this batch script. Raises: JanusError outside one, or when its size is another."""
+        job_id, node_list = environ.get("SLURM_JOB_ID"), environ.get("SLURM_JOB_NODELIST")
+        if not job_id or not node_list:
+            raise JanusError(
+                "this script is not running inside a Slurm allocation (SLURM_JOB_ID is not set)",
+                hint="sbatch job.sbatch, or janus-cluster submit --cluster local",
+            )
+        nodes = tuple(_scontrol("show", "hostnames", node_list).split())
+        if len(nodes) != num_nodes:
+            raise JanusError(f"the job is for {num_nodes} nodes, the allocation has {len(nodes)}: {', '.join(nodes)}")
+        return cls(job_id, nodes, environ.get("JANUS_CLUSTER", "slurm"))
+
+    def master_addr(self) -> str:
+        """Node 0 by name where the name resolves, else the address that Slurm has for it."""
+        try:
+            socket.getaddrinfo(self.nodes[0], None)
+        except OSError:
+            found = re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", self.nodes[0]))
+            if found is None:
+                raise JanusError(f"{self.nodes[0]} does not resolve and Slurm knows no NodeAddr for it") from None
+            return found.group(1)
+        return self.nodes[0]
+
+    def start(self, task_argv: Sequence[str], *, end_together: bool) -> Step:
+        num = len(self.nodes)
+        srun = [
+            "srun",
+            f"--nodes={num}",
+            f"--ntasks={num}",
+            "--ntasks-per-node=1",
+            # One task per node starts all ranks of the node: it must not be bound to one core.
+            "--cpu-bind=none",
+            f"--kill-on-bad-exit={int(end_together)}",
+            "--wait=0",
+            "--export=ALL",
+        ]
+        return Step([subprocess.Popen([*srun, *task_argv], stdin=subprocess.DEVNULL)], end_together=end_together)
+
+
+def _scontrol(*args: str) -> str:
+    try:
+        done = subprocess.run(
+            ["scontrol", *args], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=os.environ
+        )
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise JanusError(f"scontrol {' '.join(args)}: {e}") from e
+    if done.returncode:
+        raise JanusError(f"scontrol {' '.join(args)}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
