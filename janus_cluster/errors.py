@@ -2,11 +2,11 @@
 
     JanusError                1   anything that has no better name
     ├── UsageError            2   the job file, an option or a path is wrong; nothing was written
+    │   └── SubmitFailed      2   sbatch refused the job; its own words are in the message
     ├── GateFailed           10   preflight refused the nodes; training did not start
     ├── GateUndetermined     11   preflight could not be judged (a node did not report, a verdict is stale)
     ├── TrainingFailed       12   training ran and ended with an error
     ├── StoppedOnPurpose     13   a stop signal ended the attempt
-    ├── SubmitFailed         20   sbatch refused the job; its own words are in the message
     ├── SlurmUnavailable     21   there is no Slurm here, or it does not answer
     ├── JobNotFound          22   no run or job of that name
     └── SandboxFailed        23   the sandbox Slurm could not be started or stopped
@@ -47,6 +47,10 @@ class UsageError(JanusError):
         return cls(f"{len(problems)} problems:\n{lines}", hint=hint)
 
 
+class SubmitFailed(UsageError):
+    """sbatch refused the job. The run folder is gone again."""
+
+
 class GateFailed(JanusError):
     exit_code = 10
 
@@ -61,10 +65,6 @@ class TrainingFailed(JanusError):
 
 class StoppedOnPurpose(JanusError):
     exit_code = 13
-
-
-class SubmitFailed(JanusError):
-    exit_code = 20
 
 
 class SlurmUnavailable(JanusError):

@@ -1,16 +1,16 @@
 """RunDir: the only place that knows a path inside a run folder, and the only writer of small files in it.
 
-    <run>/
-      job.yaml         the job as given, after --set           resolved.json  every value, and where it came from
-      job.sbatch       the script that Slurm runs              env.sh         every exported variable and its reason
-      ds_config.json   what DeepSpeed gets                     manifest.json  git state, versions, sha256 of inputs
-      submission.json  where it was sent, and the job id       status.json    written by the running attempt only
-      submitit/        what submitit keeps of the submission
-      metrics.jsonl    one line per event of training          secrets.env    0600; values that no other file may hold
-      preflight/attempt_<n>/  facts.<node>.json, all_reduce.<node>.json, verdict.<node>.json, verdict.json, verdict.md
-      logs/batch.log          what the batch script and the attempt itself said
-      logs/attempt_<n>/       <node>.log, <node>.rank<r>.log, torchrun/<node>/ (its error files)
-      checkpoints/checkpoint-<step>/      export/
+<run>/
+  job.yaml         the job as given, after --set           resolved.json  every value, and where it came from
+  job.sbatch       the script that Slurm runs              env.sh         every exported variable and its reason
+  ds_config.json   what DeepSpeed gets                     manifest.json  git state, versions, sha256 of inputs
+  submission.json  where it was sent, and the job id       status.json    written by the running attempt only
+  submitit/        what submitit keeps of the submission
+  metrics.jsonl    one line per event of training          secrets.env    0600; values that no other file may hold
+  preflight/attempt_<n>/  facts.<node>.json, all_reduce.<node>.json, verdict.<node>.json, verdict.json, verdict.md
+  logs/batch.log          what the batch script and the attempt itself said
+  logs/attempt_<n>/       <node>.log, <node>.rank<r>.log, torchrun/<node>/ (its error files)
+  checkpoints/checkpoint-<step>/      export/
 """
 
 from __future__ import annotations

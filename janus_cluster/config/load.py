@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from janus_cluster.config.schema import JobConfig, Section
 from janus_cluster.config.yamlfile import Key, Leaf, load_text, parse_leaves, parse_value, resolve_scalar
+from janus_cluster.config.secrets import is_secret
 from janus_cluster.errors import UsageError
 from janus_cluster.resources import jobs_dir
 
@@ -85,7 +86,9 @@ def load_job(
         draft.put(key, leaf, "--set")
     for dotted, value in (options or {}).items():
         if value is not None:
-            draft.put(tuple(dotted.split(".")), Leaf(value, None, False), f"--{dotted.rsplit('.', 1)[-1].replace('_', '-')}")
+            draft.put(
+                tuple(dotted.split(".")), Leaf(value, None, False), f"--{dotted.rsplit('.', 1)[-1].replace('_', '-')}"
+            )
     _substitute(draft, environ)
     _drop_empty_sections(draft)
     config = _validate(draft)
@@ -117,7 +120,9 @@ def _parse_set(text: str) -> tuple[Key, Leaf]:
     try:
         return key, Leaf(parse_value(value), None, False)
     except yaml.YAMLError as e:
-        raise UsageError(f"--set {dotted}: {value!r} is not readable as a YAML value: {getattr(e, 'problem', e)}") from e
+        raise UsageError(
+            f"--set {dotted}: {value!r} is not readable as a YAML value: {getattr(e, 'problem', e)}"
+        ) from e
 
 
 def _substitute(draft: _Draft, environ: Mapping[str, str]) -> None:
@@ -132,6 +137,12 @@ def _substitute(draft: _Draft, environ: Mapping[str, str]) -> None:
             f"{where}: {dotted}: ${{{name}}} is not set in your environment. "
             f"Type `export {name}=…` or `--set {dotted}=…`, or give a default: ${{{name}:-…}}"
             for name in missing
+        ]
+        problems += [
+            f"{where}: {dotted}: ${{{name}}} is a secret and would stand in files that others can read. "
+            f"Name it under environment.forward instead"
+            for name in used
+            if is_secret(name)
         ]
         if leaf.plain and isinstance(value, str):
             value = resolve_scalar(value)
@@ -214,11 +225,9 @@ def _did_you_mean(loc: Key) -> str:
     every = known_keys()
     section = ".".join(loc[:-1])
     siblings = sorted({k.rsplit(".", 1)[-1] for k in every if k.rpartition(".")[0] == section})
-    near = difflib.get_close_matches(loc[-1], siblings, n=1, cutoff=0.6)
-    if near:
-        return f" Did you mean {'.'.join((*loc[:-1], near[0]))}?"
-    elsewhere = [k for k in every if k.rsplit(".", 1)[-1] == loc[-1]]
-    guess = f" Did you mean {elsewhere[0]}?" if elsewhere else ""
+    near = [".".join((*loc[:-1], n)) for n in difflib.get_close_matches(loc[-1], siblings, n=1)]
+    near += [k for k in every if k.rsplit(".", 1)[-1] == loc[-1]]
+    guess = f" Did you mean {near[0]}?" if near else ""
     return f"{guess} Allowed {'in ' + section if section else 'here'}: {', '.join(siblings)}"
 
 

@@ -66,7 +66,9 @@ class Environment(Section):
     @classmethod
     def _numbers_are_text(cls, value: object) -> object:
         if isinstance(value, dict):
-            return {k: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in value.items()}
+            return {
+                k: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for k, v in value.items()
+            }
         return value
 
     @field_validator("variables")
@@ -84,12 +86,14 @@ class Preflight(Section):
     """The gate that runs in the same allocation, before training."""
 
     enabled: bool = Field(True, description="false trains without the gate (the same as --no-preflight)")
-    profile: Literal["auto", "h800", "cpu"] = Field("auto", description="Thresholds (templates/preflight/<profile>.yaml)")
-    require_paths: OneOrMany = Field([], description="More paths that must exist on every node")
-    min_free_gb: float = Field(
-        1.0, ge=0, description="Free space wanted where the run folder lies, in GB (1e9 bytes)"
+    profile: Literal["auto", "h800", "cpu"] = Field(
+        "auto", description="Thresholds (templates/preflight/<profile>.yaml)"
     )
-    all_reduce_mb: float | None = Field(None, gt=0, description="All-reduce payload in MB (1e6 bytes); default: profile's")
+    require_paths: OneOrMany = Field([], description="More paths that must exist on every node")
+    min_free_gb: float = Field(1.0, ge=0, description="Free space wanted where the run folder lies, in GB (1e9 bytes)")
+    all_reduce_mb: float | None = Field(
+        None, gt=0, description="All-reduce payload in MB (1e6 bytes); default: profile's"
+    )
     timeout_s: int = Field(600, ge=10, le=7200, description="The gate's own limit; a node that has not reported fails")
 
 
@@ -112,9 +116,15 @@ class Data(Section):
 
     roots: OneOrMany = Field([], description="Folders of episode folders")
     history: int = Field(8, ge=0, le=64, description="History frames before the current one, at most")
-    image_mode: Literal["crop", "pad"] = Field("crop", description="crop: upstream's; pad: the predecessor's white bars")
-    image_width: int = Field(644, ge=56, le=2240, multiple_of=28, description="Frames are resized to this width, pixels")
-    max_pixels: int = Field(576 * 28 * 28, ge=784, description="Pixels per frame, at most; wider frames are made smaller")
+    image_mode: Literal["crop", "pad"] = Field(
+        "crop", description="crop: upstream's; pad: the predecessor's white bars"
+    )
+    image_width: int = Field(
+        644, ge=56, le=2240, multiple_of=28, description="Frames are resized to this width, pixels"
+    )
+    max_pixels: int = Field(
+        576 * 28 * 28, ge=784, description="Pixels per frame, at most; wider frames are made smaller"
+    )
     min_pixels: int = Field(16 * 28 * 28, ge=784, description="Pixels per frame, at least")
     max_length: int = Field(8192, ge=64, description="Tokens per sample; a longer sample is refused, never cut")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="Share of episodes held out (split by episode)")
@@ -184,7 +194,9 @@ class Checkpoint(Section):
     every_steps: int = Field(500, ge=1)
     keep_last: int = Field(2, ge=1)
     export: bool = Field(True, description="Write a folder at the end that from_pretrained loads")
-    resume: Literal["auto", "never"] = Field("auto", description="auto: the newest complete checkpoint of this run folder")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: the newest complete checkpoint of this run folder"
+    )
 
 
 class JobConfig(Section):
@@ -224,6 +236,7 @@ class ResolvedJob(Section):
     schema_version: Literal[1] = 1
     janus_version: str
     run_dir: str
+    cluster: Literal["slurm", "sandbox", "local"]
     config_hash: str
     job: JobConfig
     origins: dict[str, str]

@@ -1,7 +1,7 @@
 """YAML as a job file means it: `1e-5` is a number, `12:00:00` and `007` are text, `on` and `no` are text.
 
-PyYAML reads YAML 1.1, where these are otherwise; the scalars are resolved here by YAML 1.2's core schema. Text is composed
-to leaves, not to dicts, so that every value still knows its line when something is wrong with it.
+PyYAML reads YAML 1.1, where these are otherwise; the scalars are resolved here by YAML 1.2's core schema. Text is
+composed to leaves, not to dicts, so that every value still knows its line when something is wrong with it.
 """
 
 from __future__ import annotations
@@ -53,13 +53,17 @@ def load_text(path: Path, *, label: str) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UsageError(f"{label}: no such file", hint="ls jobs/, or name a shipped job: train_1node, train_2node, demo") from None
+        raise UsageError(
+            f"{label}: no such file", hint="ls jobs/, or name a shipped job: train_1node, train_2node, demo"
+        ) from None
     except OSError as e:
         raise UsageError(f"{label}: cannot be read: {e.strerror}") from e
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise UsageError(f"{label}: not UTF-8 text (byte {e.start} is 0x{data[e.start]:02x}); is it really a job file?") from e
+        raise UsageError(
+            f"{label}: not UTF-8 text (byte {e.start} is 0x{data[e.start]:02x}); is it really a job file?"
+        ) from e
     if "\0" in text:
         raise UsageError(f"{label}: holds NUL bytes, so it is a binary file, not a job file")
     return text
@@ -79,7 +83,9 @@ def parse_leaves(text: str, *, label: str) -> dict[Key, Leaf]:
     if node is None:
         raise UsageError(f"{label}: the file is empty", hint="start from a shipped job: janus-cluster config show demo")
     if not isinstance(node, yaml.MappingNode):
-        raise UsageError(f"{label}:{_line(node)}: a job file is a mapping (key: value), not a {node.id}")
+        raise UsageError(
+            f"{label}:{_line(node)}: a job file is a mapping (key: value), not a {node.tag.rsplit(':', 1)[-1]}"
+        )
     return dict(_walk(node, (), label))
 
 
@@ -88,7 +94,7 @@ def parse_value(text: str) -> Any:
     if not text.lstrip().startswith(("[", "{", '"', "'")):
         return resolve_scalar(text)
     node = yaml.compose(text, Loader=yaml.SafeLoader)
-    return _construct(node, "--set")
+    return None if node is None else _construct(node, "--set")
 
 
 def _walk(node: yaml.MappingNode, prefix: Key, label: str) -> Iterator[tuple[Key, Leaf]]:
@@ -123,6 +129,8 @@ def _construct(node: yaml.Node, label: str) -> Any:
         return resolve_scalar(node.value) if node.style is None else node.value
     if isinstance(node, yaml.SequenceNode):
         return [_construct(child, label) for child in node.value]
+    if not isinstance(node, yaml.MappingNode):
+        raise TypeError(f"{label}: a YAML node of an unknown kind: {type(node).__name__}")
     return {key: _construct(value, label) for key, value in _items(node, (), label)}
 
 
@@ -138,5 +146,7 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, label: str) -> UsageEr
     shown = lines[mark.line] if mark.line < len(lines) else ""
     where = f"{label}:{mark.line + 1}"
     if "\t" in shown[: mark.column + 1] or "'\\t'" in str(error.problem):
-        return UsageError(f"{where}: a tab where YAML wants spaces: {shown.strip()!r}", hint="replace the tabs by spaces")
+        return UsageError(
+            f"{where}: a tab where YAML wants spaces: {shown.strip()!r}", hint="replace the tabs by spaces"
+        )
     return UsageError(f"{where}: not readable as YAML: {error.problem}\n    {shown}\n    {' ' * mark.column}^")

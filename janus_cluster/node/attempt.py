@@ -2,7 +2,8 @@
 
     python -m janus_cluster.node.attempt RUN_DIR --launcher slurm|local
 
-job.sbatch becomes this program. It runs every phase as one step over all nodes, judges between them, and keeps status.json.
+job.sbatch becomes this program. It runs every phase as one step over all nodes, judges between them, and keeps
+status.json.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ def run_attempt(run: RunDir, launcher: Launcher) -> int:
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, on_stop)
+    # job.sbatch asks Slurm for USR1 before the walltime ends; unhandled it would kill the attempt at once.
+    signal.signal(signal.SIGUSR1, lambda *_: say("Slurm: the walltime ends soon"))
     say(f"attempt {attempt.number} of {run.name}: job {launcher.job_id} on {', '.join(launcher.nodes)}")
     try:
         if resolved.job.preflight.enabled:
@@ -132,9 +135,7 @@ def run_gate(attempt: Attempt) -> None:
 def write_verdict(attempt: Attempt, results: Sequence[CheckResult]) -> Verdict:
     """The verdict of all nodes and of each node lies in the run folder."""
     run, launcher = attempt.run, attempt.launcher
-    verdict = build_verdict(
-        results, attempt.resolved, nodes=launcher.nodes, job_id=launcher.job_id, now=time.time()
-    )
+    verdict = build_verdict(results, attempt.resolved, nodes=launcher.nodes, job_id=launcher.job_id, now=time.time())
     for node in launcher.nodes:
         write_json_atomically(run.node_verdict_json(attempt.number, node), verdict.of_node(node).to_json())
     write_text_atomically(run.verdict_md(attempt.number), render_verdict_markdown(verdict))
@@ -171,7 +172,7 @@ def _end(error: JanusError) -> int:
     return error.exit_code
 
 
-def build_launcher(name: str, run: RunDir, resolved: ResolvedJob, environ: Mapping[str, str]) -> Launcher:
+def build_launcher(name: str, resolved: ResolvedJob, environ: Mapping[str, str]) -> Launcher:
     """The launcher that job.sbatch named: srun inside an allocation, or processes on this machine."""
     if name == "local":
         from janus_cluster.local.launcher import LocalLauncher
@@ -179,7 +180,7 @@ def build_launcher(name: str, run: RunDir, resolved: ResolvedJob, environ: Mappi
         return LocalLauncher(resolved.job.nodes)
     from janus_cluster.slurm.launcher import SlurmLauncher
 
-    return SlurmLauncher.of_allocation(environ, num_nodes=resolved.job.nodes)
+    return SlurmLauncher.of_allocation(environ, cluster=resolved.cluster, num_nodes=resolved.job.nodes)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = RunDir(args.run_dir)
     try:
         resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
-        launcher = build_launcher(args.launcher, run, resolved, os.environ)
+        launcher = build_launcher(args.launcher, resolved, os.environ)
     except JanusError as e:
         sys.exit(_end(e))
     sys.exit(run_attempt(run, launcher))

@@ -1,4 +1,4 @@
-"""A free TCP port for the rendezvous: derived from the job id so that jobs differ, and probed so that it is really free."""
+"""A free TCP port for the rendezvous: derived from the job id so that jobs differ, probed so that it is really free."""
 
 from __future__ import annotations
 

@@ -54,9 +54,14 @@ class Step:
 class Launcher(Protocol):
     """How one allocation runs a command once per node."""
 
-    cluster: str
-    job_id: str | None
-    nodes: tuple[str, ...]
+    @property
+    def cluster(self) -> str: ...
+
+    @property
+    def job_id(self) -> str | None: ...
+
+    @property
+    def nodes(self) -> tuple[str, ...]: ...
 
     def master_addr(self) -> str:
         """A name or address of node 0 that every node can reach."""

@@ -36,8 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"preflight: {identity.node} has reported its facts in {facts['duration_s']:.1f} s", flush=True)
         return
     command = _torchrun(run, resolved, identity, args)
-    print(f"{args.phase}: torchrun, node {identity.node_rank + 1} of {identity.num_nodes}, "
-          f"{resolved.processes_per_node} processes here, rendezvous {args.master_addr}:{args.master_port}", flush=True)
+    print(
+        f"{args.phase}: torchrun, node {identity.node_rank + 1} of {identity.num_nodes}, "
+        f"{resolved.processes_per_node} processes here, rendezvous {args.master_addr}:{args.master_port}",
+        flush=True,
+    )
     os.execv(command[0], command)
 
 

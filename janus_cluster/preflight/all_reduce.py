@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from janus_cluster.preflight.model import CheckResult
@@ -30,26 +31,26 @@ def judge_all_reduce(
     Returns: PASS, or FAIL when the node did not report, the sum was wrong, a rank was missing or the bandwidth
              is below the floor.
     """
-    shape = {
-        "id": "all_reduce",
-        "phase": "active",
-        "node": node,
-        "unit": "GB/s busbw",
-        "expected": f">= {floor_gb_per_s:g}",
-        "threshold_source": source,
-    }
+    result = partial(
+        CheckResult,
+        id="all_reduce",
+        phase="active",
+        node=node,
+        unit="GB/s busbw",
+        expected=f">= {floor_gb_per_s:g}",
+        threshold_source=source,
+    )
     fix = "see the node logs of this attempt; which interface does NCCL/gloo use, can the nodes reach each other?"
     if facts is None:
-        return CheckResult(**shape, state="FAIL", measured="did not report", fix=fix)
+        return result(state="FAIL", measured="did not report", fix=fix)
     if not facts["sum_correct"]:
-        return CheckResult(**shape, state="FAIL", measured="the sum was wrong", fix="a GPU or link corrupts data: " + fix)
+        return result(state="FAIL", measured="the sum was wrong", fix="a GPU or link corrupts data: " + fix)
     if facts["world_size"] != world_size:
-        return CheckResult(**shape, state="FAIL", measured=f"{facts['world_size']} of {world_size} ranks", fix=fix)
+        return result(state="FAIL", measured=f"{facts['world_size']} of {world_size} ranks", fix=fix)
     busbw = busbw_gb_per_s(facts["times_s"], payload_bytes=facts["payload_bytes"], world_size=world_size)
     payload = f"{facts['payload_bytes'] / 1e6:g} MB, {facts['backend']}, {world_size} ranks"
     is_sound = busbw >= floor_gb_per_s
-    return CheckResult(
-        **shape,
+    return result(
         state="PASS" if is_sound else "FAIL",
         measured=f"{busbw:.3g} ({payload})",
         duration_s=sum(facts["times_s"]),

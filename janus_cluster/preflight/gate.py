@@ -1,9 +1,9 @@
 """The gate: each node reads facts about itself, one judge gives the verdict, training trusts only a fresh one.
 
-    on every node    read_facts        nothing is judged, so nothing can be talked out of a verdict
-    on node 0        judge_static      per node and across nodes; a node without facts is FAIL
-                     judge_active      the all-reduce over all ranks
-                     require_fresh     the verdict is of this job, these nodes, this configuration
+on every node    read_facts        nothing is judged, so nothing can be talked out of a verdict
+on node 0        judge_static      per node and across nodes; a node without facts is FAIL
+                 judge_active      the all-reduce over all ranks
+                 require_fresh     the verdict is of this job, these nodes, this configuration
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import csv
 import io
 import shutil
 import subprocess
+from functools import partial
 from typing import Any
 
 from janus_cluster.preflight.model import CheckResult
@@ -42,18 +43,18 @@ def parse_gpus(text: str) -> dict[str, Any]:
 def judge_gpus(facts: dict[str, Any], profile: dict[str, Any], *, node: str, gpus_per_node: int) -> list[CheckResult]:
     """PASS only for exactly the wanted number of the wanted model; SKIP where the profile wants none."""
     expected = f"{gpus_per_node} × {profile.get('name', 'GPU')}"
-    shape = {"id": "gpu", "phase": "static", "node": node, "expected": expected, "threshold_source": profile["source"]}
+    result = partial(
+        CheckResult, id="gpu", phase="static", node=node, expected=expected, threshold_source=profile["source"]
+    )
     if not profile["wanted"]:
-        return [CheckResult(**{**shape, "expected": "none"}, state="SKIP", measured="this profile wants no GPU")]
+        return [result(expected="none", state="SKIP", measured="this profile wants no GPU")]
     fix = f"on {node}: nvidia-smi -L; drain the node if a GPU is missing"
     if "error" in facts:
-        return [CheckResult(**shape, state="ERROR", measured=facts["error"], fix=fix)]
-    good = [
-        g for g in facts["gpus"] if g["name"] == profile["name"] and g["memory_mib"] >= profile["memory_mib_min"]
-    ]
+        return [result(state="ERROR", measured=facts["error"], fix=fix)]
+    good = [g for g in facts["gpus"] if g["name"] == profile["name"] and g["memory_mib"] >= profile["memory_mib_min"]]
     names = sorted({g["name"] for g in facts["gpus"]})
     measured = f"{len(facts['gpus'])} × {' / '.join(names) or 'nothing'}"
     if facts["damaged"]:
         measured += f"; {facts['damaged'][0]}"
     is_sound = len(good) == len(facts["gpus"]) == gpus_per_node and not facts["damaged"]
-    return [CheckResult(**shape, state="PASS" if is_sound else "FAIL", measured=measured, fix="" if is_sound else fix)]
+    return [result(state="PASS" if is_sound else "FAIL", measured=measured, fix="" if is_sound else fix)]

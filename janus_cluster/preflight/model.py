@@ -32,11 +32,11 @@ class CheckResult:
     duration_s: float = 0.0
 
 
-def worst(states: Sequence[str]) -> State:
+def worst(states: Sequence[State]) -> State:
     """The state that wins: FAIL, ERROR, WARN, PASS, SKIP. Nothing at all is ERROR, never PASS."""
     if not states:
         return "ERROR"
-    return max(states, key=lambda s: _RANK[s])  # type: ignore[return-value]
+    return max(states, key=lambda s: _RANK[s])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,17 @@ def read_paths(wanted: dict[str, str], run_dir: Path) -> dict[str, Any]:
 
 def _read_path(path: str) -> dict[str, Any]:
     try:
-        kind = "folder" if os.path.isdir(path) else "file"  # noqa: PTH112 - stat errors must surface below
-        os.stat(path)  # noqa: PTH116
+        kind = "folder" if stat.S_ISDIR(Path(path).stat().st_mode) else "file"
         readable = os.access(path, os.R_OK | (os.X_OK if kind == "folder" else 0))
-        empty = kind == "folder" and readable and not any(os.scandir(path))
+        empty = kind == "folder" and readable and _is_empty(path)
     except OSError as e:
         return {"path": path, "error": e.strerror or str(e)}
     return {"path": path, "kind": kind, "readable": readable, "empty": empty}
+
+
+def _is_empty(folder: str) -> bool:
+    with os.scandir(folder) as entries:
+        return next(entries, None) is None
 
 
 def judge_paths(facts: dict[str, Any], *, node: str, min_free_gb: float) -> list[CheckResult]:

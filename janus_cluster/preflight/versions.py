@@ -1,4 +1,4 @@
-"""The software that training needs is installed on every node, and is the same everywhere. Nothing is imported for it."""
+"""The software that training needs is installed on every node, the same everywhere. Nothing is imported for it."""
 
 from __future__ import annotations
 

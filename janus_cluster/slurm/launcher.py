@@ -19,12 +19,12 @@ _TIMEOUT_S = 30
 class SlurmLauncher:
     """One allocation, as the batch shell's environment describes it."""
 
+    cluster: str
     job_id: str | None
     nodes: tuple[str, ...]
-    cluster: str = "slurm"
 
     @classmethod
-    def of_allocation(cls, environ: Mapping[str, str], *, num_nodes: int) -> SlurmLauncher:
+    def of_allocation(cls, environ: Mapping[str, str], *, cluster: str, num_nodes: int) -> SlurmLauncher:
         """The allocation of this batch script. Raises: JanusError outside one, or when its size is another."""
         job_id, node_list = environ.get("SLURM_JOB_ID"), environ.get("SLURM_JOB_NODELIST")
         if not job_id or not node_list:
@@ -35,7 +35,7 @@ class SlurmLauncher:
         nodes = tuple(_scontrol("show", "hostnames", node_list).split())
         if len(nodes) != num_nodes:
             raise JanusError(f"the job is for {num_nodes} nodes, the allocation has {len(nodes)}: {', '.join(nodes)}")
-        return cls(job_id, nodes, environ.get("JANUS_CLUSTER", "slurm"))
+        return cls(cluster, job_id, nodes)
 
     def master_addr(self) -> str:
         """Node 0 by name where the name resolves, else the address that Slurm has for it."""

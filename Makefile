@@ -1,0 +1,87 @@
+# Two commands on a fresh machine: `make demo` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+# The version that the tests run with. On a GPU node: make install TORCH=torch
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+JANUS := $(BIN)/janus-cluster
+NODES ?= 2
+CLUSTER ?= slurm
+DEMO_DATA ?= demo_data
+PYTEST_ARGS ?=
+
+.PHONY: help install demo test test-fast check format bench submit preflight tail sandbox slurm clean
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 14
+
+install: $(STAMP)  ## Make .venv with everything that training and the tests need
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): torch first, so that nothing else pulls another build"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,dev]'
+	@touch $(STAMP)
+
+$(DEMO_DATA)/.complete: $(STAMP)
+	@$(BIN)/python -m janus_cluster.training.data.demo $(DEMO_DATA) --episodes 48 --seed 0
+	@touch $@
+
+demo: $(STAMP) $(DEMO_DATA)/.complete  ## The whole flow here: two simulated nodes, CPU, no Slurm, no root
+	@DEMO_DATA=$(DEMO_DATA) $(JANUS) submit demo --nodes 2 --cluster local --follow
+
+slurm:  # The Debian packages of the sandbox and of the shell tests, where this user may install them
+	@if command -v slurmctld slurmd munged ip shellcheck >/dev/null; then exit 0; fi; \
+	sudo=""; [ "$$(id -u)" = 0 ] || sudo="sudo -n"; \
+	if command -v apt-get >/dev/null && $$sudo true 2>/dev/null; then \
+	  echo "installing slurm-wlm munge iproute2 shellcheck"; \
+	  $$sudo apt-get update -q >/dev/null && \
+	  DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -q --no-install-recommends slurm-wlm munge iproute2 shellcheck >/dev/null && exit 0; \
+	fi; \
+	echo "=================================================================================="; \
+	echo "NO SLURM on this machine, and it could not be installed: the real-Slurm tests cannot run."; \
+	echo "As root: apt-get update && apt-get install slurm-wlm munge iproute2 shellcheck"; \
+	echo "=================================================================================="; \
+	[ "$${REQUIRE_SLURM:-0}" != 1 ]
+
+test: $(STAMP) slurm  ## All tests, the real-Slurm ones too (REQUIRE_SLURM=1: no Slurm is a failure)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+test-fast: $(STAMP)  ## The tests that need neither torch nor Slurm (under a minute)
+	@$(BIN)/python -m pytest -q -m "not slurm and not train" $(PYTEST_ARGS)
+
+check: $(STAMP)  ## Format, lint, types, boundaries
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(STAMP)  ## Rewrite in house format
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## What the command line costs, as ratios
+	@$(BIN)/python -m benchmarks.startup
+
+submit: $(STAMP)  ## Submit the main job: make submit NODES=2 CLUSTER=slurm
+	@$(JANUS) submit --nodes $(NODES) --cluster $(CLUSTER)
+
+preflight: $(STAMP)  ## Judge the nodes without training: make preflight NODES=2
+	@$(JANUS) preflight --nodes $(NODES) --cluster $(CLUSTER)
+
+tail: $(STAMP)  ## Follow a job: make tail JOB=12
+	@test -n "$(JOB)" || { echo "which job? make tail JOB=<job id, run name or run folder>"; $(JANUS) list; exit 2; }
+	@$(JANUS) tail "$(JOB)"
+
+sandbox: $(STAMP) slurm  ## Start the two-node rehearsal Slurm on this machine
+	@$(JANUS) sandbox up
+
+clean:  ## Remove the environment, caches and demo data; runs/ stays
+	@rm -rf $(VENV) $(DEMO_DATA) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,112 @@
+"""janus-cluster: parse, call, print; nothing else.
+
+Commands are imported when they are called: `--help` answers before pydantic, rich or submitit could be loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from janus_cluster import __version__
+from janus_cluster.errors import JanusError
+
+# name → (module, object, one line of help). The order is that of a user's day.
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "submit": (
+        "janus_cluster.commands",
+        "submit",
+        "Check, render and submit a job; print what runs and what to type next.",
+    ),
+    "preflight": (
+        "janus_cluster.commands",
+        "preflight",
+        "Judge the nodes without training; exit 0 pass, 1 warn, 2 fail, 3 undetermined.",
+    ),
+    "tail": ("janus_cluster.observe.cli", "tail", "Follow the merged log of all nodes; end with the job's exit code."),
+    "status": ("janus_cluster.observe.cli", "status", "Show state, attempt, step and what went wrong."),
+    "list": ("janus_cluster.observe.cli", "list_runs", "List runs, the newest first."),
+    "cancel": ("janus_cluster.observe.cli", "cancel", "End a job."),
+    "render": (
+        "janus_cluster.commands",
+        "render",
+        "Print the script, environment or ZeRO JSON of a job; write nothing.",
+    ),
+    "config": ("janus_cluster.commands", "config", "Show a job's values and origins, or the JSON Schema of job files."),
+    "sandbox": ("janus_cluster.sandbox.cli", "sandbox", "A real two-node Slurm on this machine, to rehearse on."),
+}
+
+EPILOG = """\
+\b
+JOB is a job id, a run name or a run folder.
+Exit codes: 0 done · 1 error · 2 wrong input, nothing written · 10 preflight failed · 11 preflight undetermined ·
+12 training failed · 13 stopped on purpose · 21 no Slurm · 22 no such job · 23 sandbox · 130 interrupted.
+"""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, name, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            guess = f" Did you mean {near[0]!r}?" if near else ""
+            ctx.fail(f"No such command {args[0]!r}.{guess} Commands: {', '.join(COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=LazyGroup,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+@click.version_option(__version__, prog_name="janus-cluster")
+def cli() -> None:
+    """Train JanusVLN on one or two 8×H800 nodes under Slurm: one line submits, gates, trains and follows."""
+
+
+def main() -> NoReturn:
+    """The command has run and the process has ended with its exit code; errors are printed for people."""
+    try:
+        code = cli.main(standalone_mode=False, prog_name="janus-cluster")
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except JanusError as e:
+        click.echo(f"error: {e.message}", err=True)
+        if e.hint:
+            click.echo(f"next:  {e.hint}", err=True)
+        sys.exit(e.exit_code)
+    except BrokenPipeError:
+        # The reader has gone; a second failed flush at exit would only add noise.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

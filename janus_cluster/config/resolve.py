@@ -1,0 +1,174 @@
+"""A checked job becomes a ResolvedJob: all derived once, impossible combinations refused, nothing left to the nodes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from janus_cluster import __version__
+from janus_cluster.config.load import LoadedJob
+from janus_cluster.config.schema import JobConfig, ResolvedJob
+from janus_cluster.errors import UsageError
+from janus_cluster.render.deepspeed import resolve_ds_config
+from janus_cluster.render.deepspeed_lint import lint_ds_config
+from janus_cluster.render.env import resolve_env, split_secrets
+from janus_cluster.render.env_lint import lint_env
+from janus_cluster.render.load import load_ds_profile, load_env_profile, load_nccl_variable_names
+from janus_cluster.render.sbatch_options import resolve_sbatch_options
+
+
+def resolve_job(
+    loaded: LoadedJob,
+    *,
+    run_dir: Path,
+    cluster: Literal["slurm", "sandbox", "local"],
+    environ: Mapping[str, str],
+    cwd: Path,
+    python: str,
+) -> ResolvedJob:
+    """Every value that the nodes will use. Reads shipped templates only.
+
+    Raises: UsageError listing every combination that cannot work.
+    """
+    job = _absolute_paths(loaded.config, cwd)
+    processes = processes_per_node(job)
+    world_size = job.nodes * processes
+    problems = [f"{loaded.source}: {p}" for p in find_conflicts(job, processes_per_node=processes)]
+    if problems:
+        raise UsageError.of_many(problems)
+    plain, secret = split_secrets({n: environ[n] for n in job.environment.forward if n in environ})
+    env = resolve_env(
+        load_env_profile(job.environment.profile),
+        job.environment.variables,
+        plain,
+        profile_name=job.environment.profile,
+    )
+    ds_config = resolve_ds_config(load_ds_profile(job.deepspeed.profile), job, world_size=world_size)
+    return ResolvedJob(
+        janus_version=__version__,
+        run_dir=str(run_dir),
+        cluster=cluster,
+        config_hash=hash_config(job),
+        job=job,
+        origins=loaded.origins,
+        processes_per_node=processes,
+        world_size=world_size,
+        effective_batch_size=effective_batch_size(job, world_size=world_size),
+        preflight_profile=preflight_profile(job),
+        python=job.environment.python or python,
+        sbatch_options=resolve_sbatch_options(job, run_dir=run_dir),
+        env=env,
+        secret_names=tuple(sorted(secret)),
+        ds_config=ds_config,
+        warnings=(
+            *lint_env(env, known_nccl=load_nccl_variable_names()),
+            *lint_ds_config(ds_config, world_size=world_size, device=job.hardware.device),
+        ),
+    )
+
+
+def processes_per_node(job: JobConfig) -> int:
+    """Ranks on each node: as the job says, else one per GPU, else one."""
+    if job.hardware.processes_per_node is not None:
+        return job.hardware.processes_per_node
+    return max(1, job.hardware.gpus_per_node) if job.hardware.device == "cuda" else 1
+
+
+def effective_batch_size(job: JobConfig, *, world_size: int) -> int:
+    """Samples per optimizer step over all ranks."""
+    t = job.training
+    return t.per_device_batch_size * t.gradient_accumulation_steps * world_size
+
+
+def preflight_profile(job: JobConfig) -> Literal["h800", "cpu"]:
+    """The thresholds by which this job's nodes are judged."""
+    if job.preflight.profile != "auto":
+        return job.preflight.profile
+    return "cpu" if job.hardware.device == "cpu" else "h800"
+
+
+def hash_config(job: JobConfig) -> str:
+    """sha256 of the job's values: equal for equal jobs, whatever file they came from."""
+    canonical = json.dumps(job.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def find_conflicts(job: JobConfig, *, processes_per_node: int) -> list[str]:
+    """Combinations that cannot work, each as `key: value: what is wrong and what to type`."""
+    hw, env, t = job.hardware, job.environment, job.training
+    found: list[str] = []
+    if hw.device == "cuda" and processes_per_node > hw.gpus_per_node:
+        found.append(
+            f"hardware.processes_per_node: {processes_per_node}: more ranks than GPUs (hardware.gpus_per_node: "
+            f"{hw.gpus_per_node}); allowed: 1 to {hw.gpus_per_node}"
+        )
+    if hw.device == "cuda" and env.profile == "cpu":
+        found.append(
+            "environment.profile: cpu: hardware.device is cuda; allowed: h800-ib, h800-ethernet, janusvln-legacy"
+        )
+    if hw.device == "cpu" and env.profile != "cpu":
+        found.append(f"environment.profile: {env.profile}: hardware.device is cpu; allowed: cpu")
+    if job.data.min_pixels > job.data.max_pixels:
+        found.append(f"data.min_pixels: {job.data.min_pixels}: more than data.max_pixels ({job.data.max_pixels})")
+    if job.kind == "train":
+        found += _training_conflicts(job)
+    if t.effective_batch_size is None or job.kind != "train":
+        return found
+    world_size = job.nodes * processes_per_node
+    real = effective_batch_size(job, world_size=world_size)
+    if real != t.effective_batch_size:
+        per_step = t.per_device_batch_size * world_size
+        way = (
+            f"--set training.gradient_accumulation_steps={t.effective_batch_size // per_step}"
+            if t.effective_batch_size % per_step == 0
+            else f"no accumulation gives {t.effective_batch_size} with {per_step} samples per micro-step"
+        )
+        found.append(
+            f"training.effective_batch_size: {t.effective_batch_size}: per_device_batch_size "
+            f"{t.per_device_batch_size} × gradient_accumulation_steps {t.gradient_accumulation_steps} × {world_size} ranks is {real}. "
+            f"Type {way}, or --set training.effective_batch_size={real}"
+        )
+    return found
+
+
+def _training_conflicts(job: JobConfig) -> list[str]:
+    found: list[str] = []
+    if not job.data.roots:
+        found.append("data.roots: must be given: folders of episode folders, e.g. --set data.roots=[/data/r2r]")
+    if job.model.preset != "tiny":
+        for key, value in (("path", job.model.path), ("vggt_path", job.model.vggt_path)):
+            if value is None:
+                found.append(
+                    f"model.{key}: must be given for preset {job.model.preset}, e.g. --set model.{key}=/models/…"
+                )
+    weights = job.training.segment_weights.model_dump().values()
+    if not any(weights) and not job.training.action_loss_weight:
+        found.append("training.segment_weights: all 0, and action_loss_weight is 0: nothing would be learnt")
+    if not any(job.training.tune.model_dump().values()):
+        found.append("training.tune: all false: nothing would be learnt")
+    return found
+
+
+def _absolute_paths(job: JobConfig, cwd: Path) -> JobConfig:
+    """Relative paths mean the submitter's folder, not wherever a node starts."""
+
+    def absolute(path: str) -> str:
+        return str(cwd / Path(path).expanduser())
+
+    def optional(path: str | None) -> str | None:
+        return None if path is None else absolute(path)
+
+    return job.model_copy(
+        update={
+            "model": job.model.model_copy(
+                update={"path": optional(job.model.path), "vggt_path": optional(job.model.vggt_path)}
+            ),
+            "data": job.data.model_copy(update={"roots": [absolute(r) for r in job.data.roots]}),
+            "preflight": job.preflight.model_copy(
+                update={"require_paths": [absolute(p) for p in job.preflight.require_paths]}
+            ),
+        }
+    )

@@ -1,0 +1,317 @@
+"""The only door to sbatch, squeue, scontrol, sacct and scancel: argv lists, time-outs, pure parsers.
+
+Squeue, scontrol and sacct name the same things differently; all three are parsed into SlurmJob. Times are asked for
+as epoch seconds (SLURM_TIME_FORMAT=%s), so that no time zone is ever guessed.
+Source: squeue(1), scontrol(1), sacct(1), sbatch(1) of Slurm 22.05, and output captured from it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from janus_cluster.errors import JanusError, JobNotFound, SlurmUnavailable, SubmitFailed
+
+# Job names, reasons and commands may hold any printable character, so columns are parted by one that is not.
+_SEPARATOR = "\x1f"
+_SQUEUE_FIELDS = (
+    *("JobID", "State", "exit_code", "RestartCnt", "NodeList"),
+    *("StartTime", "SubmitTime", "Reason", "Command", "Name"),
+)
+_SACCT_FIELDS = ("JobIDRaw", "State", "ExitCode", "NodeList", "Start", "Submit", "Reason", "JobName")
+_NO_VALUE = frozenset({"", "None", "(null)", "N/A", "n/a", "Unknown", "NONE", "None assigned", "(None)"})
+# Filters that a user keeps in the environment would hide jobs from us.
+_FILTER_PREFIXES = ("SQUEUE_", "SACCT_", "SCONTROL_")
+WAYS_OUT = (
+    "--cluster local runs the job on this machine as simulated nodes; "
+    "--cluster sandbox runs it on a real two-node Slurm on this machine (janus-cluster sandbox up)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmJob:
+    """What Slurm says of one job, whichever of its programs said it.
+
+    Units: start_time and submit_time are epoch seconds; None where Slurm names no time.
+    """
+
+    job_id: str
+    state: str
+    source: str
+    exit_code: int | None = None
+    signal: int | None = None
+    reason: str | None = None
+    nodes: tuple[str, ...] = ()
+    restarts: int | None = None
+    start_time: float | None = None
+    submit_time: float | None = None
+    command: str | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """One Slurm, reached through its client programs.
+
+    `conf` becomes SLURM_CONF of every program started (the sandbox's); None leaves the environment's.
+    """
+
+    conf: Path | None = None
+    # A client gives up on a dead controller after 18 s (measured, 22.05); its own words are better than ours.
+    timeout_s: float = 30.0
+
+    def available(self) -> bool:
+        """Whether sbatch is on PATH and a controller answers."""
+        if shutil.which("sbatch") is None:
+            return False
+        try:
+            return " is UP" in self._run(["scontrol", "ping"]).stdout
+        except SlurmUnavailable:
+            return False
+
+    def sbatch(self, script: Path, extra: Sequence[str] = ()) -> str:
+        """The job id of the script, now queued. Raises: SubmitFailed with sbatch's own words, SlurmUnavailable."""
+        argv = ["sbatch", "--parsable", *extra, str(script)]
+        done = self._run(argv)
+        job_id = done.stdout.strip().split(";")[0]
+        if done.returncode == 0 and job_id.isdigit():
+            return job_id
+        words = (done.stderr.strip() or done.stdout.strip()) or f"exit code {done.returncode}, and nothing said"
+        if _no_controller(words):
+            raise self._unavailable("sbatch", words)
+        raise SubmitFailed(
+            f"sbatch refused {script}:\n{words}", hint="change the keys under slurm: in the job file, or use --set"
+        )
+
+    def squeue(self, job_ids: Sequence[str]) -> dict[str, SlurmJob]:
+        """Every job of `job_ids` that the controller still remembers, finished ones too, from one query.
+
+        Raises: SlurmUnavailable, JanusError.
+        """
+        if not job_ids:
+            return {}
+        columns = ",".join(f"{field}:{_SEPARATOR}" for field in _SQUEUE_FIELDS)
+        argv = ["squeue", "--noheader", "--all", "--states=all", f"--jobs={','.join(job_ids)}", f"--Format={columns}"]
+        done = self._run(argv)
+        # With a single id that it has forgotten squeue fails; with several it leaves that one out.
+        if done.returncode != 0 and "Invalid job id" not in done.stderr:
+            raise self._failed("squeue", done)
+        return parse_squeue(done.stdout)
+
+    def scontrol_show_job(self, job_id: str) -> SlurmJob | None:
+        """What the controller knows of the job; None once it has forgotten. Raises: SlurmUnavailable, JanusError."""
+        done = self._run(["scontrol", "show", "job", job_id])
+        if done.returncode != 0 and "Invalid job id" not in done.stderr:
+            raise self._failed("scontrol", done)
+        return parse_scontrol_job(done.stdout)
+
+    def sacct(self, job_ids: Sequence[str]) -> dict[str, SlurmJob]:
+        """The jobs that accounting knows; empty where the site keeps none. Raises: SlurmUnavailable, JanusError."""
+        if not job_ids:
+            return {}
+        if shutil.which("sacct") is None:
+            return {}
+        argv = ["sacct", "--noheader", "--allocations", "--parsable2", f"--delimiter={_SEPARATOR}"]
+        done = self._run([*argv, f"--jobs={','.join(job_ids)}", f"--format={','.join(_SACCT_FIELDS)}"])
+        if done.returncode != 0 and "accounting storage is disabled" in done.stderr:
+            return {}
+        if done.returncode != 0:
+            raise self._failed("sacct", done)
+        return parse_sacct(done.stdout)
+
+    def scancel(self, job_id: str, signal: str | None = None) -> None:
+        """The job is asked to end, or is sent `signal`. Slurm says nothing when it knows no such job: ask first.
+
+        Raises: SlurmUnavailable, JanusError.
+        """
+        argv = ["scancel", *([f"--signal={signal}"] if signal else []), job_id]
+        done = self._run(argv)
+        if done.returncode != 0:
+            raise self._failed("scancel", done)
+
+    def requeue(self, job_id: str) -> None:
+        """The job is back in the queue. Raises: JobNotFound, SlurmUnavailable, JanusError."""
+        done = self._run(["scontrol", "requeue", job_id])
+        if done.returncode != 0:
+            raise self._failed("scontrol requeue", done)
+
+    def _run(self, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        env = {k: v for k, v in os.environ.items() if not k.startswith(_FILTER_PREFIXES)}
+        env["SLURM_TIME_FORMAT"] = "%s"
+        if self.conf is not None:
+            env["SLURM_CONF"] = str(self.conf)
+        try:
+            return subprocess.run(
+                list(argv),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                env=env,
+                timeout=self.timeout_s,
+                check=False,
+            )
+        except (FileNotFoundError, PermissionError) as e:
+            raise SlurmUnavailable(f"no {argv[0]} on PATH: there is no Slurm on this machine", hint=WAYS_OUT) from e
+        except subprocess.TimeoutExpired as e:
+            raise self._unavailable(argv[0], f"no answer within {self.timeout_s:g} s") from e
+
+    def _failed(self, program: str, done: subprocess.CompletedProcess[str]) -> JanusError:
+        words = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}, and nothing said"
+        if "Invalid job id" in words:
+            return JobNotFound(f"{program}: {words}", hint="janus-cluster list shows the jobs")
+        if _no_controller(words):
+            return self._unavailable(program, words)
+        return JanusError(f"{program} failed: {words}")
+
+    def _unavailable(self, program: str, words: str) -> SlurmUnavailable:
+        where = f" (SLURM_CONF={self.conf})" if self.conf else ""
+        return SlurmUnavailable(f"Slurm does not answer{where}. {program} says: {words}", hint=WAYS_OUT)
+
+
+def parse_squeue(text: str) -> dict[str, SlurmJob]:
+    """Job id → job, from `squeue --Format` with the columns that Slurm.squeue asks for. A line of another shape is
+    left out."""
+    jobs = {}
+    for row in _rows(text, _SQUEUE_FIELDS):
+        code, signal = parse_exit_code(row["exit_code"])
+        state, _ = _plain_state(row["State"])
+        jobs[row["JobID"]] = SlurmJob(
+            job_id=row["JobID"],
+            state=state,
+            source="squeue",
+            exit_code=code,
+            signal=signal,
+            reason=_value(row["Reason"]),
+            nodes=parse_hostlist(row["NodeList"]),
+            restarts=int(row["RestartCnt"]) if row["RestartCnt"].isdigit() else None,
+            start_time=parse_time(row["StartTime"]),
+            submit_time=parse_time(row["SubmitTime"]),
+            command=_value(row["Command"]),
+            name=row["Name"],
+        )
+    return jobs
+
+
+def parse_scontrol_job(text: str) -> SlurmJob | None:
+    """The job of `scontrol show job <id>`; None when the text holds none."""
+    head, _, body = text.partition("\n")
+    job_id = re.match(r"JobId=(\d+)(?: |$)", head)
+    fields: dict[str, str] = {}
+    for line in body.splitlines():
+        for key, value in re.findall(r"(?:^|\s)([A-Z][A-Za-z/:]*)=(.*?)(?=\s[A-Z][A-Za-z/:]*=|$)", line.strip()):
+            fields.setdefault(key, value)
+        if line.lstrip().startswith("Command="):
+            fields["Command"] = line.lstrip().removeprefix("Command=")
+    if job_id is None or "JobState" not in fields:
+        return None
+    state, by_whom = _plain_state(fields["JobState"])
+    code, signal = parse_exit_code(fields.get("ExitCode", ""))
+    return SlurmJob(
+        job_id=job_id.group(1),
+        state=state,
+        source="scontrol",
+        exit_code=code,
+        signal=signal,
+        reason=_value(fields.get("Reason", "")) or by_whom,
+        nodes=parse_hostlist(fields.get("NodeList", "")),
+        restarts=int(fields["Restarts"]) if fields.get("Restarts", "").isdigit() else None,
+        start_time=parse_time(fields.get("StartTime", "")),
+        submit_time=parse_time(fields.get("SubmitTime", "")),
+        command=_value(fields.get("Command", "")),
+        name=name.group(1) if (name := re.search(r" JobName=(.*)$", head)) else "",
+    )
+
+
+def parse_sacct(text: str) -> dict[str, SlurmJob]:
+    """Job id → job, from `sacct --parsable2` with the columns that Slurm.sacct asks for; a requeued job's last row
+    counts."""
+    jobs = {}
+    for row in _rows(text, _SACCT_FIELDS):
+        state, by_whom = _plain_state(row["State"])
+        code, signal = parse_exit_code(row["ExitCode"])
+        jobs[row["JobIDRaw"]] = SlurmJob(
+            job_id=row["JobIDRaw"],
+            state=state,
+            source="sacct",
+            exit_code=code,
+            signal=signal,
+            reason=by_whom or _value(row["Reason"]),
+            nodes=parse_hostlist(row["NodeList"]),
+            start_time=parse_time(row["Start"]),
+            submit_time=parse_time(row["Submit"]),
+            name=row["JobName"],
+        )
+    return jobs
+
+
+def parse_exit_code(text: str) -> tuple[int | None, int | None]:
+    """(exit code, signal) of `7:0`, or of the raw wait status that squeue prints (1792 is exit code 7)."""
+    if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
+        return int(match.group(1)), int(match.group(2)) or None
+    if text.strip().isdigit():
+        status = int(text)
+        return (status >> 8) & 0xFF, (status & 0x7F) or None
+    return None, None
+
+
+def parse_time(text: str) -> float | None:
+    """Epoch seconds of `1795233047` or `2026-11-21T03:50:47` (local time); None for N/A and the like."""
+    text = text.strip()
+    if text.isdigit():
+        return float(text)
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
+
+
+def parse_hostlist(text: str) -> tuple[str, ...]:
+    """The hosts of `h800-[01-02,07],login`, in Slurm's order; empty when none is named."""
+    if _value(text) is None:
+        return ()
+    parts = re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text.strip())
+    return tuple(host for part in parts for host in _expand_hosts(part))
+
+
+def _expand_hosts(pattern: str) -> list[str]:
+    head, bracket, rest = pattern.partition("[")
+    if not bracket:
+        return [pattern]
+    ranges, _, tail = rest.partition("]")
+    numbers: list[str] = []
+    for item in ranges.split(","):
+        first, _, last = item.partition("-")
+        if not last:
+            numbers.append(first)
+        elif first.isdigit() and last.isdigit():
+            numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    return [head + number + end for number in numbers for end in _expand_hosts(tail)]
+
+
+def _rows(text: str, fields: Sequence[str]) -> list[Mapping[str, str]]:
+    lines = (line.removesuffix(_SEPARATOR).split(_SEPARATOR) for line in text.split("\n"))
+    return [dict(zip(fields, values, strict=True)) for values in lines if len(values) == len(fields)]
+
+
+def _plain_state(text: str) -> tuple[str, str | None]:
+    """(state, who did it) of `CANCELLED by 1000`, `COMPLETING,FAILED` or `NODE_FAIL+`."""
+    words = re.split(r"[\s,+]", text.strip().upper(), maxsplit=1)
+    by = re.search(r"\bby (\d+)\s*$", text.strip())
+    return words[0], f"cancelled by user id {by.group(1)}" if by else None
+
+
+def _value(text: str) -> str | None:
+    return None if text.strip() in _NO_VALUE else text.strip()
+
+
+def _no_controller(words: str) -> bool:
+    said = words.lower()
+    signs = ("unable to contact", "could not establish a configuration", "connect failure", "socket timed out")
+    return any(sign in said for sign in signs) or "unable to process configuration file" in said

@@ -1,0 +1,299 @@
+"""The state ladder: the job's own status.json, then squeue, scontrol show job, sacct.
+
+One answer per run, saying which rung gave it and how old it is. The rules, in one place:
+  - A final status.json is the job's own word; it yields only to a Slurm that has the job queued or started again since.
+  - A status.json that says RUNNING is believed only while Slurm (or the local process) says so too.
+  - Slurm is asked before status.json is read: a job that Slurm calls dead has written its last word by then.
+  - What no rung knows is UNKNOWN, and UNKNOWN is never success.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from janus_cluster.errors import JanusError
+from janus_cluster.rundir import RunDir
+from janus_cluster.slurm.commands import Slurm, SlurmJob
+from janus_cluster.slurm.recorded import StatusFile, Submission, load_status, load_submission
+
+# The source of a state that could not be asked for.
+NOBODY = "none"
+FINAL_STATUS = frozenset({"COMPLETED", "FAILED", "STOPPED", "CANCELLED"})
+# A stop signal also comes with preemption and requeue: only Slurm knows, a moment later, whether the job comes back.
+MAY_BEGIN_AGAIN = frozenset({"STOPPED", "CANCELLED"})
+WAITING = frozenset(
+    {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+)
+RUNNING = frozenset({"RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT"})
+ENDED_BADLY = {
+    "FAILED": "the job script failed",
+    "CANCELLED": "cancelled",
+    "TIMEOUT": "the walltime was used up",
+    "NODE_FAIL": "a node failed",
+    "OUT_OF_MEMORY": "the node's memory ran out and a process was killed",
+    "PREEMPTED": "preempted by a job of higher priority, and not requeued",
+    "DEADLINE": "it could not end before its deadline",
+    "BOOT_FAIL": "a node could not be booted",
+    "REVOKED": "revoked: another cluster of the federation took it",
+    "LAUNCH_FAILED": "the job could not be launched",
+    "RECONFIG_FAIL": "a node could not be reconfigured",
+}
+FINAL = FINAL_STATUS | set(ENDED_BADLY)
+# STOPPED is Slurm's word for a job under SIGSTOP and ours for one that stopped on purpose.
+_SLURM_ALIASES = {"STOPPED": "SUSPENDED"}
+# A job number starts again at 1 with a new sandbox: a first run of that number queued later than this is another job.
+_SUBMIT_SLACK_S = 600.0
+STOPPED_EXIT_CODE = 13
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """One run's state, who said so, and how old the word is.
+
+    Units: age_s seconds. exit_code is the job's own, 128 + n where signal n ended it; None where nobody knows.
+    """
+
+    state: str
+    source: str
+    age_s: float | None = None
+    exit_code: int | None = None
+    reason: str | None = None
+    nodes: tuple[str, ...] = ()
+    attempt: int | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in FINAL
+
+    @property
+    def command_exit_code(self) -> int:
+        """What a command that followed the job exits with: 0 only for COMPLETED, never 0 for an unknown end."""
+        if self.state == "COMPLETED":
+            return self.exit_code or 0
+        if self.exit_code:
+            return self.exit_code
+        return STOPPED_EXIT_CODE if self.state == "STOPPED" else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What Slurm said of a job: the job, None for one it does not know, or why it could not be asked."""
+
+    job: SlurmJob | None = None
+    problem: str | None = None
+
+
+def load_job_states(runs: Sequence[RunDir], *, now: float | None = None) -> list[JobState]:
+    """The state of every run, in order, from one squeue for all the jobs of each Slurm."""
+    sent = [load_submission(run) for run in runs]
+    answers = _ask_slurm([s for s in sent if s is not None and s.cluster != "local"])
+    states = []
+    for run, submission in zip(runs, sent, strict=True):
+        if submission is None:
+            states.append(_not_submitted(run))
+            continue
+        if submission.cluster == "local":
+            alive = submission.pid is not None and is_local_job(submission.pid, run)
+            status = load_status(run)
+            states.append(judge_local_state(status, alive=alive, now=time.time() if now is None else now))
+            continue
+        answer = answers[_key(submission)]
+        if answer.job and not is_same_job(answer.job, run, submission):
+            answer = Answer()
+        status = _own_status(load_status(run), submission)
+        states.append(judge_slurm_state(status, answer, now=time.time() if now is None else now))
+    return states
+
+
+def judge_slurm_state(status: StatusFile | None, answer: Answer, *, now: float) -> JobState:
+    """The state of a job under Slurm, from its own last word and Slurm's."""
+    job = answer.job
+    if job is not None and job.state in _SLURM_ALIASES:
+        job = replace(job, state=_SLURM_ALIASES[job.state])
+    if status is not None and status.state in FINAL_STATUS:
+        if job and _began_again(job, status):
+            return _from_slurm(job, status)
+        if job and job.state in RUNNING and status.state in MAY_BEGIN_AGAIN:
+            return replace(_from_status(status, now), state="COMPLETING", source=job.source, exit_code=None)
+        return _from_status(status, now)
+    if answer.problem is not None:
+        return _unconfirmed(status, answer.problem, now)
+    if job is None:
+        return _forgotten(status, now)
+    if job.state == "RUNNING" and status is not None and not _began_again(job, status):
+        return _from_status(status, now)
+    if job.state == "COMPLETED" and status is not None:
+        reason = f"{job.source} says COMPLETED, but status.json stopped at {status.state}: the job did not see its end"
+        return replace(_from_slurm(job, status), state="UNKNOWN", reason=reason, exit_code=None)
+    return _from_slurm(job, status)
+
+
+def judge_local_state(status: StatusFile | None, *, alive: bool, now: float) -> JobState:
+    """The state of a job on this machine, from its own last word and whether its process lives."""
+    if status is not None and (status.state in FINAL_STATUS or alive):
+        return _from_status(status, now)
+    if alive:
+        return JobState(state="RUNNING", source="process", age_s=0.0, reason="starting")
+    said = f"status.json stopped at {status.state}" if status else "it wrote no status.json"
+    return JobState(
+        state="FAILED",
+        source="process",
+        age_s=0.0,
+        reason=f"ended without saying why: its process is gone and {said}; see logs/batch.log",
+        nodes=status.nodes if status else (),
+        attempt=status.attempt if status else None,
+    )
+
+
+def is_local_job(pid: int, run: RunDir) -> bool:
+    """Whether `pid` lives and is the process of this run: its command line names the run folder or a file in it."""
+    proc = Path("/proc") / str(pid)
+    try:
+        argv = (proc / "cmdline").read_bytes().split(b"\0")
+        cwd = (proc / "cwd").readlink()
+    except OSError:
+        return False
+    # A zombie's command line is empty, so it counts as dead.
+    ours = run.path.resolve()
+    paths = ((cwd / arg.decode(errors="surrogateescape")).resolve() for arg in argv if b"/" in arg or arg == b".")
+    return any(path == ours or ours in path.parents for path in paths)
+
+
+def is_same_job(job: SlurmJob, run: RunDir, submission: Submission) -> bool:
+    """Whether Slurm's job is this run's, and not another one that got the same number from a newer Slurm."""
+    script = re.match(rf"(/.*?/{re.escape(run.job_sbatch.name)})(?: |$)", job.command or "")
+    if script and Path(script.group(1)).resolve() != run.job_sbatch.resolve():
+        return False
+    if job.submit_time is None or submission.submitted_at is None:
+        return True
+    if job.submit_time < submission.submitted_at - _SUBMIT_SLACK_S:
+        return False
+    return job.restarts != 0 or job.submit_time < submission.submitted_at + _SUBMIT_SLACK_S
+
+
+def _ask_slurm(sent: Iterable[Submission]) -> dict[tuple[Path | None, str], Answer]:
+    ids_by_conf: dict[Path | None, list[str]] = {}
+    for submission in sent:
+        ids_by_conf.setdefault(submission.slurm_conf, [])
+        if submission.job_id is not None and submission.job_id.isdigit():
+            ids_by_conf[submission.slurm_conf].append(submission.job_id)
+    answers: dict[tuple[Path | None, str], Answer] = {}
+    for conf, job_ids in ids_by_conf.items():
+        found = _climb(Slurm(conf=conf), job_ids)
+        answers |= {(conf, job_id): answer for job_id, answer in found.items()}
+        answers[(conf, "")] = Answer(problem="no job id is known")
+    return answers
+
+
+def _climb(slurm: Slurm, job_ids: Sequence[str]) -> dict[str, Answer]:
+    problem = None
+    found: dict[str, SlurmJob] = {}
+    try:
+        found |= slurm.squeue(job_ids)
+        # A hidden partition or a site's privacy rule can keep a job out of squeue alone.
+        if not found and len(job_ids) == 1 and (job := slurm.scontrol_show_job(job_ids[0])):
+            found[job.job_id] = job
+    except JanusError as e:
+        problem = e.message
+    try:
+        recorded = slurm.sacct([job_id for job_id in job_ids if job_id not in found])
+    except JanusError:
+        # Many sites keep no accounting, or its database is away: the rungs above have spoken already.
+        recorded = {}
+    # Accounting keeps open rows of jobs that were lost with a controller; only an end that it recorded counts.
+    found |= {i: job for i, job in recorded.items() if job.state == "COMPLETED" or job.state in ENDED_BADLY}
+    return {i: Answer(job=found[i]) if i in found else Answer(problem=problem) for i in job_ids}
+
+
+def _key(submission: Submission) -> tuple[Path | None, str]:
+    known = submission.job_id is not None and submission.job_id.isdigit()
+    return submission.slurm_conf, str(submission.job_id) if known else ""
+
+
+def _own_status(status: StatusFile | None, submission: Submission) -> StatusFile | None:
+    """The status file, unless an earlier job of the same run folder wrote it."""
+    if status is None or status.job_id in (None, submission.job_id):
+        return status
+    return None
+
+
+def _began_again(job: SlurmJob, status: StatusFile) -> bool:
+    if job.state in WAITING:
+        return True
+    if job.state not in RUNNING or job.state == "COMPLETING":
+        return False
+    return job.start_time is not None and status.updated_at is not None and job.start_time > status.updated_at
+
+
+def _from_status(status: StatusFile, now: float) -> JobState:
+    exit_code = status.exit_code
+    if exit_code is None and status.signal:
+        exit_code = 128 + status.signal
+    return JobState(
+        state=status.state if status.state in FINAL_STATUS | {"RUNNING"} else "UNKNOWN",
+        source="status.json",
+        age_s=_age(status, now),
+        exit_code=exit_code,
+        reason=status.reason,
+        nodes=status.nodes,
+        attempt=status.attempt,
+    )
+
+
+def _from_slurm(job: SlurmJob, status: StatusFile | None) -> JobState:
+    known = job.state in WAITING or job.state in RUNNING or job.state in FINAL
+    is_end = job.state in FINAL
+    began_again = status is not None and _began_again(job, status)
+    return JobState(
+        state=job.state if known else "UNKNOWN",
+        source=job.source,
+        age_s=0.0,
+        exit_code=_exit_code(job) if is_end else None,
+        reason=_reason(job) if known else f"{job.source} says {job.state}",
+        nodes=status.nodes if status and status.nodes and not began_again else job.nodes,
+        attempt=status.attempt if status else None,
+    )
+
+
+def _exit_code(job: SlurmJob) -> int | None:
+    if job.state == "COMPLETED":
+        return job.exit_code
+    # For other ends the numbers are Slurm's own book-keeping: 1 for DEADLINE, 15 for NODE_FAIL, 125 for memory.
+    if job.state not in ("FAILED", "CANCELLED"):
+        return None
+    return job.exit_code or (128 + job.signal if job.signal else None)
+
+
+def _reason(job: SlurmJob) -> str | None:
+    if job.state not in ENDED_BADLY:
+        return job.reason
+    meaning = ENDED_BADLY[job.state]
+    if job.state == "CANCELLED":
+        # Squeue still shows why it was waiting when it was cancelled.
+        return job.reason if job.reason and job.reason.startswith("cancelled by") else meaning
+    return f"{meaning} (Slurm: {job.reason})" if job.reason else meaning
+
+
+def _unconfirmed(status: StatusFile | None, problem: str, now: float) -> JobState:
+    if status is None:
+        return JobState(state="UNKNOWN", source=NOBODY, reason=problem)
+    return replace(_from_status(status, now), reason=f"not confirmed: {problem}")
+
+
+def _forgotten(status: StatusFile | None, now: float) -> JobState:
+    if status is None:
+        return JobState(state="UNKNOWN", source="squeue", reason="Slurm knows no such job, and it wrote no status.json")
+    reason = f"ended without saying why: Slurm no longer knows the job, and status.json stopped at {status.state}"
+    return replace(_from_status(status, now), state="FAILED", source="squeue", age_s=0.0, reason=reason)
+
+
+def _not_submitted(run: RunDir) -> JobState:
+    return JobState(state="NOT_SUBMITTED", source="run folder", reason=f"sbatch {run.job_sbatch} submits it")
+
+
+def _age(status: StatusFile, now: float) -> float | None:
+    return None if status.updated_at is None else round(max(0.0, now - status.updated_at), 1)
