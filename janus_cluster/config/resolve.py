@@ -12,12 +12,14 @@ from janus_cluster import __version__
 from janus_cluster.config.load import LoadedJob
 from janus_cluster.config.schema import JobConfig, ResolvedJob
 from janus_cluster.errors import UsageError
+from janus_cluster.preflight.profile import load_profile
 from janus_cluster.render.deepspeed import resolve_ds_config
 from janus_cluster.render.deepspeed_lint import lint_ds_config
 from janus_cluster.render.env import resolve_env, split_secrets
 from janus_cluster.render.env_lint import lint_env
 from janus_cluster.render.load import load_ds_profile, load_env_profile, load_nccl_variable_names
 from janus_cluster.render.sbatch_options import resolve_sbatch_options
+from janus_cluster.resources import templates_dir
 
 
 def resolve_job(
@@ -39,6 +41,7 @@ def resolve_job(
     problems = [f"{loaded.source}: {p}" for p in find_conflicts(job, processes_per_node=processes)]
     if problems:
         raise UsageError.of_many(problems)
+    profile = preflight_profile(job)
     plain, secret = split_secrets({n: environ[n] for n in job.environment.forward if n in environ})
     env = resolve_env(
         load_env_profile(job.environment.profile),
@@ -57,7 +60,8 @@ def resolve_job(
         processes_per_node=processes,
         world_size=world_size,
         effective_batch_size=effective_batch_size(job, world_size=world_size),
-        preflight_profile=preflight_profile(job),
+        preflight_profile=profile,
+        preflight_thresholds=load_profile(templates_dir(), profile),
         python=job.environment.python or python,
         sbatch_options=resolve_sbatch_options(job, run_dir=run_dir),
         env=env,

@@ -244,6 +244,7 @@ class ResolvedJob(Section):
     world_size: int
     effective_batch_size: int
     preflight_profile: Literal["h800", "cpu"]
+    preflight_thresholds: dict[str, Any] = Field(default_factory=dict)
     python: str
     sbatch_options: dict[str, str | None]
     env: tuple[EnvVar, ...]

@@ -25,9 +25,7 @@ from janus_cluster.node.status import HEARTBEAT_S, StatusFile
 from janus_cluster.node.steps import Launcher, Step
 from janus_cluster.preflight.gate import build_verdict, judge_active, judge_static, require_fresh
 from janus_cluster.preflight.model import CheckResult, Verdict
-from janus_cluster.preflight.profile import load_profile
 from janus_cluster.preflight.report import render_verdict, render_verdict_markdown
-from janus_cluster.resources import templates_dir
 from janus_cluster.rundir import RunDir, read_json, write_json_atomically, write_text_atomically
 
 # A file that another node has just written may need this long to be seen through NFS attribute caches.
@@ -115,16 +113,15 @@ def run_attempt(run: RunDir, launcher: Launcher) -> int:
 def run_gate(attempt: Attempt) -> None:
     """The verdict is written and training may begin. Raises: GateFailed, GateUndetermined."""
     run, resolved, number = attempt.run, attempt.resolved, attempt.number
-    profile = load_profile(templates_dir(), resolved.preflight_profile)
     timeout_s = resolved.job.preflight.timeout_s
     code = attempt.run_phase("facts", timeout_s=timeout_s, end_together=False)
     facts = attempt.read_reports(lambda n: run.facts_json(number, n), wait_s=0 if code else _VISIBILITY_S)
-    results = judge_static(facts, resolved, profile)
+    results = judge_static(facts, resolved)
     if not any(r.state == "FAIL" for r in results):
         # A node that is known to be bad would only make the others wait for it.
         code = attempt.run_phase("all_reduce", timeout_s=timeout_s, end_together=True)
         measured = attempt.read_reports(lambda n: run.all_reduce_json(number, n), wait_s=0 if code else _VISIBILITY_S)
-        results += judge_active(measured, resolved, profile)
+        results += judge_active(measured, resolved)
     verdict = write_verdict(attempt, results)
     print_verdict(verdict)
     again = Verdict.from_json(read_json(run.verdict_json(number)))

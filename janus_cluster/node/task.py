@@ -66,10 +66,14 @@ def _log_to(path: Path) -> None:
 
 
 def _torchrun(run: RunDir, resolved: ResolvedJob, identity: NodeIdentity, args: argparse.Namespace) -> list[str]:
+    module_args = [str(run.path), "--attempt", str(args.attempt), "--node", identity.node]
+    if args.phase == "all_reduce":
+        payload_mb = resolved.job.preflight.all_reduce_mb or resolved.preflight_thresholds["all_reduce"]["payload_mb"]
+        module_args += ["--payload-mb", str(payload_mb)]
     return build_torchrun_argv(
         sys.executable,
         _MODULES[args.phase],
-        [str(run.path), "--attempt", str(args.attempt), "--node", identity.node],
+        module_args,
         identity=identity,
         processes_per_node=resolved.processes_per_node,
         master_addr=args.master_addr,

@@ -37,6 +37,8 @@ def build_torchrun_argv(
         "--max-restarts=0",
         f"--log-dir={log_dir}",
         "-m",
+        # Without it torchrun takes an option of the module for an abbreviation of one of its own.
+        "--",
         module,
         *module_args,
     ]

@@ -36,8 +36,8 @@ def judge_all_reduce(
         id="all_reduce",
         phase="active",
         node=node,
-        unit="GB/s busbw",
-        expected=f">= {floor_gb_per_s:g}",
+        unit="GB/s",
+        expected=f">= {floor_gb_per_s:g} GB/s busbw",
         threshold_source=source,
     )
     fix = "see the node logs of this attempt; which interface does NCCL/gloo use, can the nodes reach each other?"
@@ -52,7 +52,7 @@ def judge_all_reduce(
     is_sound = busbw >= floor_gb_per_s
     return result(
         state="PASS" if is_sound else "FAIL",
-        measured=f"{busbw:.3g} ({payload})",
+        measured=f"{busbw:.3g} GB/s busbw ({payload})",
         duration_s=sum(facts["times_s"]),
         fix="" if is_sound else fix,
     )

@@ -44,9 +44,7 @@ def read_facts(resolved: ResolvedJob, *, node: str) -> dict[str, Any]:
     return facts
 
 
-def judge_static(
-    facts_by_node: Mapping[str, dict[str, Any] | None], resolved: ResolvedJob, profile: Mapping[str, Any]
-) -> list[CheckResult]:
+def judge_static(facts_by_node: Mapping[str, dict[str, Any] | None], resolved: ResolvedJob) -> list[CheckResult]:
     """Every static and cross-node check of every node; a node that did not report is FAIL."""
     results: list[CheckResult] = []
     for node, facts in facts_by_node.items():
@@ -64,17 +62,15 @@ def judge_static(
             )
         )
         if reported and facts is not None:
-            results += _judge_node(facts, resolved, profile, node)
+            results += _judge_node(facts, resolved, node)
     present = {node: facts["versions"] for node, facts in facts_by_node.items() if facts is not None}
     if len(present) > 1:
         results += judge_same_versions(present)
     return results
 
 
-def _judge_node(
-    facts: dict[str, Any], resolved: ResolvedJob, profile: Mapping[str, Any], node: str
-) -> list[CheckResult]:
-    job = resolved.job
+def _judge_node(facts: dict[str, Any], resolved: ResolvedJob, node: str) -> list[CheckResult]:
+    job, profile = resolved.job, resolved.preflight_thresholds
     return [
         *judge_paths(facts["paths"], node=node, min_free_gb=job.preflight.min_free_gb),
         *judge_versions(facts["versions"], node=node, python_min=profile["versions"]["python_min"]),
@@ -83,11 +79,9 @@ def _judge_node(
     ]
 
 
-def judge_active(
-    measured: Mapping[str, dict[str, Any] | None], resolved: ResolvedJob, profile: Mapping[str, Any]
-) -> list[CheckResult]:
+def judge_active(measured: Mapping[str, dict[str, Any] | None], resolved: ResolvedJob) -> list[CheckResult]:
     """The all-reduce of every node against the floor for this number of nodes."""
-    floor = profile["all_reduce"]["busbw_gb_per_s"][resolved.job.nodes]
+    floor = resolved.preflight_thresholds["all_reduce"]["busbw_gb_per_s"][str(resolved.job.nodes)]
     return [
         judge_all_reduce(
             facts,

@@ -52,8 +52,8 @@ class Verdict:
 
     @property
     def exclude(self) -> tuple[str, ...]:
-        """Nodes with a failed check of their own, for `--exclude=`."""
-        bad = {r.node for r in self.results if r.state == "FAIL"}
+        """Nodes with a failed check of their own, for `--exclude=`; a failed all-reduce does not say whose fault it is."""
+        bad = {r.node for r in self.results if r.state == "FAIL" and r.phase == "static"}
         return tuple(n for n in self.nodes if n in bad)
 
     def of_node(self, node: str) -> Verdict:

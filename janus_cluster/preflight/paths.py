@@ -63,17 +63,18 @@ def judge_paths(facts: dict[str, Any], *, node: str, min_free_gb: float) -> list
     results = [_judge_path(check_id, fact, node) for check_id, fact in facts["paths"].items()]
     run = facts["run_dir"]
     free_gb = run["free_bytes"] / 1e9
+    is_sound = run["writable"] and free_gb >= min_free_gb
     results.append(
         CheckResult(
             id="paths.run_dir",
             phase="static",
             node=node,
-            state="PASS" if run["writable"] and free_gb >= min_free_gb else "FAIL",
-            measured=f"{free_gb:.1f}" if run["writable"] else "not writable",
-            expected=f">= {min_free_gb:g}, writable",
-            unit="GB free",
+            state="PASS" if is_sound else "FAIL",
+            measured=f"{free_gb:.1f} GB free" if run["writable"] else "not writable",
+            expected=f">= {min_free_gb:g} GB free, writable",
+            unit="GB",
             threshold_source="preflight.min_free_gb",
-            fix=f"make room or set runs_dir to another file system: {run['path']}",
+            fix="" if is_sound else f"make room or set runs_dir to another file system: {run['path']}",
         )
     )
     return results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from janus_cluster.preflight.model import Verdict
+from janus_cluster.preflight.model import CheckResult, Verdict
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -13,27 +13,37 @@ _STYLE = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red", "ERROR": "bold 
 
 
 def render_verdict(verdict: Verdict) -> Group:
-    """A table, worst first, then one line per fault that says how to mend it."""
+    """A table, worst first, equal results of several nodes on one line; then a line per fault that says how to mend it."""
     from rich.console import Group  # not at import time: rich costs more than the whole start-up budget
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=f"preflight {verdict.state}", title_style=_STYLE[verdict.state], title_justify="left")
-    for column in ("state", "node", "check", "measured", "expected", "threshold from"):
-        table.add_column(column, overflow="fold")
-    for r in verdict.worst_first():
-        state = Text(r.state, style=_STYLE[r.state])
-        measured = f"{r.measured} {r.unit}".strip()
-        table.add_row(state, Text(r.node), Text(r.id), Text(measured), Text(r.expected), Text(r.threshold_source))
-    mends = [Text(f"mend  {r.node} {r.id}: {r.fix}") for r in verdict.worst_first() if r.fix]
+    for column in ("state", "check", "node", "measured", "expected"):
+        table.add_column(column, overflow="fold", no_wrap=column == "state")
+    for r, nodes in group_nodes(verdict.worst_first()):
+        row = (Text(r.id), Text(", ".join(nodes)), Text(r.measured), Text(r.expected))
+        table.add_row(Text(r.state, style=_STYLE[r.state]), *row)
+    mends = [
+        Text(f"mend  {', '.join(nodes)} {r.id}: {r.fix}") for r, nodes in group_nodes(verdict.worst_first()) if r.fix
+    ]
     exclude = [Text(f"without the bad nodes: --exclude={','.join(verdict.exclude)}")] if verdict.exclude else []
     return Group(table, *mends, *exclude)
 
 
+def group_nodes(results: list[CheckResult]) -> list[tuple[CheckResult, list[str]]]:
+    """Results that differ in nothing a table shows but the node, as one result with its nodes."""
+    groups: dict[tuple[str, ...], tuple[CheckResult, list[str]]] = {}
+    for r in results:
+        key = (r.state, r.id, r.measured, r.expected)
+        groups.setdefault(key, (r, []))[1].append(r.node)
+    return list(groups.values())
+
+
 def render_verdict_markdown(verdict: Verdict) -> str:
-    """The same as Markdown, for pasting into a ticket."""
+    """Every result as Markdown, with the source of its threshold, for pasting into a ticket."""
     rows = [
-        f"| {r.state} | {r.node} | {r.id} | {_cell(f'{r.measured} {r.unit}')} | {_cell(r.expected)} "
+        f"| {r.state} | {r.node} | {r.id} | {_cell(r.measured)} | {_cell(r.expected)} "
         f"| {_cell(r.threshold_source)} | {_cell(r.fix)} |"
         for r in verdict.worst_first()
     ]

@@ -37,7 +37,7 @@ def test_torchrun_pins_the_node_rank_and_never_restarts() -> None:
     )
     for word in ("--node-rank=1", "--nnodes=2", "--nproc-per-node=8", "--master-addr=n1", "--max-restarts=0"):
         assert word in argv
-    assert argv[-4:] == ["m", "/run", "--attempt", "1"]
+    assert argv[-6:] == ["-m", "--", "m", "/run", "--attempt", "1"]
 
 
 def test_a_port_in_use_is_passed_over() -> None:

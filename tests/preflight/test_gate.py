@@ -13,10 +13,7 @@ from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.errors import GateFailed, GateUndetermined
 from janus_cluster.preflight.gate import build_verdict, judge_active, judge_static, read_facts, require_fresh
 from janus_cluster.preflight.model import CheckResult
-from janus_cluster.preflight.profile import load_profile
-from janus_cluster.resources import jobs_dir, templates_dir
-
-PROFILE = load_profile(templates_dir(), "cpu")
+from janus_cluster.resources import jobs_dir
 
 
 def resolve(tmp_path: Path, *sets: str) -> ResolvedJob:
@@ -33,7 +30,7 @@ def passed(node: str, state: str = "PASS") -> CheckResult:
 def test_a_sound_node_passes_and_a_silent_one_fails(tmp_path: Path) -> None:
     resolved = resolve(tmp_path)
     facts = read_facts(resolved, node="n1")
-    results = judge_static({"n1": facts, "n2": None}, resolved, PROFILE)
+    results = judge_static({"n1": facts, "n2": None}, resolved)
     by_node = {(r.node, r.id): r.state for r in results}
     assert by_node[("n1", "reported")] == "PASS"
     assert by_node[("n1", "paths.data")] == "PASS"
@@ -43,7 +40,7 @@ def test_a_sound_node_passes_and_a_silent_one_fails(tmp_path: Path) -> None:
 
 def test_a_required_path_that_is_missing_fails_by_name(tmp_path: Path) -> None:
     resolved = resolve(tmp_path, f"preflight.require_paths=[{tmp_path}/nowhere]")
-    results = judge_static({"n1": read_facts(resolved, node="n1")}, resolved, PROFILE)
+    results = judge_static({"n1": read_facts(resolved, node="n1")}, resolved)
     bad = [r for r in results if r.id == "paths.required"]
     assert [r.state for r in bad] == ["FAIL"]
     assert "nowhere" in bad[0].measured
@@ -52,12 +49,12 @@ def test_a_required_path_that_is_missing_fails_by_name(tmp_path: Path) -> None:
 def test_facts_of_another_configuration_are_not_believed(tmp_path: Path) -> None:
     resolved = resolve(tmp_path)
     facts = read_facts(resolve(tmp_path, "training.seed=1"), node="n1")
-    results = judge_static({"n1": facts}, resolved, PROFILE)
+    results = judge_static({"n1": facts}, resolved)
     assert [(r.id, r.state) for r in results if r.id == "reported"] == [("reported", "FAIL")]
 
 
 def test_an_all_reduce_that_nobody_reported_fails(tmp_path: Path) -> None:
-    results = judge_active({"n1": None, "n2": None}, resolve(tmp_path), PROFILE)
+    results = judge_active({"n1": None, "n2": None}, resolve(tmp_path))
     assert [r.state for r in results] == ["FAIL", "FAIL"]
 
 

@@ -70,7 +70,7 @@ def all_reduce(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("facts", "state", "word"),
     [
-        (all_reduce(), "PASS", "2 (1000 MB"),
+        (all_reduce(), "PASS", "2 GB/s busbw (1000 MB"),
         (all_reduce(times_s=[0.4] * 3), "PASS", "2.5"),
         (all_reduce(times_s=[0.6] * 3), "FAIL", "1.67"),
         (all_reduce(sum_correct=False), "FAIL", "sum was wrong"),

@@ -1,0 +1,78 @@
+"""The rooms stay apart: who may import whom, and what the login node must be able to do without torch."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "janus_cluster"
+
+
+def test_import_contracts_hold() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_training_names_no_slurm_variable() -> None:
+    found = [p for p in (PACKAGE / "training").rglob("*.py") if "SLURM_" in p.read_text(encoding="utf-8")]
+    assert found == []
+
+
+def test_no_shell_strings_and_no_killing_by_name() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for word in ("shell=True", "os.system(", "pkill", "killall"):
+            assert word not in text, f"{path}: {word}"
+
+
+def test_only_rundir_knows_names_inside_a_run_folder() -> None:
+    names = {"resolved.json", "ds_config.json", "metrics.jsonl", "submission.json", "batch.log"}
+    for path in PACKAGE.rglob("*.py"):
+        if path.name == "rundir.py":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        assert not strings & names, f"{path} spells {strings & names}; ask RunDir"
+
+
+def without_torch(tmp_path: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    """The command in a Python where torch, transformers and deepspeed cannot be imported."""
+    blocker = tmp_path / "sitecustomize.py"
+    blocker.write_text(
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'transformers', 'deepspeed', 'safetensors'):\n"
+        "            raise ImportError(f'{name} is not to be imported on a login node')\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+    environ = os.environ | {"PYTHONPATH": str(tmp_path), "JANUS_HOME": str(tmp_path / "home")}
+    return subprocess.run(
+        [sys.executable, "-m", "janus_cluster.cli", *argv],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_and_dry_run_work_where_torch_cannot_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "demo_data").mkdir()
+    assert without_torch(tmp_path, "--help").returncode == 0
+    done = without_torch(tmp_path, "submit", "demo", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "home" / "runs").iterdir())) == 1
+
+
+def test_the_demo_data_generator_works_where_torch_cannot_be_imported(tmp_path: Path) -> None:
+    probe = "import sys; sys.path.insert(0, '.'); import sitecustomize, janus_cluster.training.data.demo"
+    without_torch(tmp_path, "--help")
+    done = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,50 @@
+"""The wheel carries templates and jobs, and installs on a login node that has no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def call(argv: list[str], cwd: Path, **environ: str) -> str:
+    done = subprocess.run(
+        argv, cwd=cwd, env=os.environ | environ, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of an empty venv into which only the built wheel and its login-node dependencies went."""
+    folder = tmp_path_factory.mktemp("wheel")
+    call([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)], folder)
+    (wheel,) = folder.glob("*.whl")
+    venv.create(folder / "venv", with_pip=True)
+    python = folder / "venv" / "bin" / "python"
+    call([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(wheel)], folder)
+    return folder / "venv" / "bin"
+
+
+@pytest.mark.train
+def test_the_wheel_submits_from_another_folder_without_torch(installed: Path, tmp_path: Path) -> None:
+    frozen = call([str(installed / "python"), "-m", "pip", "list", "--format=json"], tmp_path)
+    packages = {p["name"].lower() for p in json.loads(frozen)}
+    assert "janus-cluster" in packages
+    assert not packages & {"torch", "transformers", "deepspeed"}
+
+    (tmp_path / "demo_data").mkdir()
+    said = call([str(installed / "janus-cluster"), "submit", "demo", "--dry-run", "--json"], tmp_path, JANUS_HOME="home")
+    run_dir = Path(json.loads(said)["run_dir"])
+    assert (run_dir / "job.sbatch").exists()
+    resolved = json.loads((run_dir / "resolved.json").read_text())
+    assert resolved["python"] == str(installed / "python")
+    assert "site-packages" in resolved["origins"]["name"]
