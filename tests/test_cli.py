@@ -51,16 +51,16 @@ def test_the_command_surface_is_frozen() -> None:
     for name in COMMANDS:
         command = group.get_command(None, name)  # type: ignore[arg-type]
         assert command is not None
-        options = [o for p in command.params for o in getattr(p, "opts", []) if o.startswith("--")]
+        options = [o for p in command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("-")]
         surface[name] = sorted(options)
     assert surface == {
         "submit": [
             "--cluster", "--dry-run", "--exclude", "--follow", "--json", "--name", "--no-preflight", "--nodes", "--set",
         ],
         "preflight": ["--cluster", "--exclude", "--json", "--local", "--nodes", "--set"],
-        "tail": ["--grep", "--no-follow", "--node", "--num-lines", "--rank", "--runs-dir"],
+        "tail": ["--follow", "--grep", "--no-follow", "--node", "--rank", "--runs-dir", "-n"],
         "status": ["--json", "--runs-dir", "--watch"],
-        "list": ["--json", "--limit", "--runs-dir"],
+        "list": ["--json", "--runs-dir", "-n"],
         "cancel": ["--runs-dir"],
         "render": ["--nodes", "--part", "--set"],
         "config": [],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from janus_cluster.rundir import RunDir
 from janus_cluster.slurm.commands import Slurm, SlurmJob
 from janus_cluster.slurm.recorded import StatusFile, Submission, load_status, load_submission
 
+# Which Slurm, and the job's number there.
+JobKey = tuple[Path | None, str]
 # The source of a state that could not be asked for.
 NOBODY = "none"
 FINAL_STATUS = frozenset({"COMPLETED", "FAILED", "STOPPED", "CANCELLED"})
@@ -47,6 +49,8 @@ FINAL = FINAL_STATUS | set(ENDED_BADLY)
 _SLURM_ALIASES = {"STOPPED": "SUSPENDED"}
 # A job number starts again at 1 with a new sandbox: a first run of that number queued later than this is another job.
 _SUBMIT_SLACK_S = 600.0
+# A Slurm on this machine answers in milliseconds; one that was taken down would be waited for 18 s.
+_SANDBOX_TIMEOUT_S = 8.0
 STOPPED_EXIT_CODE = 13
 
 
@@ -90,23 +94,27 @@ class Answer:
 def load_job_states(runs: Sequence[RunDir], *, now: float | None = None) -> list[JobState]:
     """The state of every run, in order, from one squeue for all the jobs of each Slurm."""
     sent = [load_submission(run) for run in runs]
-    answers = _ask_slurm([s for s in sent if s is not None and s.cluster != "local"])
-    states = []
-    for run, submission in zip(runs, sent, strict=True):
-        if submission is None:
-            states.append(_not_submitted(run))
-            continue
-        if submission.cluster == "local":
-            alive = submission.pid is not None and is_local_job(submission.pid, run)
-            status = load_status(run)
-            states.append(judge_local_state(status, alive=alive, now=time.time() if now is None else now))
-            continue
-        answer = answers[_key(submission)]
-        if answer.job and not is_same_job(answer.job, run, submission):
-            answer = Answer()
-        status = _own_status(load_status(run), submission)
-        states.append(judge_slurm_state(status, answer, now=time.time() if now is None else now))
-    return states
+    pairs = list(zip(runs, sent, strict=True))
+    answers = _ask_slurm([s for run, s in pairs if s and s.cluster != "local" and not _has_completed(run, s)])
+    return [_state_of(run, s, answers, time.time() if now is None else now) for run, s in pairs]
+
+
+def _has_completed(run: RunDir, submission: Submission) -> bool:
+    # Slurm is spared the question: were such a job ever started again, its status.json would say so.
+    status = _own_status(load_status(run), submission)
+    return status is not None and status.state == "COMPLETED"
+
+
+def _state_of(run: RunDir, submission: Submission | None, answers: Mapping[JobKey, Answer], now: float) -> JobState:
+    if submission is None:
+        return JobState(state="NOT_SUBMITTED", source="run folder", reason=f"sbatch {run.job_sbatch} submits it")
+    if submission.cluster == "local":
+        alive = submission.pid is not None and is_local_job(submission.pid, run)
+        return judge_local_state(_own_status(load_status(run), submission), alive=alive, now=now)
+    answer = answers.get(_key(submission), Answer(problem="Slurm was not asked"))
+    if answer.job and not is_same_job(answer.job, run, submission):
+        answer = Answer()
+    return judge_slurm_state(_own_status(load_status(run), submission), answer, now=now)
 
 
 def judge_slurm_state(status: StatusFile | None, answer: Answer, *, now: float) -> JobState:
@@ -175,15 +183,15 @@ def is_same_job(job: SlurmJob, run: RunDir, submission: Submission) -> bool:
     return job.restarts != 0 or job.submit_time < submission.submitted_at + _SUBMIT_SLACK_S
 
 
-def _ask_slurm(sent: Iterable[Submission]) -> dict[tuple[Path | None, str], Answer]:
+def _ask_slurm(sent: Iterable[Submission]) -> dict[JobKey, Answer]:
     ids_by_conf: dict[Path | None, list[str]] = {}
     for submission in sent:
         ids_by_conf.setdefault(submission.slurm_conf, [])
         if submission.job_id is not None and submission.job_id.isdigit():
             ids_by_conf[submission.slurm_conf].append(submission.job_id)
-    answers: dict[tuple[Path | None, str], Answer] = {}
+    answers: dict[JobKey, Answer] = {}
     for conf, job_ids in ids_by_conf.items():
-        found = _climb(Slurm(conf=conf), job_ids)
+        found = _climb(Slurm() if conf is None else Slurm(conf=conf, timeout_s=_SANDBOX_TIMEOUT_S), job_ids)
         answers |= {(conf, job_id): answer for job_id, answer in found.items()}
         answers[(conf, "")] = Answer(problem="no job id is known")
     return answers
@@ -209,7 +217,7 @@ def _climb(slurm: Slurm, job_ids: Sequence[str]) -> dict[str, Answer]:
     return {i: Answer(job=found[i]) if i in found else Answer(problem=problem) for i in job_ids}
 
 
-def _key(submission: Submission) -> tuple[Path | None, str]:
+def _key(submission: Submission) -> JobKey:
     known = submission.job_id is not None and submission.job_id.isdigit()
     return submission.slurm_conf, str(submission.job_id) if known else ""
 
@@ -289,10 +297,6 @@ def _forgotten(status: StatusFile | None, now: float) -> JobState:
         return JobState(state="UNKNOWN", source="squeue", reason="Slurm knows no such job, and it wrote no status.json")
     reason = f"ended without saying why: Slurm no longer knows the job, and status.json stopped at {status.state}"
     return replace(_from_status(status, now), state="FAILED", source="squeue", age_s=0.0, reason=reason)
-
-
-def _not_submitted(run: RunDir) -> JobState:
-    return JobState(state="NOT_SUBMITTED", source="run folder", reason=f"sbatch {run.job_sbatch} submits it")
 
 
 def _age(status: StatusFile, now: float) -> float | None:

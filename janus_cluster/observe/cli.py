@@ -1,0 +1,205 @@
+"""tail, status, list and cancel as click commands: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from janus_cluster.config.home import runs_dir
+from janus_cluster.observe import find
+from janus_cluster.observe.find import find_run
+from janus_cluster.rundir import RunDir
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from janus_cluster.observe.status import RunStatus
+
+# One squeue in this time is what a controller shared by a whole site can be asked for.
+WATCH_S = 15.0
+# `status` without a name looks for unfinished runs among this many of the newest.
+_RECENT_RUNS = 50
+
+_runs_dir_option = click.option(
+    "--runs-dir",
+    "runs_dirs",
+    multiple=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of run folders; may be repeated. Default: $JANUS_HOME/runs, else ./runs.",
+)
+
+
+def _folders(runs_dirs: tuple[Path, ...]) -> list[Path]:
+    return list(runs_dirs) or [runs_dir(os.environ, Path.cwd())]
+
+
+@click.command("tail")
+@click.argument("job")
+@click.option(
+    "-n",
+    "num_lines",
+    type=click.IntRange(min=0),
+    default=20,
+    show_default=True,
+    help="Lines to begin with, all files together.",
+)
+@click.option("--rank", type=click.IntRange(min=0), help="Only this global rank.")
+@click.option("--node", help="Only this node.")
+@click.option("--grep", metavar="RE", help="Only lines in which this regular expression is found.")
+@click.option("--follow/--no-follow", default=True, help="Stay until the job ends, or show what is there and go.")
+@_runs_dir_option
+@click.pass_context
+def tail(
+    ctx: click.Context,
+    /,
+    *,
+    job: str,
+    num_lines: int,
+    rank: int | None,
+    node: str | None,
+    grep: str | None,
+    follow: bool,
+    runs_dirs: tuple[Path, ...],
+) -> None:
+    """Show the log of all nodes and ranks of JOB, live, and end with the job's own exit code.
+
+    JOB is a job id, a run name, a job name (its newest run) or a run folder. Ctrl-C leaves the job alone.
+
+    \b
+    Examples:
+      janus-cluster tail 4711
+      janus-cluster tail demo --rank 0
+      janus-cluster tail demo --node h800-02 --grep 'NCCL|Error'
+      janus-cluster tail demo --no-follow -n 100
+    """
+    from janus_cluster.observe.tail import BROKEN_PIPE_EXIT_CODE
+    from janus_cluster.observe.tail import tail as follow_run
+
+    run = find_run(job, _folders(runs_dirs))
+    code = follow_run(run, num_lines=num_lines, rank=rank, node=node, grep=grep, follow=follow, out=sys.stdout)
+    if code == BROKEN_PIPE_EXIT_CODE:
+        # Python flushes stdout once more at exit, which would print a second complaint.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    ctx.exit(code)
+
+
+@click.command("status")
+@click.argument("jobs", nargs=-1, metavar="[JOB]...")
+@click.option("--watch", is_flag=True, help="Show it again every 15 s, until Ctrl-C.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object for one JOB, a list otherwise; nothing else on stdout."
+)
+@_runs_dir_option
+def status(jobs: tuple[str, ...], watch: bool, as_json: bool, runs_dirs: tuple[Path, ...]) -> None:
+    """Show state, attempt, step, speed, loss and ETA of each JOB, and what failed.
+
+    Without JOB: the runs that have not ended, or the newest one.
+
+    \b
+    Examples:
+      janus-cluster status
+      janus-cluster status 4711 --watch
+      janus-cluster status demo --json
+    """
+    if watch and as_json:
+        raise click.UsageError("--watch is for people and --json for programs: choose one")
+    folders = _folders(runs_dirs)
+    named = [find_run(job, folders) for job in jobs]
+    if as_json:
+        values = [s.to_json() for s in _collect(named, folders)]
+        click.echo(json.dumps(values[0] if len(jobs) == 1 else values, indent=2, ensure_ascii=False))
+        return
+    console = _console()
+    _print_status(console, _collect(named, folders), folders)
+    try:
+        while watch:
+            time.sleep(WATCH_S)
+            statuses = _collect(named, folders)
+            console.clear()
+            _print_status(console, statuses, folders)
+    except KeyboardInterrupt:
+        console.print()
+
+
+def _collect(named: list[RunDir], folders: list[Path]) -> list[RunStatus]:
+    from janus_cluster.observe.status import collect_status
+
+    if named:
+        return collect_status(named)
+    recent = collect_status(find.list_runs(folders)[:_RECENT_RUNS])
+    return [s for s in recent if not s.state.is_final and s.state.state != "NOT_SUBMITTED"] or recent[:1]
+
+
+def print_status(runs: Sequence[RunDir]) -> None:
+    """The table of the runs is on stdout."""
+    _print_status(_console(), _collect(list(runs), []), [])
+
+
+def _print_status(console: Console, statuses: list[RunStatus], folders: list[Path]) -> None:
+    from janus_cluster.observe.status import render_status
+
+    if statuses:
+        # The terminal folds long lines itself; a command folded by us could not be copied whole.
+        console.print(render_status(statuses), soft_wrap=True)
+    else:
+        console.print(_no_runs(folders))
+
+
+@click.command("list")
+@click.option("-n", "limit", type=click.IntRange(min=1), default=20, show_default=True, help="The newest so many runs.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON list; nothing else on stdout.")
+@_runs_dir_option
+def list_runs(limit: int, as_json: bool, runs_dirs: tuple[Path, ...]) -> None:
+    """List the runs, newest first, with their states.
+
+    \b
+    Examples:
+      janus-cluster list
+      janus-cluster list -n 5 --json
+      janus-cluster list --runs-dir /shared/team/runs
+    """
+    from janus_cluster.observe.listing import collect_list, render_list
+
+    folders = _folders(runs_dirs)
+    statuses = collect_list(folders, limit=limit)
+    if as_json:
+        click.echo(json.dumps([s.to_json() for s in statuses], indent=2, ensure_ascii=False))
+    elif statuses:
+        _console().print(render_list(statuses))
+    else:
+        click.echo(_no_runs(folders))
+
+
+@click.command("cancel")
+@click.argument("job")
+@_runs_dir_option
+def cancel(job: str, runs_dirs: tuple[Path, ...]) -> None:
+    """End JOB: scancel under Slurm, SIGTERM to its process group on this machine.
+
+    \b
+    Examples:
+      janus-cluster cancel 4711
+      janus-cluster cancel demo
+    """
+    from janus_cluster.observe.cancel import cancel_run
+
+    click.echo(cancel_run(find_run(job, _folders(runs_dirs))))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # A pipe has no width: a table folded to 80 columns could not be searched line by line.
+    console = Console(soft_wrap=False, highlight=False)
+    return console if console.is_terminal else Console(width=220, highlight=False)
+
+
+def _no_runs(folders: list[Path]) -> str:
+    return f"no runs in {', '.join(map(str, folders))}; janus-cluster submit starts one"

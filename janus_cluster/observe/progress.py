@@ -1,0 +1,102 @@
+"""How far training has come: the last lines of metrics.jsonl, read from the file's end."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from janus_cluster.rundir import RunDir
+
+# A training record is about 500 bytes: this holds the last 500 of them, whatever the file's size.
+TAIL_BYTES = 256 * 1024
+# Steps that the expected time is reckoned from: enough to even out a checkpoint, few enough to follow a slowdown.
+_ETA_STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """The last word of metrics.jsonl on each thing; None where it says nothing.
+
+    Units: step_time_s, eta_s seconds; accuracies 0 to 1; time epoch seconds of the last record.
+    """
+
+    step: int | None = None
+    total_steps: int | None = None
+    loss: float | None = None
+    step_time_s: float | None = None
+    samples_per_s: float | None = None
+    eta_s: float | None = None
+    action_accuracy: float | None = None
+    majority_accuracy: float | None = None
+    checkpoint: str | None = None
+    export: str | None = None
+    time: float | None = None
+
+
+def load_progress(run: RunDir) -> Progress:
+    """The run's progress, from at most TAIL_BYTES of metrics.jsonl."""
+    try:
+        with run.metrics_jsonl.open("rb") as f:
+            size = f.seek(0, 2)
+            start = f.seek(max(0, size - TAIL_BYTES))
+            data = f.read(TAIL_BYTES)
+    except OSError:
+        return Progress()
+    lines = data.split(b"\n")[:-1]
+    return build_progress(parse_records(lines[1:] if start else lines))
+
+
+def parse_records(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The JSON objects among the lines; torn and foreign ones are left out."""
+    records = []
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            records.append(value)
+    return records
+
+
+def build_progress(records: Iterable[dict[str, Any]]) -> Progress:
+    """What the records say, later ones winning."""
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    last_time = None
+    for record in records:
+        by_kind.setdefault(str(record.get("kind")), []).append(record)
+        last_time = _number(record.get("time")) or last_time
+    trained = by_kind.get("train", [])
+    last = trained[-1] if trained else {}
+    evaluated = by_kind.get("eval", [{}])[-1]
+    step, total = _whole(last.get("step")), _whole(last.get("total_steps"))
+    times = [t for r in trained[-_ETA_STEPS:] if (t := _number(r.get("step_time_s"))) is not None]
+    known = step is not None and total is not None and bool(times)
+    return Progress(
+        step=step,
+        total_steps=total,
+        loss=_number(last.get("loss")),
+        step_time_s=_number(last.get("step_time_s")),
+        samples_per_s=_number(last.get("samples_per_s")),
+        eta_s=max(0, (total or 0) - (step or 0)) * statistics.median(times) if known else None,
+        action_accuracy=_number(evaluated.get("action_accuracy")),
+        majority_accuracy=_number(evaluated.get("majority_accuracy")),
+        checkpoint=_last_path(by_kind.get("checkpoint", [])),
+        export=_last_path(by_kind.get("export", [])),
+        time=last_time,
+    )
+
+
+def _last_path(records: list[dict[str, Any]]) -> str | None:
+    return next((r["path"] for r in reversed(records) if isinstance(r.get("path"), str)), None)
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -1,0 +1,106 @@
+"""Which programs the sandbox needs, where they are, and running them with a limit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from janus_cluster.errors import SandboxFailed
+
+# Program → Debian/Ubuntu package that has it.
+_SLURM = {
+    "slurmctld": "slurm-wlm",
+    "slurmd": "slurm-wlm",
+    "scontrol": "slurm-wlm",
+    "sinfo": "slurm-wlm",
+    "scancel": "slurm-wlm",
+    "munged": "munge",
+}
+_NAMESPACES = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
+_ACCOUNTING = {
+    "slurmdbd": "slurmdbd",
+    "sacctmgr": "slurm-wlm",
+    "mariadbd": "mariadb-server",
+    "mariadb-install-db": "mariadb-server",
+}
+_MORE_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+
+
+def search_path(environ: Mapping[str, str] | None = None) -> str:
+    """PATH with the system folders that an ordinary user's PATH leaves out, where the daemons are."""
+    env = os.environ if environ is None else environ
+    return os.pathsep.join([env.get("PATH", os.defpath), *_MORE_FOLDERS])
+
+
+def find_missing(*, accounting: bool = False, path: str | None = None) -> dict[str, str]:
+    """Program → package for each program that a plain sandbox needs and this machine lacks."""
+    needed = _SLURM | (_ACCOUNTING if accounting else {})
+    return {p: package for p, package in needed.items() if not shutil.which(p, path=path or search_path())}
+
+
+def require_programs(*, accounting: bool = False, path: str | None = None) -> None:
+    """Return only if every program is there. Raises: SandboxFailed that names each missing one and its package."""
+    missing = find_missing(accounting=accounting, path=path)
+    if missing:
+        names = ", ".join(f"{program} (Debian package {package})" for program, package in missing.items())
+        packages = " ".join(sorted(set(missing.values())))
+        raise SandboxFailed(
+            f"the sandbox needs programs that are not installed: {names}", hint=f"apt-get install {packages}"
+        )
+
+
+def find_program(name: str) -> str:
+    """The program's full path. Raises: SandboxFailed if it is not installed."""
+    found = shutil.which(name, path=search_path())
+    if found is None:
+        package = (_SLURM | _NAMESPACES | _ACCOUNTING).get(name, name)
+        raise SandboxFailed(f"{name} is not installed (Debian package {package})", hint=f"apt-get install {package}")
+    return found
+
+
+def namespaces_problem() -> str | None:
+    """Why hosts of their own cannot be made here, or None if they can: it is tried, not guessed."""
+    if os.geteuid() != 0:
+        return "only root may make network namespaces, and this is not root"
+    for program, package in _NAMESPACES.items():
+        if not shutil.which(program, path=search_path()):
+            return f"{program} is not installed (Debian package {package})"
+    tried = run_program(["unshare", "--net", "--uts", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"])
+    if tried.returncode != 0:
+        return f"this machine does not let root make namespaces: {tried.stderr.strip()}"
+    return None
+
+
+def run_program(
+    argv: Sequence[str], *, env: Mapping[str, str] | None = None, stdin: str | None = None, timeout_s: float = 20
+) -> subprocess.CompletedProcess[str]:
+    """The finished process, whatever its exit code; `env` is added to ours.
+
+    Raises:  SandboxFailed if the program is missing or takes longer than timeout_s.
+    """
+    try:
+        return subprocess.run(
+            [find_program(argv[0]), *argv[1:]],
+            env={**os.environ, "PATH": search_path(), **(env or {})},
+            input=stdin if stdin is not None else "",
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as e:
+        raise SandboxFailed(f"{' '.join(argv)} did not end within {timeout_s:g} s") from e
+
+
+def require_success(
+    argv: Sequence[str], *, env: Mapping[str, str] | None = None, stdin: str | None = None, timeout_s: float = 20
+) -> str:
+    """What the program printed. Raises: SandboxFailed with its own words if it fails."""
+    done = run_program(argv, env=env, stdin=stdin, timeout_s=timeout_s)
+    if done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip())[-2000:]
+        raise SandboxFailed(f"{' '.join(argv)} ended with {done.returncode}: {said}")
+    return done.stdout

@@ -1,0 +1,105 @@
+"""The text of slurm.conf, its companions and a host's /etc/hosts. Pure, but for reading the templates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from janus_cluster.sandbox import layout as names
+from janus_cluster.sandbox.layout import Layout
+from janus_cluster.sandbox.state import SandboxInfo
+
+CLUSTER_NAME = "janus_sandbox"
+
+
+def render_template(templates: Path, name: str, **values: Any) -> str:
+    """`<templates>/sandbox/<name>` filled in. Raises: jinja2.UndefinedError if it names a value that is not given."""
+    import jinja2  # 60 ms that only `up` needs
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates / "sandbox"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    return environment.get_template(name).render(**values)
+
+
+def render_slurm_conf(
+    templates: Path, layout: Layout, info: SandboxInfo, *, user: str, controller_host: str, real_memory_mb: int
+) -> str:
+    """slurm.conf for both nodes. In plain mode both have this machine's host name and differ by port only."""
+    plain = info.mode == "plain"
+    nodes = [
+        {"name": n.name, "hostname": controller_host if plain else n.name, "address": n.address, "port": n.port}
+        for n in info.nodes
+    ]
+    return render_template(
+        templates,
+        "slurm.conf.j2",
+        cluster_name=CLUSTER_NAME,
+        controller_host=controller_host,
+        controller_address=controller_address(info),
+        controller_port=info.controller_port,
+        user=user,
+        munge_socket=layout.munge_socket,
+        loopback_only=plain,
+        state_dir=layout.state / "slurmctld",
+        spool_dir=layout.spool,
+        pid_dir=layout.run,
+        log_dir=layout.logs,
+        accounting_port=info.accounting_port,
+        nodes=nodes,
+        cpus=names.CPUS_PER_NODE,
+        real_memory_mb=real_memory_mb,
+        gpu_type=names.GPU_TYPE,
+        gpus_per_node=names.GPUS_PER_NODE,
+        partition=names.PARTITION,
+    )
+
+
+def render_gres_conf(templates: Path, layout: Layout, info: SandboxInfo) -> str:
+    """gres.conf: eight pretended GPUs on each node. `Count=` without `File=` would drain the node."""
+    return render_template(
+        templates,
+        "gres.conf.j2",
+        nodes=info.nodes,
+        gpu_type=names.GPU_TYPE,
+        gpus_per_node=names.GPUS_PER_NODE,
+        device_dir=layout.devices,
+    )
+
+
+def render_cgroup_conf(templates: Path) -> str:
+    """cgroup.conf. cgroup/v1 is the only plugin that starts without a mounted cgroup tree in Slurm 22.05."""
+    return render_template(templates, "cgroup.conf.j2", cgroup_plugin="cgroup/v1")
+
+
+def render_slurmdbd_conf(templates: Path, layout: Layout, info: SandboxInfo, *, user: str, controller_host: str) -> str:
+    """slurmdbd.conf for the private MariaDB, which it reaches by MYSQL_UNIX_PORT (see accounting.py)."""
+    return render_template(
+        templates,
+        "slurmdbd.conf.j2",
+        munge_socket=layout.munge_socket,
+        controller_host=controller_host,
+        controller_address=controller_address(info),
+        accounting_port=info.accounting_port,
+        user=user,
+        database_user=user,
+        log_dir=layout.logs,
+        pid_dir=layout.run,
+    )
+
+
+def render_hosts(entries: Sequence[tuple[str, str]]) -> str:
+    """An /etc/hosts of (address, name) pairs, loopback first."""
+    lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost", *(f"{address} {name}" for address, name in entries)]
+    return "\n".join(lines) + "\n"
+
+
+def controller_address(info: SandboxInfo) -> str:
+    """Where slurmctld and slurmdbd listen."""
+    return info.network.controller_address if info.network else "127.0.0.1"

@@ -1,0 +1,88 @@
+"""Which checkpoints of a run folder are whole, and which one training goes on from.
+
+The Trainer and DeepSpeed write checkpoint-<step>/; its manifest comes last, so a folder without one is not whole.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from janus_cluster.rundir import read_json, write_json_atomically
+from janus_cluster.training.world import World
+
+MANIFEST_NAME = "manifest.json"
+_FOLDER_PATTERN = re.compile(r"checkpoint-(\d+)")
+
+
+def complete_checkpoint(checkpoints: Path, *, step: int, world: World, keep_last: int) -> None:
+    """checkpoint-<step> is whole and known to be; of the older ones, only the newest `keep_last - 1` are left.
+
+    Every rank calls this after it has written its part.
+    """
+    _wait_for_all()
+    if world.is_main:
+        write_manifest(checkpoints / f"checkpoint-{step}", step=step, world_size=world.world_size)
+        remove_old(checkpoints, keep_last=keep_last)
+    _wait_for_all()
+
+
+def write_manifest(folder: Path, *, step: int, world_size: int) -> None:
+    """`folder` holds manifest.json with the size in bytes of every file that was there before."""
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_NAME
+    }
+    manifest = {"schema_version": 1, "step": step, "world_size": world_size, "files_bytes": files}
+    write_json_atomically(folder / MANIFEST_NAME, manifest)
+
+
+def is_complete(folder: Path) -> bool:
+    """True where the manifest and every file it names are there with the size they had."""
+    try:
+        files = read_json(folder / MANIFEST_NAME)["files_bytes"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def find_newest_complete(checkpoints: Path) -> Path | None:
+    """The whole checkpoint with the highest step, or None. Half-written ones are passed over."""
+    return next((folder for folder in _newest_first(checkpoints) if is_complete(folder)), None)
+
+
+def agree_on_resume(checkpoints: Path, *, resume: str, world: World) -> Path | None:
+    """The checkpoint that every rank goes on from (rank 0 decides, so that a lagging file system cannot split them)."""
+    found = [find_newest_complete(checkpoints) if world.is_main and resume == "auto" else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def remove_old(checkpoints: Path, *, keep_last: int) -> None:
+    """The newest `keep_last` whole checkpoints are left, and nothing older than the newest of them that is broken."""
+    whole = [folder for folder in _newest_first(checkpoints) if is_complete(folder)]
+    for folder in _newest_first(checkpoints):
+        is_stale = whole and _step(folder) < _step(whole[0])
+        if is_stale and folder not in whole[:keep_last]:
+            # Without its manifest a half-deleted folder cannot be taken for a whole one.
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+
+
+def _newest_first(checkpoints: Path) -> list[Path]:
+    folders = [path for path in checkpoints.glob("checkpoint-*") if _FOLDER_PATTERN.fullmatch(path.name)]
+    return sorted(folders, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def _wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,118 @@
+"""Image file -> resized uint8 pixels, and the grid of patches that Qwen sees of them.
+
+Pixels stay uint8 until they are on the device: normalising there is bit-identical and a sixteenth of the traffic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from janus_cluster.config.schema import Data
+from janus_cluster.errors import TrainingFailed, UsageError
+
+PATCH = 14
+TOKEN = 28  # 2 × 2 patches become one token, so Qwen needs both sides in multiples of this
+WHITE = 255
+
+Grid = tuple[int, int, int]
+
+
+def frame_size(width: int, height: int, data: Data) -> tuple[int, int]:
+    """(width, height) that a frame is resized to, before it is cropped or padded to a square.
+
+    Crop: `image_width` wide, the height rounded to whole patches. Pad: the longer side is `image_width`. Where what is
+    left of it has fewer than min_pixels or more than max_pixels, the next multiple of 28 that does not; max_pixels
+    wins where both cannot hold.
+
+    Raises: UsageError if even the smallest width has more than max_pixels.
+    """
+    target = data.image_width
+    while _pixels(width, height, target, data) < data.min_pixels:
+        target += TOKEN
+    while target > TOKEN and _pixels(width, height, target, data) > data.max_pixels:
+        target -= TOKEN
+    if _pixels(width, height, target, data) > data.max_pixels:
+        raise UsageError(f"data.max_pixels: {data.max_pixels} is too small for a frame of {width}×{height}")
+    return _scaled(width, height, target, data)
+
+
+def qwen_grid(width: int, height: int) -> Grid:
+    """Patches (time, rows, columns) that Qwen sees of a frame of that size: the top rows, an even number of them."""
+    return (1, height // TOKEN * 2, width // PATCH)
+
+
+def load_frames(paths: Sequence[Path], data: Data) -> NDArray[np.uint8]:
+    """The frames of one sample, resized alike, each file decoded once.
+
+    Shapes:  [S, 3, H, W]; pad mode: H = W.
+    Raises:  TrainingFailed naming the file that cannot be decoded or has another size than the current frame.
+    """
+    decoded = {path: load_frame(path, data) for path in dict.fromkeys(paths)}
+    current = paths[-1]
+    for path, pixels in decoded.items():
+        if pixels.shape != decoded[current].shape:
+            raise TrainingFailed(
+                f"{path} is {_size(pixels)} after resizing, but the current frame {current.name} "
+                f"is {_size(decoded[current])}",
+                hint="frames of one sample need one aspect ratio; data.image_mode=pad accepts mixed ones",
+            )
+    return np.stack([decoded[path] for path in paths])
+
+
+def load_frame(path: Path, data: Data) -> NDArray[np.uint8]:
+    """One frame as RGB, resized (bicubic). Pad mode: padded with white to a square. Crop mode: the middle of a frame
+    that is taller than wide.
+
+    Shapes:  [3, H, W], H <= W.
+    Raises:  TrainingFailed naming the file.
+    """
+    image = _decode(path)
+    width, height = frame_size(*image.size, data)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if data.image_mode == "pad":
+        side = max(width, height)
+        canvas = Image.new("RGB", (side, side), (WHITE, WHITE, WHITE))
+        canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+        image = canvas
+    elif height > width:
+        top = (height - width) // 2
+        image = image.crop((0, top, width, top + width))
+    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def _decode(path: Path) -> Image.Image:
+    """RGB pixels; what is transparent becomes white."""
+    try:
+        with Image.open(path) as image:
+            if image.mode == "RGBA":
+                background = Image.new("RGBA", image.size, (WHITE, WHITE, WHITE, WHITE))
+                return Image.alpha_composite(background, image).convert("RGB")
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise TrainingFailed(
+            f"{path}: cannot be decoded ({error})", hint="replace the file, or move its episode out of data.roots"
+        ) from error
+
+
+def _scaled(width: int, height: int, target: int, data: Data) -> tuple[int, int]:
+    if data.image_mode == "pad" and height > width:
+        return max(round(width * (target / height) / PATCH) * PATCH, PATCH), target
+    # The order of these float operations is the reference's: 480 × (644 / 640) / 14 is 34.50000000000001 and rounds up.
+    scaled_height = round(height * (target / width) / PATCH) * PATCH
+    return target, max(scaled_height, PATCH if data.image_mode == "pad" else TOKEN)
+
+
+def _pixels(width: int, height: int, target: int, data: Data) -> int:
+    if data.image_mode == "pad":
+        return target * target
+    scaled_width, scaled_height = _scaled(width, height, target, data)
+    return scaled_width * min(scaled_width, scaled_height)
+
+
+def _size(pixels: NDArray[np.uint8]) -> str:
+    return f"{pixels.shape[2]}×{pixels.shape[1]}"

@@ -1,0 +1,151 @@
+"""One training process: python -m janus_cluster.training.entry RUN_DIR --attempt 1 --node NAME, under torchrun.
+
+Everything it needs was decided on the login node and stands in the run folder; nothing is derived again here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import socket
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+from transformers.utils import logging as transformers_logging
+
+from janus_cluster.config.schema import JobConfig, ResolvedJob
+from janus_cluster.errors import UsageError
+from janus_cluster.rundir import RunDir
+from janus_cluster.training.checkpoint import agree_on_resume
+from janus_cluster.training.data.dataset import NavigationDataset, collate
+from janus_cluster.training.data.index import SampleSplit, load_samples
+from janus_cluster.training.data.prompt import sample_texts
+from janus_cluster.training.data.tokenizer import build_tiny_tokenizer, image_token_ids, load_tokenizer
+from janus_cluster.training.export import write_export
+from janus_cluster.training.metrics import MetricsLog
+from janus_cluster.training.model.build import build_model, parameter_groups, render_parameter_groups
+from janus_cluster.training.model.presets import TokenizerIds
+from janus_cluster.training.trainer import JanusTrainer, build_training_arguments
+from janus_cluster.training.world import World, end_process, load_world, process_group, redirect_output
+
+
+@record
+def main(argv: Sequence[str] | None = None) -> None:
+    """The whole of this rank's work is done; its words are in its own log, its error (if any) in torchrun's file."""
+    arguments = _parse_arguments(argv)
+    run = RunDir(arguments.run_dir)
+    resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
+    world = load_world(resolved.job.hardware.device)
+    redirect_output(run.rank_log(arguments.attempt, arguments.node, world.rank))
+    quiet_libraries()
+    print(f"rank {world.rank} of {world.world_size} on {socket.gethostname()}, {world.device}", flush=True)
+    with process_group(world, timeout_s=resolved.job.training.ddp_timeout_s):
+        train(run, resolved, world, attempt=arguments.attempt)
+
+
+def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int) -> None:
+    """The model is trained, evaluated and exported; metrics.jsonl tells the story."""
+    job = resolved.job
+    metrics = MetricsLog(
+        run, attempt=attempt, is_main=world.is_main, effective_batch_size=resolved.effective_batch_size
+    )
+    split = load_samples(job.data, seed=job.training.seed)
+    metrics.say(split.describe())
+    tokenizer = load_job_tokenizer(job, split)
+
+    training_arguments = build_training_arguments(
+        job, output_dir=run.checkpoints, ds_config_json=run.ds_config_json, device=job.hardware.device
+    )
+    model = build_model(
+        job.model,
+        job.training,
+        tokenizer_ids=tokenizer_ids(tokenizer),
+        device=world.device,
+        dtype=torch.bfloat16 if job.training.precision == "bf16" else torch.float32,
+        seed=job.training.seed,
+    )
+    metrics.say(render_parameter_groups(parameter_groups(model, job.training)))
+
+    def dataset(samples: Sequence[Any]) -> NavigationDataset:
+        return NavigationDataset(
+            samples, tokenizer=tokenizer, data=job.data, segment_weights=job.training.segment_weights
+        )
+
+    trainer = JanusTrainer(
+        model=model,
+        args=training_arguments,
+        job=job,
+        world=world,
+        metrics=metrics,
+        train_dataset=dataset(split.train),
+        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
+    )
+    checkpoint = agree_on_resume(run.checkpoints, resume=job.checkpoint.resume, world=world)
+    if checkpoint is not None:
+        metrics.say(f"resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    if split.held_out:
+        trainer.evaluate(dataset(split.held_out))
+    else:
+        metrics.say("no held-out samples (data.validation_fraction): accuracy was not measured")
+
+    if job.checkpoint.export:
+        write_export(run.export, trainer=trainer, tokenizer=tokenizer, job=job, world=world)
+        metrics.append("export", trainer.state.global_step, path=str(run.export))
+        metrics.say(f"export {run.export}")
+
+
+def quiet_libraries() -> None:
+    """The rank's log holds our lines and real warnings: no progress bars, no repeated notes on DeepSpeed's insides."""
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
+    # "Gradient accumulation steps mismatch … 1": the Trainer sets 1 there on purpose and accumulates itself.
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
+
+
+def load_job_tokenizer(job: JobConfig, split: SampleSplit) -> Any:
+    """The tokenizer of model.path; the tiny preset's is made of the job's own texts, the same on every rank.
+
+    Raises: UsageError where a preset needs weights and model.path is not set.
+    """
+    if job.model.path is not None:
+        return load_tokenizer(job.model.path)
+    if job.model.preset == "tiny":
+        return build_tiny_tokenizer(sample_texts([*split.train, *split.held_out]))
+    raise UsageError(
+        f"model.path is not set, and preset {job.model.preset} has no weights of its own",
+        hint="--set model.path=/path/to/Qwen2.5-VL, or export MODEL_PATH",
+    )
+
+
+def tokenizer_ids(tokenizer: Any) -> TokenizerIds:
+    """The ids that the network must know."""
+    image = image_token_ids(tokenizer)
+    return TokenizerIds(
+        vocab_size=len(tokenizer),
+        image_token_id=image.image_pad,
+        video_token_id=image.video_pad,
+        vision_start_token_id=image.vision_start,
+        vision_end_token_id=image.vision_end,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    )
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m janus_cluster.training.entry", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--attempt", type=int, required=True)
+    parser.add_argument("--node", required=True)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
+    end_process()

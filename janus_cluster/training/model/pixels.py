@@ -1,0 +1,64 @@
+"""uint8 frames -> what the two encoders take, on the device where the frames lie.
+
+Shape legend: S frames, H and W pixels, G patches of all frames.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+PATCH_SIZE = 14
+MERGE_SIZE = 2
+TEMPORAL_PATCH_SIZE = 2
+
+
+def patch_grid(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of Qwen's patches: an odd last row of patches is left out, since 2×2 patches become one token.
+
+    Raises: ValueError unless the height is a multiple of 14, the width one of 28, and one 2×2 group fits.
+    """
+    cell = PATCH_SIZE * MERGE_SIZE
+    if height % PATCH_SIZE or width % cell or height < cell or width < cell:
+        raise ValueError(f"frames are {height}x{width} pixels; the height must be n·14 ≥ 28, the width n·28")
+    return height // cell * MERGE_SIZE, width // PATCH_SIZE
+
+
+def unit_frames(frames_S3HW: Tensor) -> Tensor:
+    """Frames in [0, 1], fp32: what VGGT takes (it normalises by itself).
+
+    Raises: ValueError unless the frames are uint8 [S, 3, H, W] with S ≥ 1.
+    """
+    if frames_S3HW.dtype != torch.uint8 or frames_S3HW.ndim != 4 or frames_S3HW.shape[1] != 3 or not len(frames_S3HW):
+        raise ValueError(f"frames must be uint8 [S ≥ 1, 3, H, W], not {frames_S3HW.dtype} {list(frames_S3HW.shape)}")
+    return frames_S3HW.float() / 255.0
+
+
+def qwen_patches(frames_S3HW: Tensor) -> Tensor:
+    """Qwen's pixel_values of uint8 frames: CLIP-normalised patches, four of a 2×2 group in a row.
+
+    Equal to the image processor's output on the same pixels (top rows, no further resizing).
+    Shapes: [S, 3, H, W] in; [S · rows · columns, 3 · 2 · 14 · 14] out, fp32.
+    """
+    grid_h, grid_w = patch_grid(*frames_S3HW.shape[-2:])
+    pixels = unit_frames(frames_S3HW)[:, :, : grid_h * PATCH_SIZE]
+    mean = pixels.new_tensor(OPENAI_CLIP_MEAN)[:, None, None]
+    std = pixels.new_tensor(OPENAI_CLIP_STD)[:, None, None]
+    cell = (MERGE_SIZE, PATCH_SIZE)
+    cells = ((pixels - mean) / std).reshape(-1, 3, grid_h // MERGE_SIZE, *cell, grid_w // MERGE_SIZE, *cell)
+    # [S, 3, rows/2, 2, 14, columns/2, 2, 14] -> [S, rows/2, columns/2, 2, 2, 3, 14, 14]
+    patches = cells.permute(0, 2, 5, 3, 6, 1, 4, 7)
+    still = patches.unsqueeze(6).expand(*patches.shape[:6], TEMPORAL_PATCH_SIZE, *patches.shape[6:])
+    return still.reshape(frames_S3HW.shape[0] * grid_h * grid_w, -1)
+
+
+def merge_groups(features_HWC: Tensor) -> Tensor:
+    """A map of patch features in Qwen's order: 2×2 groups row by row; an odd last row or column is left out.
+
+    Shapes: [rows, columns, C] in; [rows//2 · columns//2, 4, C] out.
+    """
+    rows, columns = (side // MERGE_SIZE for side in features_HWC.shape[:2])
+    kept = features_HWC[: rows * MERGE_SIZE, : columns * MERGE_SIZE]
+    groups = kept.reshape(rows, MERGE_SIZE, columns, MERGE_SIZE, -1).permute(0, 2, 1, 3, 4)
+    return groups.reshape(rows * columns, MERGE_SIZE**2, -1)

@@ -1,0 +1,43 @@
+"""Fixtures that many rooms share: the one real Slurm of this test session."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+import pytest
+
+from janus_cluster.sandbox import SandboxInfo, down, up
+from janus_cluster.sandbox.programs import find_missing
+
+
+def require_slurm(*, accounting: bool = False) -> None:
+    """Return only where a real Slurm can be started; with REQUIRE_SLURM=1 its absence is a failure, never a skip."""
+    missing = find_missing(accounting=accounting)
+    if not missing:
+        return
+    packages = " ".join(sorted(set(missing.values())))
+    message = f"NO REAL SLURM HERE, so this was not tested: {', '.join(missing)} missing. apt-get install {packages}"
+    if os.environ.get("REQUIRE_SLURM") == "1":
+        pytest.fail(f"REQUIRE_SLURM=1, but: {message}")
+    pytest.skip(message)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxInfo]:
+    """A real two-node Slurm, idle, for the whole session. A test that puts a fault on it heals it."""
+    require_slurm()
+    home = tmp_path_factory.mktemp("s") / "sandbox"
+    # A terminated test run (CI's time limit) must not leave a Slurm behind.
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield up(home)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        down(home)

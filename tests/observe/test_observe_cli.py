@@ -1,0 +1,115 @@
+"""The commands as a user types them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from janus_cluster.rundir import RunDir, write_json_atomically
+
+
+def make_run(home: Path, name: str, *, state: str, exit_code: int | None) -> RunDir:
+    run = RunDir(home / "runs" / name)
+    run.path.mkdir(parents=True)
+    run.begin_attempt()
+    run.node_log(1, "h800-01").write_text("a line of the log\n")
+    write_json_atomically(run.resolved_json, {"job": {"name": name.split("-", maxsplit=1)[0]}})
+    job = {"cluster": "local", "job_id": f"local-99999999{len(name)}"}
+    write_json_atomically(run.submission_json, job | {"submitted_at": time.time() - 5})
+    word = job | {"attempt": 1, "nodes": ["h800-01"], "state": state, "exit_code": exit_code, "started_at": time.time()}
+    write_json_atomically(run.status_json, word | {"updated_at": time.time(), "reason": "because"})
+    return run
+
+
+def type_in(home: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "janus_cluster.cli", *argv],
+        env=os.environ | {"JANUS_HOME": str(home), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    make_run(tmp_path, "demo-20261121-aaaa", state="COMPLETED", exit_code=0)
+    make_run(tmp_path, "train-20261121-bbbbb", state="FAILED", exit_code=12)
+    return tmp_path
+
+
+def test_tail_ends_with_the_jobs_exit_code(home: Path) -> None:
+    done = type_in(home, "tail", "train", "-n", "5")
+    assert done.returncode == 12
+    assert "h800-01 | a line of the log" in done.stdout
+    assert type_in(home, "tail", "demo").returncode == 0
+
+
+def test_status_json_of_one_job_is_one_object_and_nothing_else(home: Path) -> None:
+    done = type_in(home, "status", "train", "--json")
+    value = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (value["state"], value["exit_code"], value["reason"]) == ("FAILED", 12, "because")
+
+
+def test_status_json_of_many_jobs_is_a_list(home: Path) -> None:
+    values = json.loads(type_in(home, "status", "train", "demo", "--json").stdout)
+    assert [v["state"] for v in values] == ["FAILED", "COMPLETED"]
+
+
+def test_status_tells_reason_and_next_command(home: Path) -> None:
+    done = type_in(home, "status", "train")
+    assert "reason: because" in done.stdout
+    assert "next: janus-cluster tail local-9999999920 --no-follow -n 100\n" in done.stdout
+
+
+def test_list_shows_runs_of_the_given_folder_only(home: Path, tmp_path: Path) -> None:
+    assert {v["name"] for v in json.loads(type_in(home, "list", "--json").stdout)} == {
+        "demo-20261121-aaaa",
+        "train-20261121-bbbbb",
+    }
+    other = type_in(home, "list", "--runs-dir", str(tmp_path / "other"))
+    assert other.returncode == 0
+    assert "no runs in" in other.stdout
+    assert "COMPLETED" in type_in(home, "list").stdout
+
+
+def test_unknown_job_exits_22_and_says_what_to_type(home: Path) -> None:
+    for command in ("tail", "status", "cancel"):
+        done = type_in(home, command, "nope")
+        assert (done.returncode, done.stdout) == (22, "")
+        assert "janus-cluster list" in done.stderr
+
+
+def test_cancel_of_a_finished_job_is_a_usage_error(home: Path) -> None:
+    done = type_in(home, "cancel", "demo")
+    assert done.returncode == 2
+    assert "is not running: it is COMPLETED" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["tail", "status", "list", "cancel"])
+def test_help_shows_examples(home: Path, command: str) -> None:
+    done = type_in(home, command, "--help")
+    assert done.returncode == 0
+    assert f"janus-cluster {command}" in done.stdout.partition("Examples:")[2]
+
+
+def test_watch_and_json_together_are_refused(home: Path) -> None:
+    assert type_in(home, "status", "--watch", "--json").returncode == 2
+
+
+def test_commands_do_not_import_torch_and_tail_needs_no_rich(home: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['rich'] = None\n"
+        "from janus_cluster.cli import cli\n"
+        "sys.exit(cli.main(['tail', 'demo', '--no-follow'], standalone_mode=False))"
+    )
+    env = os.environ | {"JANUS_HOME": str(home)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=False).returncode == 0

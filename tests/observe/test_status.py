@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from janus_cluster.node.status import StatusFile as StatusWriter
+from janus_cluster.observe.progress import TAIL_BYTES, load_progress
+from janus_cluster.observe.status import RunStatus, collect_status, render_duration, render_status
+from janus_cluster.preflight.model import CheckResult, Verdict
+from janus_cluster.rundir import RunDir, write_json_atomically
+
+CONTRACT = [
+    *("job_id", "name", "state", "source", "age_s", "attempt", "nodes"),
+    *("step", "total_steps", "exit_code", "reason"),
+]
+
+
+def make_run(folder: Path) -> tuple[RunDir, StatusWriter]:
+    run = RunDir(folder / "demo-20261121-aaaa")
+    run.path.mkdir(parents=True)
+    attempt = run.begin_attempt()
+    sent = {"schema_version": 1, "cluster": "local", "job_id": "local-999999999", "submitted_at": time.time() - 1}
+    write_json_atomically(run.submission_json, sent | {"slurm_conf": None, "command": []})
+    nodes = ["h800-01", "h800-02"]
+    return run, StatusWriter(run, cluster="local", job_id="local-999999999", attempt=attempt, nodes=nodes)
+
+
+def train(run: RunDir, steps: Sequence[int], **changes: Any) -> None:
+    for step in steps:
+        record = {"kind": "train", "time": 1.0, "attempt": 1, "step": step, "total_steps": 40, "loss": 2.5 / step}
+        run.append_metric(record | {"step_time_s": 3.0, "samples_per_s": 5.25, "learning_rate": 1e-5} | changes)
+
+
+def shown(statuses: Sequence[RunStatus]) -> str:
+    console = Console(width=220, color_system=None)
+    with console.capture() as capture:
+        console.print(render_status(statuses))
+    return capture.get()
+
+
+def test_json_has_exactly_the_keys_of_the_contract(tmp_path: Path) -> None:
+    run, writer = make_run(tmp_path)
+    train(run, [1, 2, 3])
+    writer.finish("COMPLETED", 0)
+    value = collect_status([run])[0].to_json()
+    assert list(value) == CONTRACT
+    assert json.loads(json.dumps(value)) == {
+        "job_id": "local-999999999",
+        "name": "demo-20261121-aaaa",
+        "state": "COMPLETED",
+        "source": "status.json",
+        "age_s": value["age_s"],
+        "attempt": 1,
+        "nodes": ["h800-01", "h800-02"],
+        "step": 3,
+        "total_steps": 40,
+        "exit_code": 0,
+        "reason": None,
+    }
+    assert 0 <= value["age_s"] < 60
+
+
+def test_running_attempt_whose_process_is_gone_has_failed(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path)
+    value = collect_status([run])[0].to_json()
+    assert (value["state"], value["source"]) == ("FAILED", "process")
+
+
+def test_failed_gate_names_node_check_measurement_fix_and_next_command(tmp_path: Path) -> None:
+    run, writer = make_run(tmp_path)
+    checks = (
+        CheckResult(id="paths.model", phase="static", node="h800-01", state="PASS", measured="there", expected="there"),
+        CheckResult(
+            id="paths.model",
+            phase="static",
+            node="h800-02",
+            state="FAIL",
+            measured="missing [ /models/x ]",
+            expected="a folder",
+            fix="mount /models on h800-02",
+        ),
+    )
+    verdict = Verdict(
+        state="FAIL", job_id="1", config_hash="x", nodes=("h800-01", "h800-02"), created_at=time.time(), results=checks
+    )
+    write_json_atomically(run.verdict_json(1), verdict.to_json())
+    writer.finish("FAILED", 10, reason="preflight FAIL: h800-02 paths.model (missing)")
+    text = shown(collect_status([run]))
+    assert "FAIL paths.model on h800-02: missing [ /models/x ] (expected: a folder)" in text
+    assert "fix: mount /models on h800-02" in text
+    assert "--exclude h800-02" in text
+    assert "paths.model on h800-01" not in text
+
+
+def test_nodes_that_all_failed_are_not_to_be_excluded(tmp_path: Path) -> None:
+    run, writer = make_run(tmp_path)
+    checks = tuple(
+        CheckResult(id="paths.model", phase="static", node=node, state="FAIL", measured="missing", expected="there")
+        for node in ("h800-01", "h800-02")
+    )
+    verdict = Verdict(
+        state="FAIL", job_id="1", config_hash="x", nodes=("h800-01", "h800-02"), created_at=time.time(), results=checks
+    )
+    write_json_atomically(run.verdict_json(1), verdict.to_json())
+    writer.finish("FAILED", 10, reason="preflight FAIL")
+    assert "--exclude" not in shown(collect_status([run]))
+
+
+def test_gate_without_a_verdict_file_still_tells_its_reason(tmp_path: Path) -> None:
+    run, writer = make_run(tmp_path)
+    writer.finish("FAILED", 11, reason="h800-02 did not report")
+    assert "h800-02 did not report" in shown(collect_status([run]))
+
+
+def test_finished_run_shows_accuracy_checkpoint_and_export(tmp_path: Path) -> None:
+    run, writer = make_run(tmp_path)
+    train(run, range(1, 41))
+    run.append_metric({"kind": "checkpoint", "step": 40, "path": "/runs/x/checkpoints/checkpoint-40"})
+    run.append_metric({"kind": "eval", "step": 40, "action_accuracy": 0.75, "majority_accuracy": 0.5})
+    run.append_metric({"kind": "export", "step": 40, "path": "/runs/x/export"})
+    writer.finish("COMPLETED", 0)
+    text = shown(collect_status([run]))
+    assert "held-out action accuracy: 0.750 (majority class 0.500)" in text
+    assert "/runs/x/checkpoints/checkpoint-40" in text
+    assert "exported model: /runs/x/export" in text
+    assert "40/40" in text
+
+
+def test_progress_is_read_from_the_end_of_a_long_file(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path)
+    train(run, [1], note="x" * TAIL_BYTES)
+    train(run, [2, 4], step_time_s=10.0)
+    progress = load_progress(run)
+    assert (progress.step, progress.total_steps, progress.step_time_s) == (4, 40, 10.0)
+    assert progress.eta_s == pytest.approx(360.0)
+
+
+def test_torn_and_foreign_lines_are_left_out(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path)
+    train(run, [5])
+    with run.metrics_jsonl.open("ab") as f:
+        f.write(b'\xff\xfe\n[1]\n{"kind": "train", "step": "six"}\n{"kind": "train", "step": 7')
+    progress = load_progress(run)
+    assert progress.step is None
+    assert progress.eta_s is None
+
+
+def test_no_metrics_is_no_progress(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path)
+    assert load_progress(run).step is None
+
+
+def test_dry_run_tells_how_to_submit_it(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "demo-1")
+    run.path.mkdir()
+    statuses = collect_status([run])
+    assert statuses[0].to_json()["state"] == "NOT_SUBMITTED"
+    assert f"sbatch {run.job_sbatch}" in shown(statuses)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (119, "119 s"), (120, "2 min"), (3 * 3600 + 300, "3 h 05 min"), (50 * 3600, "2 d 2 h")],
+)
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert render_duration(seconds) == text

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from janus_cluster.config.schema import JobConfig, ResolvedJob
+from janus_cluster.errors import UsageError
+from janus_cluster.render import sbatch_names
+from janus_cluster.render.sbatch_options import parse_walltime_min, resolve_sbatch_options
+
+RUN = Path("/shared/runs/r")
+
+
+def _options(slurm: dict[str, Any] | None = None, **job: Any) -> dict[str, str | None]:
+    return resolve_sbatch_options(JobConfig(name="j", slurm=slurm or {}, **job), run_dir=RUN)
+
+
+def _refused(slurm: dict[str, Any]) -> str:
+    with pytest.raises(UsageError) as caught:
+        _options(slurm)
+    return caught.value.message
+
+
+def test_defaults_ask_for_whole_nodes_with_their_gpus() -> None:
+    assert _options(nodes=2) == {
+        "job-name": "j",
+        "nodes": "2",
+        "ntasks-per-node": "1",
+        "gres": "gpu:h800:8",
+        "exclusive": None,
+        "time": "24:00:00",
+        "output": "/shared/runs/r/logs/batch.log",
+        "open-mode": "append",
+        "requeue": None,
+        "signal": "B:USR1@300",
+        "export": "NONE",
+    }
+
+
+@pytest.mark.parametrize(
+    ("hardware", "gres"),
+    [
+        ({"gpus_per_node": 0}, None),
+        ({"gpus_per_node": 4, "gpu_type": ""}, "gpu:4"),
+        ({"gpus_per_node": 4, "gpu_type": "a100"}, "gpu:a100:4"),
+    ],
+)
+def test_gres_follows_the_hardware(hardware: dict[str, Any], gres: str | None) -> None:
+    assert _options(hardware=hardware).get("gres") == gres
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name", "text"),
+    [
+        ("partition", "h800", "partition", "h800"),
+        ("mail_type", ["END", "FAIL"], "mail-type", "END,FAIL"),
+        ("mail-type", "ALL", "mail-type", "ALL"),
+        ("mem", 0, "mem", "0"),
+        ("cpus_per_task", 64, "cpus-per-task", "64"),
+        ("exclusive", "user", "exclusive", "user"),
+        ("exclusive", True, "exclusive", None),
+        ("contiguous", True, "contiguous", None),
+        ("nice", 100, "nice", "100"),
+        ("time", "2-12", "time", "2-12"),
+        ("kill_on_invalid_dep", "yes", "kill-on-invalid-dep", "yes"),
+        ("comment", 'it\'s 100% "fun" \\o/', "comment", 'it\'s 100% "fun" \\o/'),
+        ("signal", "B:USR1@600", "signal", "B:USR1@600"),
+        ("job-name", "other", "job-name", "other"),
+    ],
+)
+def test_any_option_is_taken_under_its_own_name(key: str, value: Any, name: str, text: str | None) -> None:
+    options = _options({key: value})
+    assert name in options and options[name] == text
+
+
+@pytest.mark.parametrize("name", ["exclusive", "requeue", "signal", "gres", "time"])
+def test_false_leaves_a_default_out(name: str) -> None:
+    assert name not in _options({name: False})
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_an_empty_value_means_not_given(value: str | None) -> None:
+    options = _options({"partition": value, "time": value})
+    assert "partition" not in options and options["time"] == "24:00:00"
+
+
+@pytest.mark.parametrize(
+    ("slurm", "gone"),
+    [
+        ({"no_requeue": True}, "requeue"),
+        ({"oversubscribe": True}, "exclusive"),
+        ({"gpus_per_node": "h800:8"}, "gres"),
+        ({"gpus": 16}, "gres"),
+    ],
+)
+def test_an_option_takes_the_place_of_the_default_it_contradicts(slurm: dict[str, Any], gone: str) -> None:
+    assert gone not in _options(slurm)
+
+
+@pytest.mark.parametrize(
+    ("slurm", "says"),
+    [
+        ({"partiton": "x"}, ["slurm.partiton", "did you mean 'partition'"]),
+        ({"mailtype": "x"}, ["did you mean 'mail-type'"]),
+        ({"p": "x"}, ["slurm.p", "-p is 'partition'"]),
+        ({"xyzzy": "x"}, ["slurm.xyzzy", "no option of this name"]),
+        ({"nodes": 2}, ["slurm.nodes", "nodes: 1 or 2"]),
+        ({"output": "/x"}, ["slurm.output", "logs/batch.log"]),
+        ({"error": "/x"}, ["logs/batch.log"]),
+        ({"array": "0-3"}, ["slurm.array"]),
+        ({"wrap": "x"}, ["job.sbatch"]),
+        ({"parsable": True}, ["--json"]),
+        ({"test_only": True}, ["--dry-run"]),
+        ({"wait": True}, ["--follow"]),
+        ({"export": "ALL"}, ["environment.variables or .forward"]),
+        ({"ntasks_per_node": 8}, ["processes_per_node"]),
+        ({"partition": True}, ["slurm.partition", "needs a value"]),
+        ({"partition": 1.5}, ["needs a value"]),
+        ({"partition": {"a": 1}}, ["needs a value"]),
+        ({"hold": "yes"}, ["switch", "true, false"]),
+        ({"comment": "two\nlines"}, ["'\\n'"]),
+        ({"comment": "bell\x07"}, ["cannot stand"]),
+        ({"time": "soon"}, ["slurm.time", "HH:MM:SS"]),
+        ({"time": 0}, ["UNLIMITED"]),
+        ({"signal": "USR2@90"}, ["B:USR1@"]),
+        ({"open-mode": "truncate"}, ["append"]),
+        ({"gres": "gpu:h800:4"}, ["asks for 4 GPUs", "hardware.gpus_per_node is 8"]),
+        ({"gpus_per_node": 4}, ["asks for 4 GPUs"]),
+        ({"mail_type": "A", "mail-type": "B"}, ["given twice"]),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_key(slurm: dict[str, Any], says: list[str]) -> None:
+    message = _refused(slurm)
+    assert all(part in message for part in says), message
+
+
+def test_all_problems_are_listed_together() -> None:
+    message = _refused({"partiton": "x", "time": "soon", "nodes": 2})
+    assert message.startswith("3 problems")
+
+
+@pytest.mark.parametrize(
+    "gres", ["gpu:h800:8", "gpu:8", "gpu:h800:8,shard:2", "gres/gpu:8", "gpu:h800:8(S:0-1)", "lustre:1"]
+)
+def test_a_gres_that_gives_the_gpus_is_accepted(gres: str) -> None:
+    assert _options({"gres": gres})["gres"] == gres
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("60", 60),
+        ("90:30", 91),
+        ("24:00:00", 1440),
+        ("00:30:00", 30),
+        ("0:0:1", 1),
+        ("1-0", 1440),
+        ("2-12", 3600),
+        ("1-02:03", 1563),
+        ("1-02:03:04", 1564),
+        ("UNLIMITED", None),
+        ("infinite", None),
+    ],
+)
+def test_walltime_is_read_as_slurm_reads_it(text: str, minutes: int | None) -> None:
+    assert parse_walltime_min(text) == minutes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "00:00:00", "1:2:3:4", "24h", "1-24", "1-", "-5", "1.5", "12:60", "1:60:00", "１２", " 5", "5 "]
+)
+def test_no_walltime_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"allowed|UNLIMITED"):
+        parse_walltime_min(text)
+
+
+@pytest.mark.parametrize("run_dir", ["/s/a\\b", "/s/a\nb", "/s/a\x1bb", "/s/\udc80"])
+def test_a_run_folder_that_slurm_cannot_log_to_is_refused(run_dir: str) -> None:
+    with pytest.raises(UsageError, match="run folder"):
+        resolve_sbatch_options(JobConfig(name="j"), run_dir=Path(run_dir))
+
+
+def test_a_percent_sign_in_the_run_folder_is_no_pattern() -> None:
+    options = resolve_sbatch_options(JobConfig(name="j"), run_dir=Path("/s/100%j"))
+    assert options["output"] == "/s/100%%j/logs/batch.log"
+
+
+def test_option_kinds_do_not_overlap_and_short_names_lead_to_known_ones() -> None:
+    kinds = [
+        sbatch_names.SWITCHES,
+        sbatch_names.SWITCH_OR_VALUE,
+        sbatch_names.WITH_VALUE,
+        frozenset(sbatch_names.OWNED),
+    ]
+    assert sum(map(len, kinds)) == len(sbatch_names.ALL)
+    assert set(sbatch_names.SHORT.values()) <= sbatch_names.ALL
+
+
+@pytest.mark.slurm
+def test_every_option_of_the_installed_sbatch_is_known(tmp_path: Path) -> None:
+    conf = tmp_path / "slurm.conf"  # sbatch will not even print its help without one
+    conf.write_text("ClusterName=x\nSlurmctldHost=localhost\nNodeName=n\nPartitionName=p Nodes=n\n")
+    environ = os.environ | {"SLURM_CONF": str(conf)}
+    done = subprocess.run(["sbatch", "--help"], capture_output=True, text=True, timeout=30, env=environ, check=True)
+    named = set(re.findall(r"--([a-z][a-z0-9-]+)", done.stdout))
+    assert len(named) > 80
+    assert named - sbatch_names.ALL == set()
+
+
+def test_shipped_jobs_are_accepted(resolve: Callable[..., ResolvedJob]) -> None:
+    assert resolve("train_2node").sbatch_options["comment"] == "JanusVLN training"

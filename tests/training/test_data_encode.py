@@ -1,0 +1,212 @@
+"""Prompt, tokenizers, encoding, dataset and batches, against the reference's numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from torch.utils.data import DataLoader  # noqa: E402
+from transformers import AutoImageProcessor, AutoTokenizer  # noqa: E402
+
+from janus_cluster.config.schema import Data, SegmentWeights  # noqa: E402
+from janus_cluster.errors import TrainingFailed, UsageError  # noqa: E402
+from janus_cluster.training.data.dataset import NavigationDataset, collate  # noqa: E402
+from janus_cluster.training.data.encode import SampleEncoder  # noqa: E402
+from janus_cluster.training.data.index import load_samples  # noqa: E402
+from janus_cluster.training.data.prompt import (  # noqa: E402
+    render_prompt_parts,
+    render_target_parts,
+    render_user_parts,
+    sample_texts,
+)
+from janus_cluster.training.data.tokenizer import (  # noqa: E402
+    build_tiny_tokenizer,
+    image_token_ids,
+    load_tokenizer,
+    write_processing_files,
+)
+
+pytestmark = pytest.mark.train
+
+FIXTURE = Path(__file__).parent / "fixtures" / "data_pipeline_tiny"
+EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+PAD_GRID = (1, 46, 46)
+SMALL = {"image_width": 56, "min_pixels": 784, "image_mode": "pad"}
+
+
+def load_reference(history: int, **keys):
+    data = Data(roots=(str(FIXTURE / "episodes"),), history=history, validation_fraction=0, **keys)
+    return data, load_samples(data, seed=0, pad_history=True).train
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(FIXTURE / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return build_tiny_tokenizer(sample_texts(load_reference(2)[1]))
+
+
+def run_lengths(values) -> list[list[float]]:
+    runs: list[list[float]] = []
+    for value in values.tolist():
+        if runs and runs[-1][0] == value:
+            runs[-1][1] += 1
+        else:
+            runs.append([value, 1])
+    return runs
+
+
+def test_prompt_and_target_are_the_references_word_for_word():
+    sample = load_reference(2)[1][21]
+    parts = render_user_parts(sample.instruction, num_history=2)
+    assert "<image>".join(parts) == EXPECTED["prompt"]
+    assert "".join(p.text for p in render_target_parts(sample) if not p.closing) == EXPECTED["target"]
+
+
+@pytest.mark.parametrize("history", [8, 2])
+def test_ids_labels_weights_and_segments_are_the_references(tokenizer, history):
+    encoder = SampleEncoder(tokenizer, SegmentWeights())
+    for sample, wanted in zip(load_reference(history)[1], EXPECTED["samples"][str(history)], strict=True):
+        got = encoder.encode(sample, [PAD_GRID] * wanted["grids"])
+        ids, first = got.input_ids.tolist(), wanted["first_label"]
+        assert len(ids) == wanted["num_tokens"]
+        if "ids" in wanted:
+            assert run_lengths(got.input_ids) == wanted["ids"]
+        assert hashlib.sha256(json.dumps(ids).encode()).hexdigest() == wanted["ids_sha256"], sample.id
+        assert got.labels.tolist() == [-100] * first + ids[first:]
+        assert run_lengths(got.loss_weights) == wanted["weights"]
+        assert run_lengths(got.segment_ids) == wanted["segments"]
+
+
+@pytest.mark.parametrize("num_history", [0, 1, 3])
+@pytest.mark.parametrize("which", ["tokenizer", "tiny"])
+def test_encoding_in_parts_equals_tokenising_the_whole(request, which, num_history):
+    tokenizer = request.getfixturevalue(which)
+    for sample in load_reference(2)[1]:
+        whole = IMAGE.join(render_prompt_parts(sample.instruction, num_history=num_history))
+        whole += "".join(part.text for part in render_target_parts(sample))
+        got = SampleEncoder(tokenizer, SegmentWeights()).encode(sample, [(1, 2, 2)] * (num_history + 1))
+        assert got.input_ids.tolist() == tokenizer.encode(whole, add_special_tokens=False)
+
+
+def test_a_segment_weight_of_zero_is_zero(tokenizer):
+    weights = SegmentWeights(subinstruction=0, description_2d=0.5, description_3d=2, action=0)
+    got = SampleEncoder(tokenizer, weights).encode(load_reference(2)[1][0], [PAD_GRID] * 3)
+    for segment, weight in ((1, 0.0), (2, 0.5), (3, 2.0)):
+        assert set(got.loss_weights[got.segment_ids == segment].tolist()) == {weight}
+    assert got.loss_weights[got.segment_ids == 4].tolist()[-2:] == [1.0, 1.0]  # <|im_end|> and the line end
+    assert set(got.loss_weights[got.segment_ids == 4].tolist()[:-2]) == {0.0}
+
+
+def test_tiny_tokenizer_is_the_same_in_another_process(tiny, tmp_path):
+    code = (
+        "import json, sys\n"
+        "from janus_cluster.training.data.tokenizer import build_tiny_tokenizer\n"
+        "print(json.dumps(build_tiny_tokenizer(json.load(open(sys.argv[1]))).get_vocab(), sort_keys=True))\n"
+    )
+    texts = tmp_path / "texts.json"
+    texts.write_text(json.dumps(list(reversed(sample_texts(load_reference(2)[1])))))
+    for hash_seed in ("1", "2"):
+        environment = {"PYTHONHASHSEED": hash_seed, "PATH": "/usr/bin:/bin", "RAYON_NUM_THREADS": hash_seed}
+        command = [sys.executable, "-c", code, str(texts)]
+        run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
+        assert json.loads(run.stdout) == tiny.get_vocab()
+
+
+def test_tiny_tokenizer_reads_back_any_text(tiny):
+    for text in ("Go to the door.", "Zürich, 日本 🚪\n\n  x"):
+        assert tiny.decode(tiny.encode(text)) == text
+    ids = image_token_ids(tiny)
+    assert tiny.encode(IMAGE) == [ids.vision_start, ids.image_pad, ids.vision_end]
+
+
+def test_export_files_load_again_with_the_same_ids_and_prompt(tiny, tmp_path):
+    data = Data()
+    write_processing_files(tmp_path, tokenizer=tiny, data=data)
+    loaded = load_tokenizer(tmp_path)
+    sample = load_reference(2)[1][5]
+    content = []
+    for position, text in enumerate(render_user_parts(sample.instruction, num_history=2)):
+        content += [{"type": "image"}] * (position > 0) + ([{"type": "text", "text": text}] if text else [])
+    messages = [{"role": "user", "content": content}]
+    prompt = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == IMAGE.join(render_prompt_parts(sample.instruction, num_history=2))
+    assert loaded.encode(prompt) == tiny.encode(prompt)
+    assert loaded.get_vocab() == AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+    assert AutoImageProcessor.from_pretrained(tmp_path).size.longest_edge == data.max_pixels
+
+
+def test_a_folder_without_qwens_tokenizer_is_named(tmp_path):
+    with pytest.raises(UsageError, match=f"no tokenizer can be loaded from {tmp_path}"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UsageError, match="nowhere is not a folder"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def make_dataset(tokenizer, **keys) -> NavigationDataset:
+    data = Data(roots=(str(FIXTURE / "episodes"),), history=2, validation_fraction=0, **{**SMALL, **keys})
+    samples = load_samples(data, seed=0).train
+    return NavigationDataset(samples, tokenizer=tokenizer, data=data, segment_weights=SegmentWeights())
+
+
+def test_a_batch_has_the_promised_shapes_types_and_padding(tokenizer):
+    dataset = make_dataset(tokenizer)
+    rows = [dataset[i] for i in (0, 3)]
+    assert [len(row["frames"]) for row in rows] == [1, 3]  # no padding of a short history
+    batch = collate(rows, tokenizer.pad_token_id)
+    length = max(len(row["input_ids"]) for row in rows)
+    short = len(rows[0]["input_ids"])
+    assert short < length
+    padding = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0, "labels": -100}
+    for key, value in {**padding, "loss_weights": 0, "segment_ids": 0}.items():
+        assert batch[key].shape == (2, length)
+        assert batch[key].dtype == (torch.float32 if key == "loss_weights" else torch.int64)
+        assert set(batch[key][0, short:].tolist()) == {value}
+    assert batch["attention_mask"].sum(1).tolist() == [short, length]
+    assert batch["actions"].tolist() == [row["action"] for row in rows] and batch["actions"].dtype == torch.int64
+    assert [(f.dtype, tuple(f.shape)) for f in batch["frames"]] == [
+        (torch.uint8, (1, 3, 56, 56)),
+        (torch.uint8, (3, 3, 56, 56)),
+    ]
+    assert batch["image_grid_thw"].tolist() == [[1, 4, 4]] * 4
+    image_pad = image_token_ids(tokenizer).image_pad
+    assert torch.equal(batch["mm_token_type_ids"], (batch["input_ids"] == image_pad).long())
+    assert batch["mm_token_type_ids"].sum(1).tolist() == [4, 12]
+
+
+def test_loader_workers_give_the_same_batches(tokenizer):
+    dataset = make_dataset(tokenizer)
+    batches = [
+        list(DataLoader(dataset, batch_size=4, num_workers=workers, collate_fn=partial(collate, pad_token_id=0)))
+        for workers in (0, 2)
+    ]
+    assert len(batches[0]) == len(batches[1]) == 6
+    for here, there in zip(*batches, strict=True):
+        assert torch.equal(here["input_ids"], there["input_ids"])
+        assert all(torch.equal(a, b) for a, b in zip(here["frames"], there["frames"], strict=True))
+
+
+def test_a_dataset_can_be_pickled(tokenizer):
+    dataset = make_dataset(tokenizer)
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[4]["input_ids"], dataset[4]["input_ids"])
+
+
+def test_a_sample_that_is_too_long_is_named_and_never_cut(tokenizer):
+    length = len(make_dataset(tokenizer)[3]["input_ids"])
+    assert len(make_dataset(tokenizer, max_length=length)[3]["input_ids"]) == length
+    with pytest.raises(TrainingFailed, match=f"ep_10/step_3_MOVE_FORWARD.png has {length} tokens, data.max_length is"):
+        make_dataset(tokenizer, max_length=length - 1)[3]

@@ -1,0 +1,138 @@
+"""The whole of a training run on two simulated nodes: ZeRO-3, metrics, checkpoint, resume, evaluation, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_run import NODES, everything_said, run_on_nodes, write_run_folder
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+from janus_cluster.rundir import RunDir
+from janus_cluster.training.checkpoint import find_newest_complete
+from janus_cluster.training.data.demo import write_demo_episodes
+from janus_cluster.training.model.build import load_exported
+
+pytestmark = pytest.mark.train
+
+MODULE = "janus_cluster.training.entry"
+SEGMENTS = {"subinstruction", "description_2d", "description_3d", "action"}
+
+
+def job(episodes: Path, *, max_steps: int, profile: str = "zero3", precision: str = "fp32") -> dict[str, Any]:
+    return {
+        "model": {"preset": "tiny"},
+        "data": {
+            "roots": [str(episodes)], "history": 1, "image_width": 84, "min_pixels": 784, "num_workers": 0,
+            "validation_fraction": 0.25,
+        },
+        "training": {
+            "per_device_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": max_steps,
+            "learning_rate": 1e-3, "precision": precision, "gradient_checkpointing": precision == "bf16",
+        },
+        "deepspeed": {"profile": profile},
+        "checkpoint": {"every_steps": 2, "keep_last": 1},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "demo"
+    write_demo_episodes(root, num_episodes=8, seed=0, image_size=(160, 120))
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(episodes: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run of three steps under ZeRO-3, then the same run folder again with five: attempt 2 goes on at step 4."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    run = write_run_folder(path, job(episodes, max_steps=3))
+    assert run_on_nodes(MODULE, run) == [0, 0], everything_said(run)
+    write_run_folder(path, job(episodes, max_steps=5))
+    assert run_on_nodes(MODULE, run, attempt=run.begin_attempt()) == [0, 0], everything_said(run, attempt=2)
+    return run
+
+
+def test_every_step_is_in_the_metrics_once_and_resume_goes_on_after_the_checkpoint(trained: RunDir) -> None:
+    steps = [(m["attempt"], m["step"], m["total_steps"]) for m in trained.read_metrics() if m["kind"] == "train"]
+    assert steps == [(1, 1, 3), (1, 2, 3), (1, 3, 3), (2, 4, 5), (2, 5, 5)]
+
+
+def test_a_step_is_described_by_loss_parts_rate_and_speed(trained: RunDir) -> None:
+    step = next(m for m in trained.read_metrics() if m["kind"] == "train" and m["step"] == 2)
+    assert step["loss"] == pytest.approx(step["loss_text"] + step["loss_action"], rel=1e-4)
+    assert set(step["loss_segments"]) == SEGMENTS and all(value > 0 for value in step["loss_segments"].values())
+    assert step["grad_norm"] > 0 and step["learning_rate"] > 0
+    assert step["samples_per_s"] == pytest.approx(8 / step["step_time_s"])
+
+
+def test_held_out_accuracy_is_over_every_held_out_sample_once(trained: RunDir) -> None:
+    log = trained.rank_log(1, NODES[0], 0).read_text()
+    evaluations = [m for m in trained.read_metrics() if m["kind"] == "eval"]
+    assert [m["step"] for m in evaluations] == [3, 5]
+    assert f"held out {evaluations[0]['num_samples']} samples" in log
+    assert 0 <= evaluations[0]["action_accuracy"] <= 1
+    assert 0.25 <= evaluations[0]["majority_accuracy"] < 1
+    assert f"(majority class {evaluations[0]['majority_accuracy']:.2f}, {evaluations[0]['majority_action']}" in log
+
+
+def test_only_the_newest_checkpoint_is_kept_and_it_is_whole(trained: RunDir) -> None:
+    newest = find_newest_complete(trained.checkpoints)
+    assert newest == trained.checkpoints / "checkpoint-5"
+    assert [p.name for p in trained.checkpoints.iterdir()] == ["checkpoint-5"]
+    saved = [(m["step"], m["path"]) for m in trained.read_metrics() if m["kind"] == "checkpoint"]
+    assert [step for step, _ in saved] == [2, 3, 4, 5]
+    assert saved[-1][1] == str(newest)
+
+
+def test_export_loads_with_and_without_our_class(trained: RunDir) -> None:
+    janus = load_exported(trained.export, device="cpu", dtype=torch.float32)
+    plain, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(trained.export, output_loading_info=True)
+    assert not info["missing_keys"]
+    shared = dict(janus.named_parameters())
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, shared[name]), name
+    assert len(AutoTokenizer.from_pretrained(trained.export)) <= janus.config.text_config.vocab_size
+    assert (trained.export / "preprocessor_config.json").is_file()
+    exports = [m for m in trained.read_metrics() if m["kind"] == "export"]
+    assert [m["step"] for m in exports] == [3, 5]
+    assert not [p for p in trained.path.iterdir() if p.name.startswith(".export")], "no temporary folder is left"
+
+
+def test_exported_weights_are_the_trained_ones(trained: RunDir) -> None:
+    exported = load_exported(trained.export, device="cpu", dtype=torch.float32).state_dict()
+    optimizer_states = list((trained.checkpoints / "checkpoint-5").rglob("*optim_states.pt"))
+    assert len(optimizer_states) == 2, "each rank has its own part of the optimizer"
+    master_sum = sum(
+        float(flat.double().sum())
+        for path in optimizer_states
+        for flat in torch.load(path, weights_only=False)["optimizer_state_dict"]["fp32_flat_groups"]
+    )
+    frozen = ("model.visual.blocks.", "model.visual.patch_embed.")
+    exported_sum = sum(float(t.double().sum()) for name, t in exported.items() if not name.startswith(frozen))
+    assert exported_sum == pytest.approx(master_sum, rel=1e-6, abs=1e-3)
+
+
+def test_each_rank_has_its_own_log_and_only_rank_0_tells_the_steps(trained: RunDir) -> None:
+    first, second = (trained.rank_log(1, node, rank).read_text() for rank, node in enumerate(NODES))
+    assert "step 3/3 loss " in first and "step_time_s" in first
+    assert "rank 1 of 2" in second and "step 1/3" not in second
+    assert "it/s]" not in first + second, "no progress bars"
+
+
+def test_bf16_under_zero2_with_recomputation_trains(episodes: Path, tmp_path: Path) -> None:
+    run = write_run_folder(tmp_path / "run", job(episodes, max_steps=2, profile="zero2", precision="bf16"))
+    assert run_on_nodes(MODULE, run) == [0, 0], everything_said(run)
+    steps = [m for m in run.read_metrics() if m["kind"] == "train"]
+    assert [m["step"] for m in steps] == [1, 2]
+    weights = load_exported(run.export, device="cpu", dtype=torch.bfloat16)
+    assert all(torch.isfinite(p).all() for p in weights.parameters())
+
+
+def test_an_error_on_one_rank_ends_both_agents_and_is_in_that_ranks_log(episodes: Path, tmp_path: Path) -> None:
+    run = write_run_folder(tmp_path / "run", job(episodes, max_steps=2) | {"data": {"roots": [str(tmp_path / "no")]}})
+    assert 0 not in run_on_nodes(MODULE, run)
+    assert str(tmp_path / "no") in run.rank_log(1, NODES[1], 1).read_text()
+    assert not list(run.read_metrics())

@@ -1,0 +1,234 @@
+"""Weights on disk: the layouts that must load, and the broken ones that must not."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_cases import CHECKPOINT, EVERYTHING, IDS, build_reference_model, load_case
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from janus_cluster.config.schema import Model
+from janus_cluster.errors import UsageError
+from janus_cluster.training.model.build import build_model, load_exported, write_vggt
+from janus_cluster.training.model.janus import OWN_PREFIXES, JanusModel
+
+pytestmark = pytest.mark.train
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def stored() -> Tensors:
+    return load_file(CHECKPOINT / "model.safetensors")
+
+
+def write_folder(folder: Path, tensors: Tensors, **config: Any) -> Path:
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(values | config), encoding="utf-8")
+    return folder
+
+
+def build(path: Path | str, *, seed: int = 0, **model_keys: Any) -> JanusModel:
+    return build_model(
+        Model(path=str(path), **({"preset": "tiny"} | model_keys)),
+        EVERYTHING,
+        tokenizer_ids=IDS,
+        device="cpu",
+        dtype=torch.float32,
+        seed=seed,
+    )
+
+
+def refusal(path: Path | str, **model_keys: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        build(path, **model_keys)
+    return str(caught.value)
+
+
+def in_model(name: str) -> str:
+    if name.startswith("visual."):
+        return "model." + name
+    return re.sub(r"^model\.", "model.language_model.", name)
+
+
+def assert_holds(model: JanusModel, stored: Tensors, *, but: tuple[str, ...] = ()) -> None:
+    state = model.state_dict()
+    names = [name for name in stored if not name.startswith(("vggt.", *but))]
+    assert len(names) + sum(name.startswith(but or ("\0",)) for name in state) == len(state)
+    for name in names:
+        key = name if name.startswith((*OWN_PREFIXES, "lm_head.")) else in_model(name)
+        assert torch.equal(state[key], stored[name]), name
+
+
+def qwen_only(stored: Tensors) -> Tensors:
+    return {name: t for name, t in stored.items() if not name.startswith(("vggt.", *OWN_PREFIXES))}
+
+
+def vggt_only(stored: Tensors) -> Tensors:
+    return {name.removeprefix("vggt."): t for name, t in stored.items() if name.startswith("vggt.")}
+
+
+def test_published_checkpoint_gives_every_weight_and_tells_what_it_ignored(
+    stored: Tensors, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build_reference_model()
+    assert_holds(model, stored)
+    assert torch.equal(model.vggt.camera_token, stored["vggt.aggregator.camera_token"])
+    out = capsys.readouterr().out
+    assert "80 tensors taken, 0 newly initialised (none), 306 ignored (vggt.*)" in out
+    assert "146 tensors taken" in out
+
+
+def test_own_folder_loads_again_and_plain_qwen_reads_it(tmp_path: Path) -> None:
+    model = build_reference_model(lam=0.7, reference_frame="last")
+    batch, _ = load_case("b1_3img")
+    model.save_pretrained(tmp_path)
+    write_vggt(model, tmp_path)
+    again = load_exported(tmp_path, device="cpu", dtype=torch.float32)
+    assert (again.config.lam, again.config.reference_frame) == (0.7, "last")
+    assert not again.training
+    with torch.no_grad():
+        assert torch.equal(again(**batch).loss, model(**batch).loss)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == {"model", "visual", "lm_head", "merger", "action_head"}
+
+    plain, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert all(name.startswith(OWN_PREFIXES) for name in info["unexpected_keys"])
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in plain.state_dict().items())
+
+
+def test_sharded_hub_layout_loads_and_draws_new_modules_from_the_seed(
+    stored: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folder(tmp_path / "hub", {"unused": torch.zeros(1)})
+    names = list(qwen_only(stored))
+    shards = {"a.safetensors": names[:20], "b.safetensors": names[20:]}
+    for file, members in shards.items():
+        save_file({name: stored[name] for name in members}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, members in shards.items() for name in members}
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    save_file(vggt_only(stored), tmp_path / "vggt.safetensors")
+    keys = {"vggt_path": str(tmp_path / "vggt.safetensors")}
+
+    model, same, other = build(folder, **keys), build(folder, **keys), build(folder, seed=1, **keys)
+    assert_holds(model, qwen_only(stored), but=OWN_PREFIXES)
+    assert "11 newly initialised (merger., action_head.)" in capsys.readouterr().out
+    assert torch.equal(model.merger.mlp[0].weight, same.merger.mlp[0].weight)
+    assert not torch.equal(model.merger.mlp[0].weight, other.merger.mlp[0].weight)
+    assert 0.01 < float(model.action_head[0].weight.detach().std()) < 0.03
+
+    (folder / "b.safetensors").unlink()
+    assert "b.safetensors" in refusal(folder, **keys)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_vggt_loads_from_a_file_or_its_folder(suffix: str, stored: Tensors, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "qwen", qwen_only(stored))
+    vggt = tmp_path / "vggt"
+    vggt.mkdir()
+    file = vggt / f"model{suffix}"
+    if suffix == ".pt":
+        torch.save(vggt_only(stored), file)
+    else:
+        save_file(vggt_only(stored), file)
+    for path in (file, vggt):
+        model = build(folder, vggt_path=str(path))
+        assert torch.equal(
+            model.vggt.global_blocks[2].mlp.fc2.weight, stored["vggt.aggregator.global_blocks.2.mlp.fc2.weight"]
+        )
+
+
+def test_tied_checkpoint_needs_no_lm_head(stored: Tensors, tmp_path: Path) -> None:
+    tied = {name: t for name, t in stored.items() if name != "lm_head.weight"}
+    model = build(write_folder(tmp_path / "tied", tied, tie_word_embeddings=True))
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, stored["model.embed_tokens.weight"])
+    assert "lm_head.weight" in refusal(write_folder(tmp_path / "untied", tied))
+
+
+def test_missing_language_weights_are_named(stored: Tensors, tmp_path: Path) -> None:
+    lost = "model.layers.1.mlp.up_proj.weight"
+    folder = write_folder(tmp_path / "m", {name: t for name, t in stored.items() if name != lost})
+    message = refusal(folder)
+    assert lost in message
+    assert str(folder) in message
+    with pytest.raises(UsageError, match=r"1 weights of Qwen2.5-VL are missing: .*layers\.1\.mlp\.up_proj"):
+        JanusModel.from_pretrained(folder)
+
+
+def test_misshapen_weights_are_named(stored: Tensors, tmp_path: Path) -> None:
+    changed = stored | {"model.norm.weight": torch.ones(65)}
+    message = refusal(write_folder(tmp_path / "m", changed))
+    assert "model.norm.weight in model.safetensors is [65], not [64]" in message
+
+
+def test_half_an_action_head_is_refused(stored: Tensors, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", {k: t for k, t in stored.items() if k != "action_head.3.bias"})
+    assert "action_head.3.bias" in refusal(folder)
+
+
+def test_missing_aggregator_weights_are_named(stored: Tensors, tmp_path: Path) -> None:
+    lost = "vggt.aggregator.frame_blocks.1.ls1.gamma"
+    folder = write_folder(tmp_path / "m", {name: t for name, t in stored.items() if name != lost})
+    assert lost in refusal(folder)
+    spare = {name: t for name, t in stored.items() if "_blocks.3." not in name}
+    build(write_folder(tmp_path / "spare", spare))
+
+
+def test_a_folder_without_vggt_asks_for_it(stored: Tensors, tmp_path: Path) -> None:
+    assert "model.vggt_path is not set" in refusal(write_folder(tmp_path / "m", qwen_only(stored)))
+
+
+def test_another_family_or_size_is_refused(stored: Tensors, tmp_path: Path) -> None:
+    assert "'llama'" in refusal(write_folder(tmp_path / "llama", stored, model_type="llama"))
+    message = refusal(CHECKPOINT, preset="qwen2.5-vl-7b")
+    assert "hidden_size is 64, preset qwen2.5-vl-7b has 3584" in message
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, stored: Tensors) -> None:
+    folder = write_folder(tmp_path / "m", stored, image_token_id=3)
+    assert "image_token_id is 3, the tokenizer says 595" in refusal(folder)
+
+
+def test_a_preset_without_weights_asks_for_a_path() -> None:
+    with pytest.raises(UsageError, match=r"model\.path"):
+        build_model(
+            Model(preset="qwen2.5-vl-7b"), EVERYTHING, tokenizer_ids=IDS, device="cpu", dtype=torch.float32, seed=0
+        )
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights at all"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_broken_vggt_files_are_named(content: bytes, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    message = refusal(CHECKPOINT, vggt_path=str(tmp_path / name))
+    assert message.startswith("model.vggt_path: ")
+    assert name in message
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Runs:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"aggregator.camera_token": Runs()}, tmp_path / "model.pt")
+    assert "model.pt" in refusal(CHECKPOINT, vggt_path=str(tmp_path / "model.pt"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_folders_without_weights_or_configuration_are_named(tmp_path: Path) -> None:
+    assert "config.json" in refusal(tmp_path)
+    shutil.copy(CHECKPOINT / "config.json", tmp_path)
+    assert "model.safetensors" in refusal(tmp_path)
+    assert str(tmp_path / "nowhere") in refusal(CHECKPOINT, vggt_path=str(tmp_path / "nowhere"))

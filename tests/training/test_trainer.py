@@ -1,0 +1,153 @@
+"""The step's gradient does not depend on how the batch is cut; only tuned parts are in the optimizer."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training_run import resolve
+from transformers import EvalPrediction
+
+from janus_cluster.rundir import RunDir
+from janus_cluster.training.checkpoint import find_newest_complete, remove_old, write_manifest
+from janus_cluster.training.data.dataset import NavigationDataset, collate
+from janus_cluster.training.data.demo import write_demo_episodes
+from janus_cluster.training.data.index import load_samples
+from janus_cluster.training.entry import load_job_tokenizer, tokenizer_ids
+from janus_cluster.training.metrics import MetricsLog
+from janus_cluster.training.model.build import build_model
+from janus_cluster.training.trainer import JanusTrainer, build_training_arguments, compute_action_accuracy
+from janus_cluster.training.world import World
+
+pytestmark = pytest.mark.train
+
+ALONE = World(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "demo"
+    write_demo_episodes(root, num_episodes=4, seed=1, image_size=(160, 120))
+    return root
+
+
+def build_trainer(episodes: Path, folder: Path, **training: Any) -> JanusTrainer:
+    """One process, no DeepSpeed: four samples of unequal length make one optimizer step."""
+    settings = {"max_steps": 1, "learning_rate": 1e-3, "precision": "fp32", "lr_scheduler": "constant", "warmup_ratio": 0}
+    resolved = resolve(
+        {
+            "nodes": 1,
+            "model": {"preset": "tiny"},
+            "data": {"roots": [str(episodes)], "history": 2, "image_width": 84, "min_pixels": 784, "num_workers": 0},
+            "training": settings | training,
+        },
+        run_dir=folder,
+    )
+    job = resolved.job
+    split = load_samples(job.data, seed=0)
+    tokenizer = load_job_tokenizer(job, split)
+    arguments = build_training_arguments(job, output_dir=folder / "checkpoints", ds_config_json=None, device="cpu")
+    model = build_model(
+        job.model, job.training, tokenizer_ids=tokenizer_ids(tokenizer), device="cpu", dtype=torch.float32, seed=0
+    )
+    samples = split.train[:4]
+    return JanusTrainer(
+        model=model,
+        args=arguments,
+        job=job,
+        world=ALONE,
+        metrics=MetricsLog(
+            RunDir(folder), attempt=1, is_main=True, effective_batch_size=resolved.effective_batch_size
+        ),
+        train_dataset=NavigationDataset(
+            samples, tokenizer=tokenizer, data=job.data, segment_weights=job.training.segment_weights
+        ),
+        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
+    )
+
+
+def gradients_of_one_step(trainer: JanusTrainer) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Gradients and summed loss of one optimizer step over all four samples, taken before any update."""
+    batches, num_items = trainer.get_batch_samples(
+        iter(trainer.get_train_dataloader()), trainer.args.gradient_accumulation_steps, trainer.args.device
+    )
+    trainer.current_gradient_accumulation_steps = len(batches)
+    loss = sum(trainer.training_step(trainer.model, batch, num_items) for batch in batches)
+    return {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}, loss
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulated_gradients_are_those_of_one_batch(episodes: Path, tmp_path: Path, accumulation: int) -> None:
+    whole = build_trainer(episodes, tmp_path / "a", per_device_batch_size=4, gradient_accumulation_steps=1)
+    cut = build_trainer(
+        episodes, tmp_path / "b", per_device_batch_size=4 // accumulation, gradient_accumulation_steps=accumulation
+    )
+    expected, expected_loss = gradients_of_one_step(whole)
+    found, found_loss = gradients_of_one_step(cut)
+    torch.testing.assert_close(found_loss, expected_loss)
+    assert found.keys() == expected.keys() and len(found) > 40
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_frozen_parts_are_in_no_optimizer_group(episodes: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(episodes, tmp_path / "run", projector_learning_rate=3e-4, tune={"llm": False})
+    optimizer = trainer.create_optimizer()
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    tuned = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert tuned == {
+        name: 1e-3 if name.startswith("action_head.") else 3e-4
+        for name in names.values()
+        if name.startswith(("model.visual.merger.", "merger.", "action_head."))
+    }
+
+
+def test_floats_keep_their_dtype_on_the_way_to_the_device(episodes: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(episodes, tmp_path / "run")
+    batch = {"loss_weights": torch.ones(1, 2), "frames": [torch.zeros(1, 3, 2, 2, dtype=torch.uint8)]}
+    prepared = trainer._prepare_inputs(batch)
+    assert prepared["loss_weights"].dtype == torch.float32
+    assert isinstance(prepared["frames"], list) and prepared["frames"][0].dtype == torch.uint8
+
+
+def test_accuracy_leaves_out_samples_without_an_action() -> None:
+    logits = np.array([[9.0, 0, 0, 0], [0, 9.0, 0, 0], [0, 9.0, 0, 0], [9.0, 0, 0, 0]])
+    found = compute_action_accuracy(EvalPrediction(predictions=logits, label_ids=np.array([0, 1, 2, -100])))
+    assert found["num_samples"] == 3
+    assert found["action_accuracy"] == pytest.approx(2 / 3)
+    assert found["majority_accuracy"] == pytest.approx(1 / 3)
+
+
+def make_checkpoint(checkpoints: Path, step: int, *, whole: bool = True) -> Path:
+    folder = checkpoints / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "weights.bin").write_bytes(b"w" * step)
+    if whole:
+        write_manifest(folder, step=step, world_size=1)
+    return folder
+
+
+def test_the_newest_whole_checkpoint_is_found_by_step_not_by_name(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 9)
+    newest = make_checkpoint(tmp_path, 10)
+    make_checkpoint(tmp_path, 20, whole=False)
+    assert find_newest_complete(tmp_path) == newest
+    (newest / "weights.bin").write_bytes(b"short")
+    assert find_newest_complete(tmp_path) == tmp_path / "checkpoint-9"
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    assert find_newest_complete(tmp_path / "never-made") is None
+
+
+def test_old_checkpoints_go_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path, step)
+    make_checkpoint(tmp_path, 2000, whole=False)
+    make_checkpoint(tmp_path, 0, whole=False)
+    remove_old(tmp_path, keep_last=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-2000", "checkpoint-3"]
