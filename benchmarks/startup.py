@@ -24,7 +24,7 @@ def measure(argv: list[str], *, cwd: Path, environ: dict[str, str]) -> float:
 
 
 def main() -> None:
-    """Prints median seconds and the median of the ratios taken pair by pair, which drift of the machine cancels out of."""
+    """Prints median times, and the median of ratios taken pair by pair, so that a drifting machine cancels out."""
     janus = str(Path(sys.executable).with_name("janus-cluster"))
     commands = {
         "janus-cluster --help": [janus, "--help"],

@@ -49,6 +49,7 @@ Examples:
 @click.option("--name", help="Name of the run; default: the job file's.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def submit(
+    *,
     job: str | None,
     nodes: int | None,
     sets: tuple[str, ...],
@@ -155,6 +156,7 @@ Exit codes: 0 pass, 1 warn, 2 fail, 3 undetermined.
 @click.option("--exclude", metavar="NODES", help="Nodes to keep away from.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON and nothing else.")
 def preflight(
+    *,
     job: str | None,
     nodes: int | None,
     sets: tuple[str, ...],

@@ -42,7 +42,9 @@ def test_the_wheel_submits_from_another_folder_without_torch(installed: Path, tm
     assert not packages & {"torch", "transformers", "deepspeed"}
 
     (tmp_path / "demo_data").mkdir()
-    said = call([str(installed / "janus-cluster"), "submit", "demo", "--dry-run", "--json"], tmp_path, JANUS_HOME="home")
+    said = call(
+        [str(installed / "janus-cluster"), "submit", "demo", "--dry-run", "--json"], tmp_path, JANUS_HOME="home"
+    )
     run_dir = Path(json.loads(said)["run_dir"])
     assert (run_dir / "job.sbatch").exists()
     resolved = json.loads((run_dir / "resolved.json").read_text())

@@ -14,8 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from janus_cluster.config.schema import JobConfig, Section
-from janus_cluster.config.yamlfile import Key, Leaf, load_text, parse_leaves, parse_value, resolve_scalar
 from janus_cluster.config.secrets import is_secret
+from janus_cluster.config.yamlfile import Key, Leaf, load_text, parse_leaves, parse_value, resolve_scalar
 from janus_cluster.errors import UsageError
 from janus_cluster.resources import jobs_dir
 

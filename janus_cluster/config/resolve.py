@@ -48,6 +48,7 @@ def resolve_job(
         job.environment.variables,
         plain,
         profile_name=job.environment.profile,
+        cpus_per_process=_cpus_per_process(job, processes),
     )
     ds_config = resolve_ds_config(load_ds_profile(job.deepspeed.profile), job, world_size=world_size)
     return ResolvedJob(
@@ -94,6 +95,12 @@ def preflight_profile(job: JobConfig) -> Literal["h800", "cpu"]:
     return "cpu" if job.hardware.device == "cpu" else "h800"
 
 
+def _cpus_per_process(job: JobConfig, processes: int) -> int | None:
+    """CPUs for each rank where the job says how many a node's task gets; None: all of the node's."""
+    cpus = job.slurm.get("cpus-per-task", job.slurm.get("cpus_per_task"))
+    return max(1, cpus // processes) if isinstance(cpus, int) and not isinstance(cpus, bool) else None
+
+
 def hash_config(job: JobConfig) -> str:
     """sha256 of the job's values: equal for equal jobs, whatever file they came from."""
     canonical = json.dumps(job.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
@@ -102,7 +109,7 @@ def hash_config(job: JobConfig) -> str:
 
 def find_conflicts(job: JobConfig, *, processes_per_node: int) -> list[str]:
     """Combinations that cannot work, each as `key: value: what is wrong and what to type`."""
-    hw, env, t = job.hardware, job.environment, job.training
+    hw, env = job.hardware, job.environment
     found: list[str] = []
     if hw.device == "cuda" and processes_per_node > hw.gpus_per_node:
         found.append(
@@ -119,23 +126,27 @@ def find_conflicts(job: JobConfig, *, processes_per_node: int) -> list[str]:
         found.append(f"data.min_pixels: {job.data.min_pixels}: more than data.max_pixels ({job.data.max_pixels})")
     if job.kind == "train":
         found += _training_conflicts(job)
-    if t.effective_batch_size is None or job.kind != "train":
-        return found
-    world_size = job.nodes * processes_per_node
-    real = effective_batch_size(job, world_size=world_size)
-    if real != t.effective_batch_size:
-        per_step = t.per_device_batch_size * world_size
-        way = (
-            f"--set training.gradient_accumulation_steps={t.effective_batch_size // per_step}"
-            if t.effective_batch_size % per_step == 0
-            else f"no accumulation gives {t.effective_batch_size} with {per_step} samples per micro-step"
-        )
-        found.append(
-            f"training.effective_batch_size: {t.effective_batch_size}: per_device_batch_size "
-            f"{t.per_device_batch_size} × gradient_accumulation_steps {t.gradient_accumulation_steps} × {world_size} ranks is {real}. "
-            f"Type {way}, or --set training.effective_batch_size={real}"
-        )
+        found += _batch_conflict(job, world_size=job.nodes * processes_per_node)
     return found
+
+
+def _batch_conflict(job: JobConfig, *, world_size: int) -> list[str]:
+    """The arithmetic against what the job says it means, with the two ways to make them agree."""
+    t = job.training
+    wanted, real = t.effective_batch_size, effective_batch_size(job, world_size=world_size)
+    if wanted is None or wanted == real:
+        return []
+    per_step = t.per_device_batch_size * world_size
+    way = (
+        f"--set training.gradient_accumulation_steps={wanted // per_step}"
+        if wanted % per_step == 0
+        else f"another per_device_batch_size ({per_step} samples per micro-step do not divide {wanted})"
+    )
+    return [
+        f"training.effective_batch_size: {wanted}: per_device_batch_size {t.per_device_batch_size} × "
+        f"gradient_accumulation_steps {t.gradient_accumulation_steps} × {world_size} ranks is {real}. "
+        f"Type {way}, or --set training.effective_batch_size={real}"
+    ]
 
 
 def _training_conflicts(job: JobConfig) -> list[str]:

@@ -52,7 +52,7 @@ class Verdict:
 
     @property
     def exclude(self) -> tuple[str, ...]:
-        """Nodes with a failed check of their own, for `--exclude=`; a failed all-reduce does not say whose fault it is."""
+        """Nodes with a failed check of their own, for `--exclude=`; a failed all-reduce names no culprit."""
         bad = {r.node for r in self.results if r.state == "FAIL" and r.phase == "static"}
         return tuple(n for n in self.nodes if n in bad)
 

@@ -13,7 +13,7 @@ _STYLE = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red", "ERROR": "bold 
 
 
 def render_verdict(verdict: Verdict) -> Group:
-    """A table, worst first, equal results of several nodes on one line; then a line per fault that says how to mend it."""
+    """A table, worst first, equal results of several nodes on one line; then how to mend each fault."""
     from rich.console import Group  # not at import time: rich costs more than the whole start-up budget
     from rich.table import Table
     from rich.text import Text

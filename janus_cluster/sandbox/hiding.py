@@ -1,7 +1,7 @@
 """Making a path vanish for one node only.
 
-Below /mnt/node the node's own file is moved aside. Elsewhere files are everybody's, so the folder is covered by an empty
-one, in this node's mount namespace alone: what a node sees when a share was not mounted.
+Below /mnt/node the node's own file is moved aside. Elsewhere files are everybody's, so the folder is covered by an
+empty one, in this node's mount namespace alone: what a node sees when a share was not mounted.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Starter:
             f"--seed-file={layout.secret / 'munged.seed'}",
         ]
         # --force: munged refuses folders with a group-writable parent, which home folders on clusters often have.
-        daemon = self.start(MUNGED, ["munged", "--foreground", "--force", *options])
+        daemon = self.start(MUNGED, ["munged", "--foreground", "--force", *options], host=CONTROLLER)
         self.wait_for(daemon, layout.munge_socket)
 
     def start_slurmctld(self) -> None:

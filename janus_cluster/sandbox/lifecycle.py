@@ -66,11 +66,13 @@ def down(home: Path) -> bool:
     Returns: whether there was anything to take down.
     """
     layout = layout_of(home)
-    if not layout.home.is_dir():
+    # Somebody may have deleted the folder under a running sandbox: its namespaces are still found by name.
+    left_over = can_have_namespaces() and bool(net.find_namespaces(layout.tag))
+    if not layout.home.is_dir() and not left_over:
         return False
+    layout.home.mkdir(parents=True, exist_ok=True)
     with locked(layout):
         info = load_info(layout.home)
-        left_over = can_have_namespaces() and bool(net.find_namespaces(layout.tag))
         if info is None and not left_over:
             return False
         _take_down(layout, info)
@@ -287,7 +289,8 @@ def _take_down(layout: Layout, info: SandboxInfo | None) -> None:
         # slurmctld reports to slurmdbd while it ends, slurmdbd writes to the database, and both sign with munged:
         # in this order each ends within a second, in another they wait for each other.
         written_to = [info.daemon(name) for name in (acct.DBD, acct.DATABASE, MUNGED)]
-        end_daemons(d for d in info.daemons if d not in written_to and not is_holder(d))
+        # Above 2 s slurmd only waits for a slurmstepd that was killed.
+        end_daemons((d for d in info.daemons if d not in written_to and not is_holder(d)), grace_s=3)
         for daemon in written_to:
             end_daemons([daemon] if daemon else [], grace_s=20)
         end_daemons(info.daemons)

@@ -1,8 +1,8 @@
-"""The only door to sbatch, squeue, scontrol, sacct and scancel: argv lists, time-outs, pure parsers.
+"""The only door to squeue, scontrol, sacct and scancel: argv lists, time-outs, pure parsers. (sbatch: executor.py.)
 
 Squeue, scontrol and sacct name the same things differently; all three are parsed into SlurmJob. Times are asked for
 as epoch seconds (SLURM_TIME_FORMAT=%s), so that no time zone is ever guessed.
-Source: squeue(1), scontrol(1), sacct(1), sbatch(1) of Slurm 22.05, and output captured from it.
+Source: squeue(1), scontrol(1), sacct(1) of Slurm 22.05, and output captured from it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from janus_cluster.errors import JanusError, JobNotFound, SlurmUnavailable, SubmitFailed
+from janus_cluster.errors import JanusError, JobNotFound, SlurmUnavailable
 
 # Job names, reasons and commands may hold any printable character, so columns are parted by one that is not.
 _SEPARATOR = "\x1f"
@@ -66,28 +66,13 @@ class Slurm:
     # A client gives up on a dead controller after 18 s (measured, 22.05); its own words are better than ours.
     timeout_s: float = 30.0
 
-    def available(self) -> bool:
-        """Whether sbatch is on PATH and a controller answers."""
-        if shutil.which("sbatch") is None:
-            return False
-        try:
-            return " is UP" in self._run(["scontrol", "ping"]).stdout
-        except SlurmUnavailable:
-            return False
-
-    def sbatch(self, script: Path, extra: Sequence[str] = ()) -> str:
-        """The job id of the script, now queued. Raises: SubmitFailed with sbatch's own words, SlurmUnavailable."""
-        argv = ["sbatch", "--parsable", *extra, str(script)]
-        done = self._run(argv)
-        job_id = done.stdout.strip().split(";")[0]
-        if done.returncode == 0 and job_id.isdigit():
-            return job_id
-        words = (done.stderr.strip() or done.stdout.strip()) or f"exit code {done.returncode}, and nothing said"
-        if _no_controller(words):
-            raise self._unavailable("sbatch", words)
-        raise SubmitFailed(
-            f"sbatch refused {script}:\n{words}", hint="change the keys under slurm: in the job file, or use --set"
-        )
+    def node_address(self, node: str) -> str | None:
+        """The address that Slurm uses for the node; None if it names none. Raises: SlurmUnavailable, JanusError."""
+        done = self._run(["scontrol", "show", "node", node])
+        if done.returncode != 0:
+            raise self._failed("scontrol", done)
+        found = re.search(r"\bNodeAddr=(\S+)", done.stdout)
+        return found.group(1) if found else None
 
     def squeue(self, job_ids: Sequence[str]) -> dict[str, SlurmJob]:
         """Every job of `job_ids` that the controller still remembers, finished ones too, from one query.

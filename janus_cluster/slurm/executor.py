@@ -15,6 +15,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from janus_cluster.errors import SlurmUnavailable, SubmitFailed
 from janus_cluster.rundir import RunDir
+from janus_cluster.slurm.commands import WAYS_OUT
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ def require_slurm() -> None:
     if missing:
         raise SlurmUnavailable(
             f"there is no Slurm on this machine: {' and '.join(missing)} not on PATH",
-            hint="run it here with `--cluster local`, or on a rehearsal Slurm with `janus-cluster sandbox up` "
-            "and `--cluster sandbox`; `--dry-run` needs neither",
+            hint=f"{WAYS_OUT}; --dry-run needs neither",
         )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -11,8 +9,7 @@ from dataclasses import dataclass
 
 from janus_cluster.errors import JanusError
 from janus_cluster.node.steps import Step
-
-_TIMEOUT_S = 30
+from janus_cluster.slurm.commands import Slurm, parse_hostlist
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class SlurmLauncher:
                 "this script is not running inside a Slurm allocation (SLURM_JOB_ID is not set)",
                 hint="sbatch job.sbatch, or janus-cluster submit --cluster local",
             )
-        nodes = tuple(_scontrol("show", "hostnames", node_list).split())
+        nodes = parse_hostlist(node_list)
         if len(nodes) != num_nodes:
             raise JanusError(f"the job is for {num_nodes} nodes, the allocation has {len(nodes)}: {', '.join(nodes)}")
         return cls(cluster, job_id, nodes)
@@ -42,10 +39,10 @@ class SlurmLauncher:
         try:
             socket.getaddrinfo(self.nodes[0], None)
         except OSError:
-            found = re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", self.nodes[0]))
-            if found is None:
+            address = Slurm().node_address(self.nodes[0])
+            if address is None:
                 raise JanusError(f"{self.nodes[0]} does not resolve and Slurm knows no NodeAddr for it") from None
-            return found.group(1)
+            return address
         return self.nodes[0]
 
     def start(self, task_argv: Sequence[str], *, end_together: bool) -> Step:
@@ -62,15 +59,3 @@ class SlurmLauncher:
             "--export=ALL",
         ]
         return Step([subprocess.Popen([*srun, *task_argv], stdin=subprocess.DEVNULL)], end_together=end_together)
-
-
-def _scontrol(*args: str) -> str:
-    try:
-        done = subprocess.run(
-            ["scontrol", *args], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=os.environ
-        )
-    except (OSError, subprocess.TimeoutExpired) as e:
-        raise JanusError(f"scontrol {' '.join(args)}: {e}") from e
-    if done.returncode:
-        raise JanusError(f"scontrol {' '.join(args)}: {(done.stderr or done.stdout).strip()}")
-    return done.stdout

@@ -18,6 +18,13 @@ MANIFEST_NAME = "manifest.json"
 _FOLDER_PATTERN = re.compile(r"checkpoint-(\d+)")
 
 
+def clear_checkpoint(checkpoints: Path, *, step: int, world: World) -> None:
+    """No checkpoint-<step> is there: what an attempt that died half-way left would be mixed into the new one."""
+    if world.is_main:
+        _remove(checkpoints / f"checkpoint-{step}")
+    _wait_for_all()
+
+
 def complete_checkpoint(checkpoints: Path, *, step: int, world: World, keep_last: int) -> None:
     """checkpoint-<step> is whole and known to be; of the older ones, only the newest `keep_last - 1` are left.
 
@@ -69,14 +76,19 @@ def remove_old(checkpoints: Path, *, keep_last: int) -> None:
     for folder in _newest_first(checkpoints):
         is_stale = whole and _step(folder) < _step(whole[0])
         if is_stale and folder not in whole[:keep_last]:
-            # Without its manifest a half-deleted folder cannot be taken for a whole one.
-            (folder / MANIFEST_NAME).unlink(missing_ok=True)
-            shutil.rmtree(folder)
+            _remove(folder)
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
     folders = [path for path in checkpoints.glob("checkpoint-*") if _FOLDER_PATTERN.fullmatch(path.name)]
     return sorted(folders, key=_step, reverse=True)
+
+
+def _remove(folder: Path) -> None:
+    """The manifest goes first: without it a half-deleted folder cannot be taken for a whole one."""
+    if folder.exists():
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def _step(folder: Path) -> int:

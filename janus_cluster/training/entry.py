@@ -31,7 +31,7 @@ from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.model.build import build_model, parameter_groups, render_parameter_groups
 from janus_cluster.training.model.presets import TokenizerIds
 from janus_cluster.training.trainer import JanusTrainer, build_training_arguments
-from janus_cluster.training.world import World, end_process, load_world, process_group, redirect_output
+from janus_cluster.training.world import World, load_world, process_group, redirect_output, run_and_leave
 
 
 @record
@@ -147,5 +147,4 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
-    end_process()
+    run_and_leave(main)

@@ -25,14 +25,21 @@ def write_export(folder: Path, *, trainer: JanusTrainer, tokenizer: Any, job: Jo
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            temporary.chmod(0o755)
             trainer.model.save_pretrained(temporary, state_dict=state_dict)
             if job.model.vggt_path is None:
                 write_vggt(trainer.model, temporary)
             write_processing_files(temporary, tokenizer=tokenizer, data=job.data)
+            _make_readable(temporary)
             _replace_folder(folder, temporary)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_readable(folder: Path) -> None:
+    """Others may read the export: mkdtemp and safetensors make what they write private."""
+    folder.chmod(0o755)
+    for path in folder.iterdir():
+        path.chmod(0o644)
 
 
 def _replace_folder(folder: Path, new: Path) -> None:

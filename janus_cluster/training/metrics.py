@@ -13,7 +13,7 @@ from janus_cluster.training.data.samples import ACTIONS
 from janus_cluster.training.loss import SEGMENT_NAMES
 
 
-class MetricsLog(TrainerCallback):
+class MetricsLog(TrainerCallback):  # type: ignore[misc]
     """Writes every logged step, evaluation, checkpoint and export of one attempt.
 
     Units: step_time_s is wall time per optimizer step without checkpoints and evaluations, waiting for data included.
@@ -42,7 +42,10 @@ class MetricsLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._restart_clock(state)
-        self.say(f"training: {state.global_step} of {state.max_steps} steps done, {self._effective_batch_size} samples a step")
+        self.say(
+            f"training: {state.global_step} of {state.max_steps} steps done, "
+            f"{self._effective_batch_size} samples a step"
+        )
 
     def on_log(
         self,

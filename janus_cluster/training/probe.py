@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.errors import UsageError
 from janus_cluster.rundir import RunDir, write_json_atomically
-from janus_cluster.training.world import World, load_world, process_group
+from janus_cluster.training.world import World, load_world, process_group, run_and_leave
 
 BYTES_PER_ELEMENT = 4
 
@@ -128,4 +128,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -12,13 +12,12 @@ from typing import Any
 import deepspeed.ops
 import torch
 import torch.distributed as dist
-from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from janus_cluster.config.schema import JobConfig
-from janus_cluster.training.checkpoint import complete_checkpoint
+from janus_cluster.training.checkpoint import clear_checkpoint, complete_checkpoint
 from janus_cluster.training.data.samples import ACTIONS
 from janus_cluster.training.loss import SEGMENT_NAMES, action_count, text_weight_sum
 from janus_cluster.training.metrics import MetricsLog
@@ -95,8 +94,10 @@ def _skip_compiling_unused_kernels() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-class JanusTrainer(Trainer):
+class JanusTrainer(Trainer):  # type: ignore[misc]
     """Trainer whose gradients do not depend on how a batch is cut into micro-batches and ranks."""
+
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self,
@@ -145,7 +146,13 @@ class JanusTrainer(Trainer):
 
         The Trainer's own turns every float into bf16 under DeepSpeed, loss weights included.
         """
-        return send_to_device(data, self.args.device)
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device)
+        if isinstance(data, dict):
+            return {key: self._prepare_input(value) for key, value in data.items()}
+        if isinstance(data, (list, tuple)):
+            return [self._prepare_input(value) for value in data]
+        return data
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -203,13 +210,10 @@ class JanusTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint of every rank, then the manifest that makes it complete, then the old ones go."""
+        checkpoints, step = Path(self.args.output_dir), self.state.global_step
+        clear_checkpoint(checkpoints, step=step, world=self._world)
         super()._save_checkpoint(model, trial)
-        complete_checkpoint(
-            Path(self.args.output_dir),
-            step=self.state.global_step,
-            world=self._world,
-            keep_last=self._job.checkpoint.keep_last,
-        )
+        complete_checkpoint(checkpoints, step=step, world=self._world, keep_last=self._job.checkpoint.keep_last)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Nothing happens where a resumed run had already done all its steps; the Trainer would do one more."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from janus_cluster.errors import UsageError
+from janus_cluster.errors import JanusError, UsageError
 
 
 @dataclass(frozen=True)
@@ -66,31 +67,38 @@ def load_world(device: str, environment: Mapping[str, str] | None = None) -> Wor
 
 @contextmanager
 def process_group(world: World, *, timeout_s: float) -> Iterator[None]:
-    """All ranks can talk inside the block; the group is gone after it, however the block ends.
+    """All ranks can talk inside the block, and the group is gone after it.
 
-    A process that leaves without taking the group down aborts (exit −6) while another rank still listens.
+    A process that leaves without taking the group down aborts (exit −6) while another rank still listens. Only after
+    an error it is left standing: others may sit in a collective that this rank never joins, and NCCL would wait for
+    them here; torchrun ends them once this process has.
     """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
         dist.init_process_group("nccl", timeout=timedelta(seconds=timeout_s), device_id=world.device)
     else:
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
-    try:
-        yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
 
 
-def end_process() -> NoReturn:
-    """This process ends here with exit code 0, its output written.
+def run_and_leave(main: Callable[[], None]) -> NoReturn:
+    """`main` has run and this process is over: exit code 0, or the error's own code with its traceback on stderr.
 
-    DeepSpeed keeps its gloo groups to the end, and their threads die badly with the interpreter: without this about
-    1 run in 20 that had finished all its work was reported as aborted (exit −6).
+    It leaves at once. DeepSpeed keeps its gloo groups to the end and their threads die badly with the interpreter:
+    otherwise about 1 run in 20 that had finished all its work was reported as aborted (exit −6).
     """
+    exit_code = 0
+    try:
+        main()
+    except Exception as error:
+        traceback.print_exc()
+        exit_code = error.exit_code if isinstance(error, JanusError) else 1
+        if isinstance(error, JanusError) and error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(0)
+    os._exit(exit_code)
 
 
 def redirect_output(path: Path) -> None:

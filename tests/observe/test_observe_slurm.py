@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +13,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from janus_cluster.errors import JobNotFound, SlurmUnavailable, SubmitFailed, UsageError
+from janus_cluster.errors import JobNotFound, SlurmUnavailable, UsageError
 from janus_cluster.observe.cancel import cancel_run
 from janus_cluster.observe.tail import tail
 from janus_cluster.rundir import RunDir, write_json_atomically
@@ -42,7 +44,11 @@ def start(slurm: Slurm, tmp_path: Path) -> Iterator[Callable[..., RunDir]]:
         run = RunDir(tmp_path / f"demo-{len(job_ids)}")
         run.logs.mkdir(parents=True)
         run.job_sbatch.write_text(f"#!/bin/bash\n#SBATCH --job-name=demo\n#SBATCH --output={run.batch_log}\n{body}\n")
-        job_id = slurm.sbatch(run.job_sbatch, options)
+        argv = ["sbatch", "--parsable", *options, str(run.job_sbatch)]
+        environ = os.environ | {"SLURM_CONF": str(slurm.conf)}
+        job_id = subprocess.run(
+            argv, env=environ, capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
         job_ids.append(job_id)
         sent = {"cluster": "sandbox", "job_id": job_id, "submitted_at": time.time(), "slurm_conf": str(slurm.conf)}
         write_json_atomically(run.submission_json, sent)
@@ -141,11 +147,6 @@ def test_many_jobs_are_answered_at_once(start: Callable[..., RunDir]) -> None:
     assert [s.state for s in load_job_states(runs)] == ["FAILED", "RUNNING", "PENDING"]
 
 
-def test_refused_script_shows_slurms_words(start: Callable[..., RunDir]) -> None:
-    with pytest.raises(SubmitFailed, match="invalid partition"):
-        start("true", "--partition=no-such-partition")
-
-
 def test_jobs_that_slurm_never_had_are_unknown(slurm: Slurm, tmp_path: Path) -> None:
     assert slurm.squeue(["99999999"]) == {}
     assert slurm.squeue(["99999998", "99999999"]) == {}
@@ -162,9 +163,6 @@ def test_jobs_that_slurm_never_had_are_unknown(slurm: Slurm, tmp_path: Path) -> 
         cancel_run(run)
 
 
-def test_controller_that_answers_is_available_and_a_missing_one_is_not(slurm: Slurm, tmp_path: Path) -> None:
-    assert slurm.available()
-    missing = Slurm(conf=tmp_path / "no-slurm.conf")
-    assert not missing.available()
+def test_a_slurm_that_was_taken_down_is_unavailable_at_once(tmp_path: Path) -> None:
     with pytest.raises(SlurmUnavailable):
-        missing.squeue(["1"])
+        Slurm(conf=tmp_path / "no-slurm.conf").squeue(["1"])

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.slurm
 
 Resolve = Callable[..., ResolvedJob]
 HOSTILE = [
-    "two words", "it's", 'say "hi"', "back\\slash", "a\\\\b\\", "$(x) `y`", "a;b|c&d", "#no #comment", "日本 ü", "100%j",
+    "two words", "it's", 'say "hi"', "back\\slash", "a\\\\b\\", "$(x) `y`", "a;b|c&d", "#no #comment", "日本 ü",
+    "100%j",
 ]  # fmt: skip
 
 

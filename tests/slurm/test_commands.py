@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from janus_cluster.errors import JanusError, JobNotFound, SlurmUnavailable, SubmitFailed
+from janus_cluster.errors import JanusError, JobNotFound, SlurmUnavailable
 from janus_cluster.slurm.commands import (
     Slurm,
     parse_exit_code,
@@ -185,7 +185,6 @@ def test_hostlist_is_expanded(text: str, expected: tuple[str, ...]) -> None:
 
 
 def test_no_slurm_names_both_ways_out(bin_dir: Path) -> None:
-    assert not Slurm().available()
     with pytest.raises(SlurmUnavailable) as caught:
         Slurm().squeue(["1"])
     assert "no squeue on PATH" in caught.value.message
@@ -237,16 +236,11 @@ def test_forgotten_job_is_no_error(bin_dir: Path) -> None:
         Slurm().requeue("1")
 
 
-def test_refused_job_shows_sbatchs_own_words(bin_dir: Path, tmp_path: Path) -> None:
-    words = "sbatch: error: Batch job submission failed: Invalid partition name specified"
-    put_program(bin_dir, "sbatch", f"sys.exit({words!r})")
-    with pytest.raises(SubmitFailed, match="Invalid partition name specified"):
-        Slurm().sbatch(tmp_path / "job.sbatch")
-
-
-def test_sbatch_returns_the_job_id_without_the_cluster(bin_dir: Path, tmp_path: Path) -> None:
-    put_program(bin_dir, "sbatch", "print('4711;west')")
-    assert Slurm().sbatch(tmp_path / "job.sbatch") == "4711"
+def test_a_nodes_address_is_found(bin_dir: Path) -> None:
+    put_program(
+        bin_dir, "scontrol", "print('NodeName=n1 Arch=x86_64\\n   NodeAddr=10.0.0.1 NodeHostName=n1 Version=22.05')"
+    )
+    assert Slurm().node_address("n1") == "10.0.0.1"
 
 
 def test_programs_get_the_conf_and_no_filters_of_the_user(

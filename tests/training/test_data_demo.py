@@ -17,7 +17,7 @@ from janus_cluster.training.data.demo import main, write_demo, write_demo_episod
 from janus_cluster.training.data.demo_render import DOOR_RGB
 from janus_cluster.training.data.index import load_samples
 
-EPISODES = 24
+EPISODES = 16
 SIZE = (160, 120)
 
 

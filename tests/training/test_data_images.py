@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from janus_cluster.config.schema import Data
-from janus_cluster.errors import TrainingFailed, UsageError
+from janus_cluster.errors import TrainingFailed
 from janus_cluster.training.data.images import frame_size, load_frame, load_frames, qwen_grid
 
 FIXTURE = Path(__file__).parent / "fixtures" / "data_pipeline_tiny"
@@ -57,9 +57,14 @@ def test_max_pixels_counts_the_white_bars_too():
     assert frame_size(640, 480, Data(image_mode="pad", max_pixels=640 * 640))[0] == 616
 
 
-def test_a_frame_that_no_width_makes_small_enough_is_refused():
-    with pytest.raises(UsageError, match=r"data\.max_pixels: 784 is too small for a frame of 10×2000"):
-        frame_size(10, 2000, Data(image_mode="pad", max_pixels=784).model_copy(update={"max_pixels": 700}))
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+@pytest.mark.parametrize("size", [(10, 2000), (2000, 10), (3, 3)])
+def test_any_frame_fits_the_smallest_limit(mode, size):
+    data = Data(image_mode=mode, min_pixels=784, max_pixels=784)
+    width, height = frame_size(*size, data)
+    assert 28 in (width, height)
+    if mode == "crop":
+        assert (width, min(width, height)) == (28, 28)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_cases import IDS
+from model_cases import IDS, load_case
 
 from janus_cluster.config.schema import Model, Training
 from janus_cluster.training.model.build import build_model
@@ -64,3 +64,12 @@ def test_bf16_keeps_the_rotary_frequencies_in_fp32() -> None:
     assert model.vggt.dtype == torch.bfloat16
     frequencies = model.model.language_model.rotary_emb.inv_freq
     assert torch.equal(frequencies, build_tiny(1).model.language_model.rotary_emb.inv_freq)
+
+
+def test_bf16_training_pass_has_an_fp32_loss_near_the_exact_one() -> None:
+    batch, _ = load_case("b2_3img_padded")
+    half = build_model(Model(preset="tiny"), Training(), tokenizer_ids=IDS, device="cpu", dtype=torch.bfloat16, seed=1)
+    out = half(**batch)
+    out.loss.backward()
+    assert {out.loss.dtype, out.action_logits.dtype, out.segment_loss_sum.dtype} == {torch.float32}
+    assert float(out.loss.detach()) == pytest.approx(float(build_tiny(1)(**batch).loss.detach()), rel=1e-2)

@@ -37,7 +37,13 @@ def episodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build_trainer(episodes: Path, folder: Path, **training: Any) -> JanusTrainer:
     """One process, no DeepSpeed: four samples of unequal length make one optimizer step."""
-    settings = {"max_steps": 1, "learning_rate": 1e-3, "precision": "fp32", "lr_scheduler": "constant", "warmup_ratio": 0}
+    settings = {
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "precision": "fp32",
+        "lr_scheduler": "constant",
+        "warmup_ratio": 0,
+    }
     resolved = resolve(
         {
             "nodes": 1,
@@ -60,9 +66,7 @@ def build_trainer(episodes: Path, folder: Path, **training: Any) -> JanusTrainer
         args=arguments,
         job=job,
         world=ALONE,
-        metrics=MetricsLog(
-            RunDir(folder), attempt=1, is_main=True, effective_batch_size=resolved.effective_batch_size
-        ),
+        metrics=MetricsLog(RunDir(folder), attempt=1, is_main=True, effective_batch_size=resolved.effective_batch_size),
         train_dataset=NavigationDataset(
             samples, tokenizer=tokenizer, data=job.data, segment_weights=job.training.segment_weights
         ),
@@ -112,6 +116,15 @@ def test_floats_keep_their_dtype_on_the_way_to_the_device(episodes: Path, tmp_pa
     prepared = trainer._prepare_inputs(batch)
     assert prepared["loss_weights"].dtype == torch.float32
     assert isinstance(prepared["frames"], list) and prepared["frames"][0].dtype == torch.uint8
+
+
+def test_a_run_that_had_done_all_its_steps_does_no_other(episodes: Path, tmp_path: Path) -> None:
+    first = build_trainer(episodes, tmp_path / "run", per_device_batch_size=2, gradient_accumulation_steps=1)
+    first.train()
+    again = build_trainer(episodes, tmp_path / "run", per_device_batch_size=2, gradient_accumulation_steps=1)
+    again.train(resume_from_checkpoint=str(find_newest_complete(tmp_path / "run" / "checkpoints")))
+    assert (first.state.global_step, again.state.global_step) == (1, 1)
+    assert sum(m["kind"] == "train" for m in RunDir(tmp_path / "run").read_metrics()) == 1
 
 
 def test_accuracy_leaves_out_samples_without_an_action() -> None:

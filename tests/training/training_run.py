@@ -23,9 +23,7 @@ def resolve(job: dict[str, Any], *, run_dir: Path) -> ResolvedJob:
     """`job` as the login node resolves it, on two nodes of one process where it does not say otherwise."""
     config = JobConfig.model_validate({"name": "test", "nodes": 2} | CPU | job)
     loaded = LoadedJob(config=config, origins={}, source="test", path=run_dir / "job.yaml")
-    return resolve_job(
-        loaded, run_dir=run_dir, cluster="local", environ={}, cwd=run_dir.parent, python=sys.executable
-    )
+    return resolve_job(loaded, run_dir=run_dir, cluster="local", environ={}, cwd=run_dir.parent, python=sys.executable)
 
 
 def write_run_folder(path: Path, job: dict[str, Any]) -> RunDir:

@@ -18,10 +18,6 @@ EYE_HEIGHT_M = 1.25
 DOOR_WIDTH_M = 1.1
 DOOR_HEIGHT_M = 2.1
 
-# The walker carries its lamp on the left: brightness at the left and the right edge of a view. A patch of pixels then
-# tells where in the view it lies, which a network with relative positions only would have to learn from far more walks.
-LAMP = (1.15, 0.55)
-
 DOOR_RGB: dict[str, tuple[int, int, int]] = {
     "red": (215, 25, 30),
     "green": (20, 170, 50),
@@ -116,8 +112,7 @@ def render_view(room: Room, pose: Pose, size: tuple[int, int]) -> NDArray[np.uin
     floor, ceiling = elevation < 0, elevation > WALL_HEIGHT_M
     image = np.where(floor[..., None], _paint_floor(room, pose, slope, width), image)
     image = np.where(ceiling[..., None], _paint_ceiling(slope, width), image)
-    lamp = np.linspace(*LAMP, width)
-    return np.clip(image * lamp[None, :, None], 0, 255).astype(np.uint8)
+    return np.clip(image, 0, 255).astype(np.uint8)
 
 
 def _depth_to_side(position: float, ray: Array, extent: float) -> Array:

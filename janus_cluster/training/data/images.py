@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from janus_cluster.config.schema import Data
-from janus_cluster.errors import TrainingFailed, UsageError
+from janus_cluster.errors import TrainingFailed
 
 PATCH = 14
 TOKEN = 28  # 2 × 2 patches become one token, so Qwen needs both sides in multiples of this
@@ -27,17 +27,13 @@ def frame_size(width: int, height: int, data: Data) -> tuple[int, int]:
 
     Crop: `image_width` wide, the height rounded to whole patches. Pad: the longer side is `image_width`. Where what is
     left of it has fewer than min_pixels or more than max_pixels, the next multiple of 28 that does not; max_pixels
-    wins where both cannot hold.
-
-    Raises: UsageError if even the smallest width has more than max_pixels.
+    wins where both cannot hold (784, the least that it may be, is 28 × 28).
     """
     target = data.image_width
     while _pixels(width, height, target, data) < data.min_pixels:
         target += TOKEN
-    while target > TOKEN and _pixels(width, height, target, data) > data.max_pixels:
+    while _pixels(width, height, target, data) > data.max_pixels:
         target -= TOKEN
-    if _pixels(width, height, target, data) > data.max_pixels:
-        raise UsageError(f"data.max_pixels: {data.max_pixels} is too small for a frame of {width}×{height}")
     return _scaled(width, height, target, data)
 
 

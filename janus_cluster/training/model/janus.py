@@ -108,7 +108,7 @@ class JanusModel(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
         if missing:
             shown = ", ".join(missing[:KEYS_SHOWN])
             raise UsageError(
-                f"{folder}: {len(missing)} weights of Qwen2.5-VL are missing: {shown}" + ", …" * (len(missing) > 5),
+                f"{folder}: {len(missing)} weights of Qwen2.5-VL are missing: {shown}",
                 hint="model.path must be a complete Qwen2.5-VL or JanusVLN folder (config.json, *.safetensors)",
             )
         return (model, info) if wants_info else model
