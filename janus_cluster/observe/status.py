@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -98,13 +99,12 @@ def _load_failed_checks(run: RunDir, state: JobState) -> tuple[tuple[FailedCheck
 
 
 def _failed_check(result: dict[str, Any]) -> FailedCheck:
-    unit = f" {result['unit']}" if result.get("unit") else ""
     return FailedCheck(
         id=str(result["id"]),
         node=result.get("node"),
         state=str(result["state"]),
-        measured=f"{result.get('measured')}{unit}",
-        expected=f"{result.get('expected')}{unit}",
+        measured=str(result.get("measured")),
+        expected=str(result.get("expected")),
         fix=result.get("fix"),
     )
 
@@ -167,7 +167,10 @@ def next_commands(status: RunStatus) -> list[str]:
     if not state.is_final:
         return [f"janus-cluster tail {ref}"]
     if state.state == "COMPLETED":
-        return []
+        again = f"janus-cluster submit {shlex.quote(str(status.run.job_yaml))}"
+        if (status.job_id or "").startswith("local-"):
+            return [f"janus-cluster sandbox up && {again} --cluster sandbox --follow   (the same on a real Slurm)"]
+        return [f"{again}   (the same again)"]
     commands = [f"janus-cluster tail {ref} --no-follow -n 100"]
     if status.failed_checks and state.attempt is not None:
         commands = [f"less {status.run.verdict_md(state.attempt)}"]
