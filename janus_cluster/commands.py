@@ -130,7 +130,7 @@ def _describe_training(resolved: ResolvedJob) -> list[tuple[str, str]]:
     length = f"{t.max_steps} steps" if t.max_steps else f"{t.num_epochs:g} epochs"
     return [
         ("model", f"{job.model.preset}{', ' + job.model.path if job.model.path else ''}"),
-        ("data", f"{', '.join(job.data.roots)}; history {job.data.history}, {job.data.image_mode}"),
+        ("data", f"{', '.join(r.path for r in job.data.roots)}; history {job.data.history}, {job.data.image_mode}"),
         (
             "batch",
             f"{t.per_device_batch_size} per rank × {t.gradient_accumulation_steps} accumulated × {resolved.world_size} "

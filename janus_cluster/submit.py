@@ -123,7 +123,7 @@ def check_paths(resolved: ResolvedJob, *, source: str, origins: Mapping[str, str
     """
     job = resolved.job
     wanted = [("model.path", job.model.path), ("model.vggt_path", job.model.vggt_path)]
-    wanted += [("data.roots", root) for root in job.data.roots]
+    wanted += [("data.roots", root.path) for root in job.data.roots]
     problems = [
         f"{origins.get(key, source)}: {key}: {path}: no such file or folder"
         for key, path in wanted

@@ -35,7 +35,7 @@ def resolve_job(
 
     Raises: UsageError listing every combination that cannot work.
     """
-    job = _absolute_paths(loaded.config, cwd)
+    job = _absolute_paths(_apply_compat(loaded), cwd)
     processes = processes_per_node(job)
     world_size = job.nodes * processes
     problems = [f"{loaded.source}: {p}" for p in find_conflicts(job, processes_per_node=processes)]
@@ -167,6 +167,30 @@ def _training_conflicts(job: JobConfig) -> list[str]:
     return found
 
 
+def _apply_compat(loaded: LoadedJob) -> JobConfig:
+    """`compat: predecessor` sets what it stands for. Raises: UsageError where the job says otherwise itself."""
+    job = loaded.config
+    if job.compat == "none":
+        return job
+    implied = {
+        "data.image_mode": (job.data.image_mode, "pad"),
+        "model.reference_frame": (job.model.reference_frame, "last"),
+    }
+    against = [
+        f"{loaded.origins[key]}: {key}: {value}: compat: predecessor means {means}"
+        for key, (value, means) in implied.items()
+        if value != means and loaded.origins.get(key, "default") != "default"
+    ]
+    if against:
+        raise UsageError.of_many(against, hint="take the key out, or set compat: none")
+    return job.model_copy(
+        update={
+            "data": job.data.model_copy(update={"image_mode": "pad"}),
+            "model": job.model.model_copy(update={"reference_frame": "last"}),
+        }
+    )
+
+
 def _absolute_paths(job: JobConfig, cwd: Path) -> JobConfig:
     """Relative paths mean the submitter's folder, not wherever a node starts."""
 
@@ -181,7 +205,14 @@ def _absolute_paths(job: JobConfig, cwd: Path) -> JobConfig:
             "model": job.model.model_copy(
                 update={"path": optional(job.model.path), "vggt_path": optional(job.model.vggt_path)}
             ),
-            "data": job.data.model_copy(update={"roots": [absolute(r) for r in job.data.roots]}),
+            "data": job.data.model_copy(
+                update={
+                    "roots": [
+                        r.model_copy(update={"path": absolute(r.path), "images": optional(r.images)})
+                        for r in job.data.roots
+                    ]
+                }
+            ),
             "preflight": job.preflight.model_copy(
                 update={"require_paths": [absolute(p) for p in job.preflight.require_paths]}
             ),

@@ -111,10 +111,42 @@ class Model(Section):
     )
 
 
+def _roots(value: object) -> object:
+    """A path alone means a root of weight 1; an unset ${VAR:-} leaves nothing."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    return [{"path": item} if isinstance(item, str) else item for item in value if item is not None and item != ""]
+
+
+class Root(Section):
+    """One data set."""
+
+    path: str
+    weight: float = Field(1.0, gt=0, le=1000, description="How often its samples are drawn, against the other roots'")
+    format: Literal["auto", "episodes", "json", "annotation", "trajectories"] = Field(
+        "auto", description="auto: told from what lies there"
+    )
+    images: OptionalPath = Field(None, description="Root of relative image paths; default: the data set's own folder")
+
+
 class Data(Section):
     """Which episodes, and how a sample is made of them."""
 
-    roots: OneOrMany = Field([], description="Folders of episode folders")
+    roots: Annotated[list[Root], BeforeValidator(_roots)] = Field(
+        [], description="Data sets: paths, or {path, weight, …}"
+    )
+    on_bad: Literal["fail", "skip"] = Field(
+        "skip", description="A sample that cannot be used: fail ends the run, skip lists it and goes on"
+    )
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="With on_bad skip: more bad samples than this end the run"
+    )
+    on_too_long: Literal["fail", "shorten_history"] = Field(
+        "fail", description="A sample of more than max_length tokens; image tokens are never cut"
+    )
+    group_by_length: bool = Field(True, description="Batches of samples with about the same number of tokens")
     history: int = Field(8, ge=0, le=64, description="History frames before the current one, at most")
     image_mode: Literal["crop", "pad"] = Field(
         "crop", description="crop: upstream's; pad: the predecessor's white bars"
@@ -150,6 +182,18 @@ class Tune(Section):
     action_head: bool = True
 
 
+class Lora(Section):
+    """Low-rank adapters on the language model instead of its own weights (peft)."""
+
+    enabled: bool = False
+    rank: int = Field(16, ge=1, le=1024)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: OneOrMany = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj"], description="Linear layers of the language model that get an adapter"
+    )
+
+
 class Training(Section):
     """Optimisation. Effective batch = per_device_batch_size × gradient_accumulation_steps × ranks."""
 
@@ -170,8 +214,16 @@ class Training(Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["bf16", "fp32"] = "bf16"
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = Field(True, description="Recompute activations of the language layers")
+    gradient_checkpointing_every: int = Field(
+        1, ge=1, description="Of the language layers every n-th is recomputed; 1: all"
+    )
+    lora: Lora = Lora()
     action_loss_weight: float = Field(1.0, ge=0, description="d: weight of the action head's cross-entropy")
+    action_loss_ramp_steps: int = Field(0, ge=0, description="Steps over which d grows from 0 to action_loss_weight")
+    evaluate_every_steps: int | None = Field(
+        None, ge=1, description="Held-out evaluation during training; null: at the end"
+    )
     segment_weights: SegmentWeights = SegmentWeights()
     tune: Tune = Tune()
     seed: int = Field(42, ge=0)
@@ -182,7 +234,7 @@ class Training(Section):
 class DeepSpeed(Section):
     """The ZeRO JSON: a shipped profile, and single values over it."""
 
-    profile: Literal["zero2", "zero2_offload", "zero3"] = "zero3"
+    profile: Literal["zero0", "zero1", "zero2", "zero2_offload", "zero3"] = "zero3"
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="Dotted DeepSpeed keys, e.g. zero_optimization.reduce_bucket_size: 5e8"
     )
@@ -205,6 +257,9 @@ class JobConfig(Section):
     name: Slot = Field(description="Run folders, Slurm's job name and `tail NAME` use it")
     kind: Literal["train", "preflight"] = "train"
     nodes: Literal[1, 2] = 1
+    compat: Literal["none", "predecessor"] = Field(
+        "none", description="predecessor: pad, reference_frame last and padded history, for comparison only"
+    )
     runs_dir: OptionalPath = Field(None, description="Where run folders are made; default: $JANUS_HOME/runs or ./runs")
     slurm: dict[str, Any] = Field(default_factory=dict, description="Any sbatch option under its own long name")
     hardware: Hardware = Hardware()

@@ -22,7 +22,7 @@ def wanted_paths(resolved: ResolvedJob) -> dict[str, str]:
     if job.model.vggt_path:
         wanted["paths.vggt"] = job.model.vggt_path
     for i, root in enumerate(job.data.roots):
-        wanted["paths.data" if i == 0 else f"paths.data.{i}"] = root
+        wanted["paths.data" if i == 0 else f"paths.data.{i}"] = root.path
     for i, path in enumerate(job.preflight.require_paths):
         wanted["paths.required" if i == 0 else f"paths.required.{i}"] = path
     return wanted

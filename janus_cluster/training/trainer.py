@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from janus_cluster.config.schema import JobConfig
 from janus_cluster.training.checkpoint import clear_checkpoint, complete_checkpoint
@@ -109,7 +109,6 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
         metrics: MetricsLog,
         train_dataset: Dataset[Batch],
         data_collator: Callable[[Sequence[Batch]], Batch],
-        callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self._job = job
         self._world = world
@@ -123,7 +122,7 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
             train_dataset=train_dataset,
             data_collator=data_collator,
             compute_metrics=compute_action_accuracy,
-            callbacks=[metrics, *(callbacks or [])],
+            callbacks=[metrics],
         )
         self.remove_callback(PrinterCallback)
         # text loss and action loss, then Σ(w·CE) and Σw of the four segments, all since the last log

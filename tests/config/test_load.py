@@ -55,7 +55,7 @@ def test_the_predecessors_variables_are_taken_from_the_environment() -> None:
     }
     loaded = load_job(jobs_dir() / "train_2node.yaml", environ=environ)
     job = loaded.config
-    assert (job.model.path, job.model.vggt_path, job.data.roots, job.runs_dir) == ("/m", "/v", ["/d"], "/out")
+    assert (job.model.path, job.model.vggt_path, job.data.roots[0].path, job.runs_dir) == ("/m", "/v", "/d", "/out")
     t = job.training
     assert (t.per_device_batch_size, t.gradient_accumulation_steps, t.learning_rate, t.num_epochs) == (2, 4, 3e-5, 2)
     assert job.data.history == 6

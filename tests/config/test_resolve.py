@@ -80,7 +80,7 @@ def test_impossible_combinations_are_refused(sets: list[str], words: list[str]) 
 
 
 def test_relative_paths_mean_the_submitters_folder() -> None:
-    assert resolve("demo").job.data.roots == ["/home/me/demo_data"]
+    assert resolve("demo").job.data.roots[0].path == "/home/me/demo_data"
 
 
 def test_secrets_are_known_by_name_only() -> None:

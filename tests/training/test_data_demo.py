@@ -30,7 +30,7 @@ def demo(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(demo):
-    split = load_samples(Data(roots=(str(demo),), validation_fraction=0), seed=0)
+    split = load_samples(Data(roots=[str(demo)], validation_fraction=0), seed=0)
     assert split.problems == ()
     return split.train
 

@@ -47,7 +47,7 @@ SMALL = {"image_width": 56, "min_pixels": 784, "image_mode": "pad"}
 
 
 def load_reference(history: int, **keys):
-    data = Data(roots=(str(FIXTURE / "episodes"),), history=history, validation_fraction=0, **keys)
+    data = Data(roots=[str(FIXTURE / "episodes")], history=history, validation_fraction=0, **keys)
     return data, load_samples(data, seed=0, pad_history=True).train
 
 
@@ -158,7 +158,7 @@ def test_a_folder_without_qwens_tokenizer_is_named(tmp_path):
 
 
 def make_dataset(tokenizer, **keys) -> NavigationDataset:
-    data = Data(roots=(str(FIXTURE / "episodes"),), history=2, validation_fraction=0, **{**SMALL, **keys})
+    data = Data(roots=[str(FIXTURE / "episodes")], history=2, validation_fraction=0, **{**SMALL, **keys})
     samples = load_samples(data, seed=0).train
     return NavigationDataset(samples, tokenizer=tokenizer, data=data, segment_weights=SegmentWeights())
 

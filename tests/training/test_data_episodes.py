@@ -34,12 +34,12 @@ def make_episode(root: Path, name: str = "ep", *, steps: int = 3, milestones: ob
 
 
 def load(root: Path, **keys: object):
-    return load_samples(Data(roots=(str(root),), **{"validation_fraction": 0, **keys}), seed=0)
+    return load_samples(Data(roots=[str(root)], **{"validation_fraction": 0, **keys}), seed=0)
 
 
 @pytest.mark.parametrize("max_history", [8, 2])
 def test_samples_are_those_of_the_reference(max_history):
-    data = Data(roots=(str(FIXTURE / "episodes"),), history=max_history, validation_fraction=0)
+    data = Data(roots=[str(FIXTURE / "episodes")], history=max_history, validation_fraction=0)
     split = load_samples(data, seed=0, pad_history=True)
     wanted = EXPECTED["samples"][str(max_history)]
     got = [(s.id, s.subinstruction, s.action, [f"{f.parent.name}/{f.name}" for f in s.frames]) for s in split.train]
@@ -169,7 +169,7 @@ def test_roots_that_are_wrong_are_named(tmp_path):
 def test_several_roots_are_read_in_their_order(tmp_path):
     make_episode(tmp_path / "b", "one")
     make_episode(tmp_path / "a", "two")
-    data = Data(roots=(str(tmp_path / "b"), str(tmp_path / "a")), validation_fraction=0)
+    data = Data(roots=[str(tmp_path / "b"), str(tmp_path / "a")], validation_fraction=0)
     assert [s.episode for s in load_samples(data, seed=0).train] == ["one"] * 3 + ["two"] * 3
 
 

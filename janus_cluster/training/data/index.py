@@ -42,11 +42,11 @@ def load_samples(data: Data, *, seed: int, pad_history: bool = False) -> SampleS
     samples: list[Sample] = []
     problems: list[Problem] = []
     for root in data.roots:
-        found, wrong = _load_root(Path(root), max_history=data.history, pad_history=pad_history)
+        found, wrong = _load_root(Path(root.path), max_history=data.history, pad_history=pad_history)
         samples += found
         problems += wrong
     if not samples:
-        raise _nothing_usable(data.roots, problems)
+        raise _nothing_usable([root.path for root in data.roots], problems)
     held_out_names = choose_held_out([s.episode for s in samples], fraction=data.validation_fraction, seed=seed)
     return SampleSplit(
         train=tuple(s for s in samples if s.episode not in held_out_names),
