@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 $(DEMO_DATA)/.complete: $(STAMP)
-	@$(BIN)/python -m janus_cluster.training.data.demo $(DEMO_DATA) --episodes 48 --seed 0
+	@$(BIN)/python -m janus_cluster.training.data.demo $(DEMO_DATA) --episodes 64 --seed 0
 	@touch $@
 
 demo: $(STAMP) $(DEMO_DATA)/.complete  ## The whole flow here: two simulated nodes, CPU, no Slurm, no root

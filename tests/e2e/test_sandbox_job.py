@@ -19,7 +19,9 @@ from janus_cluster.sandbox import SandboxInfo
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 
 Janus = Callable[..., subprocess.CompletedProcess[str]]
-SMALL = ("--set", "training.max_steps=4", "--set", "checkpoint.every_steps=2", "--set", "preflight.min_free_gb=0.1")
+ROOM = ("--set", "preflight.min_free_gb=0.1")
+SHORT = ("--set", "training.max_steps=4", "--set", "training.logging_steps=1", "--set", "checkpoint.every_steps=2")
+SMALL = (*SHORT, *ROOM)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +190,7 @@ def test_a_path_missing_on_one_node_fails_the_gate_and_training_never_starts(
 
 
 def test_preflight_alone_prints_the_verdict(janus: Janus) -> None:
-    done = janus("preflight", "demo", "--nodes", "2", "--cluster", "sandbox", "--json", *SMALL[-2:])
+    done = janus("preflight", "demo", "--nodes", "2", "--cluster", "sandbox", "--json", *ROOM)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["state"] == "PASS"
 
@@ -201,7 +203,7 @@ def test_a_refusal_of_the_real_sbatch_leaves_nothing(janus: Janus, sandbox: Sand
 
 
 def test_a_cancelled_job_says_so(janus: Janus) -> None:
-    job_id, run = submit(janus, "demo", "--nodes", "2", "--set", "training.max_steps=5000", *SMALL[-2:])
+    job_id, run = submit(janus, "demo", "--nodes", "2", "--set", "training.max_steps=5000", *ROOM)
     deadline = time.monotonic() + 120
     while not list(run.read_metrics()):
         assert time.monotonic() < deadline, everything(run)
