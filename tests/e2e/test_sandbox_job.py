@@ -212,3 +212,22 @@ def test_a_cancelled_job_says_so(janus: Janus) -> None:
     tailed = janus("tail", job_id)
     assert tailed.returncode not in (0, 12), everything(run)
     assert status(janus, job_id)["state"] == "CANCELLED"
+
+
+def test_the_gate_runs_on_a_sandbox_without_namespaces(work: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Two slurmd on one host: node names do not resolve, and rank 0 is reached by the address that Slurm knows."""
+    home = tmp_path_factory.mktemp("p")
+    environ = os.environ | {"JANUS_HOME": str(home), "DEMO_DATA": str(work / "demo_data")}
+
+    def call(*argv: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "janus_cluster.cli", *argv]
+        return subprocess.run(command, cwd=work, env=environ, capture_output=True, text=True, check=False, timeout=300)
+
+    try:
+        up = call("sandbox", "up", "--mode", "plain")
+        assert up.returncode == 0, up.stderr
+        done = call("preflight", "demo", "--cluster", "sandbox", "--json", *ROOM)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["nodes"] == ["h800-01", "h800-02"]
+    finally:
+        assert call("sandbox", "down").returncode == 0
