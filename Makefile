@@ -14,6 +14,8 @@ NODES ?= 2
 CLUSTER ?= slurm
 DEMO_DATA ?= demo_data
 PYTEST_ARGS ?=
+SLURM_PROGRAMS := slurmctld slurmd slurmdbd munged mariadbd ip tc shellcheck
+SLURM_PACKAGES := slurm-wlm slurmdbd munge mariadb-server iproute2 shellcheck
 
 .PHONY: help install demo test test-fast check format bench submit preflight tail sandbox slurm clean
 
@@ -38,16 +40,18 @@ demo: $(STAMP) $(DEMO_DATA)/.complete  ## The whole flow here: two simulated nod
 	@DEMO_DATA=$(DEMO_DATA) $(JANUS) submit demo --nodes 2 --cluster local --follow
 
 slurm:  # The Debian packages of the sandbox and of the shell tests, where this user may install them
-	@if command -v slurmctld slurmd munged ip shellcheck >/dev/null; then exit 0; fi; \
+	@export PATH="$$PATH:/usr/local/sbin:/usr/sbin:/sbin"; \
+	missing=""; for program in $(SLURM_PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	[ -n "$$missing" ] || exit 0; \
 	sudo=""; [ "$$(id -u)" = 0 ] || sudo="sudo -n"; \
 	if command -v apt-get >/dev/null && $$sudo true 2>/dev/null; then \
-	  echo "installing slurm-wlm munge iproute2 shellcheck"; \
+	  echo "missing:$$missing; installing $(SLURM_PACKAGES)"; \
 	  $$sudo apt-get update -q >/dev/null && \
-	  DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -q --no-install-recommends slurm-wlm munge iproute2 shellcheck >/dev/null && exit 0; \
+	  $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(SLURM_PACKAGES) >/dev/null && exit 0; \
 	fi; \
 	echo "=================================================================================="; \
-	echo "NO SLURM on this machine, and it could not be installed: the real-Slurm tests cannot run."; \
-	echo "As root: apt-get update && apt-get install slurm-wlm munge iproute2 shellcheck"; \
+	echo "NO SLURM: missing$$missing, and not installed: the real-Slurm tests cannot run."; \
+	echo "As root: apt-get update && apt-get install $(SLURM_PACKAGES)"; \
 	echo "=================================================================================="; \
 	[ "$${REQUIRE_SLURM:-0}" != 1 ]
 
