@@ -59,7 +59,7 @@ test: $(STAMP) slurm  ## All tests, the real-Slurm ones too (REQUIRE_SLURM=1: no
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 test-fast: $(STAMP)  ## The tests that need neither torch nor Slurm (under a minute)
-	@$(BIN)/python -m pytest -q -m "not slurm and not train and not slow" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n 2 -m "not slurm and not train and not slow" $(PYTEST_ARGS)
 
 check: $(STAMP)  ## Format, lint, types, boundaries
 	@$(BIN)/ruff format --check .

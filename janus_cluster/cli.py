@@ -29,14 +29,31 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "tail": ("janus_cluster.observe.cli", "tail", "Follow the merged log of all nodes; end with the job's exit code."),
     "status": ("janus_cluster.observe.cli", "status", "Show state, attempt, step and what went wrong."),
+    "eval": (
+        "janus_cluster.evaluate",
+        "evaluate",
+        "Judge a trained model on held-out episodes: actions, F1, perplexity, samples with pictures.",
+    ),
     "list": ("janus_cluster.observe.cli", "list_runs", "List runs, the newest first."),
-    "cancel": ("janus_cluster.observe.cli", "cancel", "End a job."),
+    "cancel": ("janus_cluster.observe.cli", "cancel", "End a job; ask first when much work would be lost."),
+    "resume": ("janus_cluster.commands", "resume", "Send an ended run once more, on from its newest checkpoint."),
+    "nodes": ("janus_cluster.site.cli", "nodes", "List, add or forgive nodes that submissions keep away from."),
     "render": (
         "janus_cluster.commands",
         "render",
         "Print the script, environment or ZeRO JSON of a job; write nothing.",
     ),
     "config": ("janus_cluster.commands", "config", "Show a job's values and origins, or the JSON Schema of job files."),
+    "demo-data": (
+        "janus_cluster.training.data.demo",
+        "demo_data",
+        "Write generated episodes to learn from: rooms, instructions, shortest ways.",
+    ),
+    "verify-core": (
+        "janus_cluster.verify_command",
+        "verify_core",
+        "Recompute reference numbers: does this installation compute JanusVLN?",
+    ),
     "sandbox": ("janus_cluster.sandbox.cli", "sandbox", "A real two-node Slurm on this machine, to rehearse on."),
 }
 

@@ -1,4 +1,4 @@
-"""The commands that make and check runs: submit, preflight, render, config. They parse, call and print."""
+"""The commands that make and check runs: submit, resume, preflight, render, config. They parse, call and print."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from janus_cluster.errors import GateUndetermined
-from janus_cluster.submit import Cluster, Request, Submission, load_request
+from janus_cluster.send import Cluster
+from janus_cluster.submit import Request, Submission, load_request
 
 if TYPE_CHECKING:
     from janus_cluster.config.schema import ResolvedJob
+    from janus_cluster.rundir import RunDir
 
 CLUSTERS = click.Choice(["slurm", "local", "sandbox"])
+PROFILES = click.Choice(["h800-ib", "h800-ethernet", "cpu"])
 
 
 def job_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,6 +79,8 @@ def submit(
     done = submit_run(request, environ=os.environ, cwd=Path.cwd())
     if as_json:
         click.echo(json.dumps(done.to_json(), indent=2, ensure_ascii=False))
+        for note in done.notes:
+            click.echo(note, err=True)
     else:
         click.echo(describe(done))
     if follow and not dry_run:
@@ -86,13 +90,56 @@ def submit(
 
 def _follow(done: Submission, *, out_is_stderr: bool) -> int:
     """The run has ended; its log went by, and its last state is printed. Returns: the job's exit code."""
+    from janus_cluster.config.home import site_dir
     from janus_cluster.observe.cli import print_status
     from janus_cluster.observe.tail import tail
+    from janus_cluster.preflight.calibration import remember_gates
 
     click.echo("", err=out_is_stderr)
-    code = tail(done.run, out=sys.stderr if out_is_stderr else sys.stdout)
+    # The state that is printed below has the card of a failure.
+    code = tail(done.run, out=sys.stderr if out_is_stderr else sys.stdout, show_card=out_is_stderr)
+    remember_gates(site_dir(os.environ), [done.run])
     if not out_is_stderr:
         print_status([done.run])
+    return code
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  janus-cluster resume 4711                               a job that was preempted, cancelled or broke
+  janus-cluster resume demo --follow                      the newest run of that name
+"""
+)
+@click.argument("run")
+@click.option("--follow", is_flag=True, help="Follow the log to the end and end with the job's exit code.")
+@click.option(
+    "--runs-dir",
+    "runs_dirs",
+    multiple=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of run folders; may be repeated. Default: $JANUS_HOME/runs, else ./runs.",
+)
+def resume(*, run: str, follow: bool, runs_dirs: tuple[Path, ...]) -> int:
+    """Send RUN once more: same folder, same script, on from its newest complete checkpoint. Refused while it is live.
+
+    RUN is a job id, a run name, a job name (its newest run) or a run folder.
+    """
+    from janus_cluster.config.home import runs_dir
+    from janus_cluster.observe.cli import print_status
+    from janus_cluster.observe.find import find_run
+    from janus_cluster.observe.tail import tail
+    from janus_cluster.resume import describe_resumed
+    from janus_cluster.resume import resume as resume_run
+
+    found = find_run(run, list(runs_dirs) or [runs_dir(os.environ, Path.cwd())])
+    done = resume_run(found, environ=os.environ)
+    click.echo(describe_resumed(done))
+    if not follow:
+        return 0
+    click.echo("")
+    code = tail(done.run, out=sys.stdout, show_card=False)
+    print_status([done.run])
     return code
 
 
@@ -116,6 +163,7 @@ def describe(done: Submission) -> str:
     )
     rows += [("gate", gate), ("environment", job.environment.profile)]
     rows += [("warning", text) for text in resolved.warnings]
+    rows += [("nodes", note) for note in done.notes]
     rows += [("run folder", str(done.run.path)), ("command", done.shell_line)]
     if done.job_id is None:
         rows += [("dry run", "nothing was queued"), ("next", f"less {done.run.job_sbatch}"), ("", done.shell_line)]
@@ -146,14 +194,22 @@ Examples:
   janus-cluster preflight --nodes 2                       a job of its own on two nodes
   janus-cluster preflight demo --cluster local            the gate of jobs/demo.yaml, here
   janus-cluster preflight --local                         this host alone, judged as an H800 node
+  janus-cluster preflight --local --profile cpu --json    this host alone, as a rehearsal; JSON on stdout
+  janus-cluster preflight --nodes 2 --calibrate           measure, and judge later runs against it
+  janus-cluster preflight --lint-env                      what is doubtful about NCCL, torch, OMP and CUDA variables
 \b
-Exit codes: 0 pass, 1 warn, 2 fail, 3 undetermined.
+Exit codes: 0 pass, 1 warn, 2 fail, 3 undetermined. --lint-env: 0 nothing to say, 1 something.
 """
 )
 @job_options
 @click.option("--cluster", type=CLUSTERS, default="slurm", show_default=True, help="Where it runs.")
 @click.option("--local", is_flag=True, help="This host alone: --cluster local --nodes 1.")
+@click.option(
+    "--profile", type=PROFILES, help="Thresholds to judge by; default: as the job's environment.profile says."
+)
 @click.option("--exclude", metavar="NODES", help="Nodes to keep away from.")
+@click.option("--calibrate", is_flag=True, help="Keep what is measured as this site's baseline, if the gate passes.")
+@click.option("--lint-env", is_flag=True, help="Only look at variables: those of the job, and those of this shell.")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON and nothing else.")
 def preflight(
     *,
@@ -162,38 +218,101 @@ def preflight(
     sets: tuple[str, ...],
     cluster: Cluster,
     local: bool,
+    profile: str | None,
     exclude: str | None,
+    calibrate: bool,
+    lint_env: bool,
     as_json: bool,
 ) -> int:
     """Run the gate of JOB (default: the shipped preflight job) and print its verdict; nothing is trained."""
+    request = Request(
+        job=job or "preflight",
+        nodes=1 if local else nodes,
+        sets=("kind=preflight", *_profile_sets(profile, own_job=job is not None), *sets),
+        cluster="local" if local else cluster,
+        exclude=exclude,
+    )
+    if lint_env:
+        return _lint(request, as_json=as_json)
+    return _run_gate(request, as_json=as_json, calibrate=calibrate)
+
+
+def _profile_sets(profile: str | None, *, own_job: bool) -> list[str]:
+    """What --profile stands for. A job file of the user's own keeps its variables: only the thresholds change.
+
+    cpu is more than thresholds: a host without GPUs cannot measure anything else.
+    """
+    if profile is None:
+        return []
+    sets = [f"preflight.profile={profile}"]
+    if profile == "cpu":
+        sets.append("hardware.device=cpu")
+    return sets if own_job and profile != "cpu" else [*sets, f"environment.profile={profile}"]
+
+
+def _run_gate(request: Request, *, as_json: bool, calibrate: bool = False) -> int:
+    """The gate has run as a job and its verdict is printed. Returns: 0 pass, 1 warn, 2 fail, 3 undetermined."""
     from janus_cluster.observe.tail import tail
     from janus_cluster.preflight.model import EXIT_CODES, Verdict
     from janus_cluster.preflight.report import render_verdict
     from janus_cluster.rundir import read_json
     from janus_cluster.submit import submit as submit_run
 
-    request = Request(
-        job=job or "preflight",
-        nodes=1 if local else nodes,
-        sets=("kind=preflight", *sets),
-        cluster="local" if local else cluster,
-        exclude=exclude,
-    )
     done = submit_run(request, environ=os.environ, cwd=Path.cwd())
     click.echo(f"job {done.job_id}: {done.run.path}", err=True)
-    tail(done.run, out=sys.stderr)
+    tail(done.run, out=sys.stderr, show_card=False)
     attempts = done.run.attempts()
     path = done.run.verdict_json(attempts[-1]) if attempts else None
     if path is None or not path.exists():
-        raise GateUndetermined("the preflight job ended without a verdict", hint=f"janus-cluster tail {done.run.name}")
-    verdict = Verdict.from_json(read_json(path))
-    if as_json:
-        click.echo(json.dumps(verdict.to_json(), indent=2, ensure_ascii=False))
+        said = f"the preflight job ended without a verdict; next: janus-cluster tail {done.run.name}"
+        click.echo(said, err=True)
+        verdict = Verdict(
+            state="ERROR", job_id=done.job_id, config_hash=done.resolved.config_hash, nodes=(), created_at=0, results=()
+        )
     else:
+        verdict = Verdict.from_json(read_json(path))
+    if as_json:
+        click.echo(json.dumps(verdict.to_report(), indent=2, ensure_ascii=False))
+    elif verdict.results:
         from rich.console import Console
 
         Console().print(render_verdict(verdict))
+    _remember(done.run, calibrate=calibrate)
     return EXIT_CODES[verdict.state]
+
+
+def _remember(run: RunDir, *, calibrate: bool) -> None:
+    """The site's folder holds this gate in its nodes' history and, with --calibrate, as the baseline."""
+    from janus_cluster.config.home import site_dir
+    from janus_cluster.preflight.calibration import remember_gates, write_baseline
+
+    site = site_dir(os.environ)
+    remember_gates(site, [run])
+    if calibrate:
+        for test, rate in sorted(write_baseline(site, run).items()):
+            click.echo(f"baseline {test}: {rate:.4g}", err=True)
+        click.echo(f"baseline written: {site / 'baseline.json'}", err=True)
+
+
+def _lint(request: Request, *, as_json: bool) -> int:
+    """Every opinion on the job's variables and on this shell's is printed. Returns: 0 none, 1 some."""
+    from janus_cluster.config.resolve import resolve_job
+    from janus_cluster.preflight.environment import lint_job_and_shell
+
+    resolved = resolve_job(
+        load_request(request, os.environ),
+        run_dir=Path.cwd() / "runs",
+        cluster="slurm",
+        environ=os.environ,
+        cwd=Path.cwd(),
+        python=sys.executable,
+    )
+    warnings = lint_job_and_shell(resolved, os.environ)
+    if as_json:
+        click.echo(json.dumps({"warnings": warnings, "exit_code": int(bool(warnings))}, indent=2, ensure_ascii=False))
+    else:
+        click.echo("\n".join(warnings) or "nothing doubtful among the variables of the job and of this shell")
+    return int(bool(warnings))
 
 
 @click.command()
@@ -219,7 +338,7 @@ def render(job: str | None, nodes: int | None, sets: tuple[str, ...], part: Lite
 
 @click.group()
 def config() -> None:
-    """Look at job files: their schema, or one job's values and where each came from."""
+    """Look at job files: their schema, one job's values and where each came from, or its checkpoints."""
 
 
 @config.command("schema")
@@ -246,3 +365,18 @@ def config_show(job: str | None, nodes: int | None, sets: tuple[str, ...], as_js
         return
     for key, value in rows:
         click.echo(f"{key} = {json.dumps(value, ensure_ascii=False)}    # {loaded.origins.get(key, 'default')}")
+
+
+@config.command("check")
+@job_options
+def config_check(job: str | None, nodes: int | None, sets: tuple[str, ...]) -> None:
+    """Read the headers of JOB's checkpoints: what will be taken, drawn anew, ignored. Exit 2 if weights are missing."""
+    from janus_cluster.config.check_weights import check_weights
+    from janus_cluster.config.resolve import resolve_job
+
+    loaded = load_request(Request(job=job, nodes=nodes, sets=sets), os.environ)
+    resolved = resolve_job(
+        loaded, run_dir=Path.cwd() / "runs", cluster="slurm", environ=os.environ, cwd=Path.cwd(), python=sys.executable
+    )
+    for line in (f"job: {loaded.config.name} ({loaded.source})", *check_weights(resolved.job.model)):
+        click.echo(line)

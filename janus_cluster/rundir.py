@@ -5,16 +5,20 @@
   job.sbatch       the script that Slurm runs              env.sh         every exported variable and its reason
   ds_config.json   what DeepSpeed gets                     manifest.json  git state, versions, sha256 of inputs
   submission.json  where it was sent, and the job id       status.json    written by the running attempt only
-  submitit/        what submitit keeps of the submission
+  submitit/        what submitit keeps of the submission   submit.lock    held while submit or resume sends the run
   metrics.jsonl    one line per event of training          secrets.env    0600; values that no other file may hold
-  preflight/attempt_<n>/  facts.<node>.json, all_reduce.<node>.json, verdict.<node>.json, verdict.json, verdict.md
+  bad_data.jsonl   what of the data could not be used, and why
+  retry.json       which node the one retry of preflight.on_fail left out, and why
+  preflight/attempt_<n>/  facts.<node>.json, connect.<node>.json, all_reduce.<node>.json, counters.<node>.json,
+                          rails.json, nccl.<node>.<pid>.log, verdict.<node>.json, verdict.json, verdict.md
   logs/batch.log          what the batch script and the attempt itself said
   logs/attempt_<n>/       <node>.log, <node>.rank<r>.log, torchrun/<node>/ (its error files)
-  checkpoints/checkpoint-<step>/      export/
+  checkpoints/checkpoint-<step>/      export/      evaluation/
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -68,6 +72,10 @@ class RunDir:
         return self.path / "submission.json"
 
     @property
+    def submit_lock(self) -> Path:
+        return self.path / "submit.lock"
+
+    @property
     def submitit(self) -> Path:
         return self.path / "submitit"
 
@@ -80,12 +88,25 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def bad_data_jsonl(self) -> Path:
+        return self.path / "bad_data.jsonl"
+
+    @property
+    def data_index(self) -> Path:
+        """Beside the run folders, which lie where all nodes see them: later runs on the same data find it there."""
+        return self.path.parent / ".data_index"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
     @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
 
     @property
     def logs(self) -> Path:
@@ -115,6 +136,26 @@ class RunDir:
 
     def all_reduce_json(self, attempt: int, node: str) -> Path:
         return self.preflight(attempt) / f"all_reduce.{node}.json"
+
+    def connect_json(self, attempt: int, node: str) -> Path:
+        return self.preflight(attempt) / f"connect.{node}.json"
+
+    def counters_json(self, attempt: int, node: str) -> Path:
+        return self.preflight(attempt) / f"counters.{node}.json"
+
+    def rails_json(self, attempt: int) -> Path:
+        return self.preflight(attempt) / "rails.json"
+
+    def nccl_log_pattern(self, attempt: int, node: str) -> Path:
+        """What NCCL_DEBUG_FILE is set to; %p is the process."""
+        return self.preflight(attempt) / f"nccl.{node}.%p.log"
+
+    def nccl_logs(self, attempt: int, node: str) -> list[Path]:
+        return sorted(self.preflight(attempt).glob(f"nccl.{glob.escape(node)}.*.log"))
+
+    @property
+    def retry_json(self) -> Path:
+        return self.path / "retry.json"
 
     def node_verdict_json(self, attempt: int, node: str) -> Path:
         return self.preflight(attempt) / f"verdict.{node}.json"

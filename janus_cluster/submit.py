@@ -14,17 +14,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from janus_cluster.config.home import runs_dir, sandbox_home
+from janus_cluster.config.home import runs_dir, sandbox_home, site_dir
 from janus_cluster.config.load import LoadedJob, find_job_file, load_job
 from janus_cluster.config.resolve import resolve_job
 from janus_cluster.config.schema import JobConfig, ResolvedJob
 from janus_cluster.errors import JanusError, SandboxFailed, UsageError
+from janus_cluster.preflight.calibration import with_baseline
 from janus_cluster.render.bundle import collect_manifest, render_job_yaml, write_bundle
-from janus_cluster.rundir import RunDir, write_json_atomically
+from janus_cluster.rundir import RunDir
+from janus_cluster.send import Cluster, run_locked, send, signals_held
+from janus_cluster.site.exclude import Exclusion, decide_exclusion, merge_hosts
+from janus_cluster.site.nodes import live_nodes
 
-Cluster = Literal["slurm", "sandbox", "local"]
+# A controller that does not answer in this time does not hold up a submission for a question on the side.
+_ASK_NODES_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,8 @@ class Submission:
     job_id: str | None
     source: str
     slurm_conf: Path | None = field(default=None)
+    # Which nodes are left out, and why.
+    notes: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The contract of `submit --json`."""
@@ -79,26 +86,91 @@ def submit(request: Request, *, environ: Mapping[str, str], cwd: Path) -> Submis
     """
     loaded = load_request(request, environ)
     _require_cluster(request)
-    slurm_conf = _sandbox_conf(environ) if request.cluster == "sandbox" and not request.dry_run else None
+    slurm_conf = sandbox_conf(environ) if request.cluster == "sandbox" and not request.dry_run else None
     run_path = _new_run_path(loaded.config, environ, cwd)
+    if request.cluster != "local" and not request.dry_run and loaded.config.preflight.use_node_memory:
+        from janus_cluster.observe.harvest import remember_recent
+
+        remember_recent(run_path.parent)
     resolved = resolve_job(
         loaded, run_dir=run_path, cluster=request.cluster, environ=environ, cwd=cwd, python=sys.executable
     )
+    resolved = with_baseline(resolved, site_dir(environ))
     check_paths(resolved, source=loaded.source, origins=loaded.origins)
-    run = write_bundle(
-        resolved,
-        job_yaml_text=render_job_yaml(loaded.config, source=loaded.source, sets=request.sets),
-        secrets={name: environ[name] for name in resolved.secret_names},
-        manifest=collect_manifest(loaded.path),
-        final_dir=run_path,
+    exclusion = exclude_bad_nodes(resolved, slurm_conf=slurm_conf, site=site_dir(environ), now=time.time())
+    resolved = resolved.model_copy(
+        update={"sbatch_options": _with_option(resolved.sbatch_options, "exclude", exclusion.option)}
     )
-    command = _command(run, request.cluster)
-    job_id: str | None = None
-    if not request.dry_run:
-        job_id = _send(run, request.cluster, slurm_conf, command)
+    manifest = collect_manifest(loaded.path)
+    with signals_held("the job is being handed over") as came:
+        run = write_bundle(
+            resolved,
+            job_yaml_text=render_job_yaml(loaded.config, source=loaded.source, sets=request.sets),
+            secrets={name: environ[name] for name in resolved.secret_names},
+            manifest=manifest,
+            final_dir=run_path,
+        )
+        job_id = _send_or_remove(run, request, slurm_conf, came)
+        if came and job_id:
+            print(f"submitted as job {job_id} all the same; janus-cluster cancel {job_id} ends it", file=sys.stderr)
     return Submission(
-        run=run, resolved=resolved, command=command, job_id=job_id, source=loaded.source, slurm_conf=slurm_conf
+        run=run,
+        resolved=resolved,
+        command=_command(run, request.cluster),
+        job_id=job_id,
+        source=loaded.source,
+        slurm_conf=slurm_conf,
+        notes=exclusion.notes,
     )
+
+
+def _send_or_remove(run: RunDir, request: Request, slurm_conf: Path | None, came: Sequence[int]) -> str | None:
+    """The run is submitted and recorded, or its folder is gone. Returns: the job id; None after a dry run."""
+    try:
+        if came:
+            raise KeyboardInterrupt
+        if request.dry_run:
+            return None
+        with run_locked(run):
+            return send(run, request.cluster, slurm_conf=slurm_conf)
+    except BaseException:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
+
+
+def exclude_bad_nodes(resolved: ResolvedJob, *, slurm_conf: Path | None, site: Path, now: float) -> Exclusion:
+    """What sbatch is told to keep away from: the job's own list and the nodes that the site remembers as bad."""
+    options, keys = resolved.sbatch_options, resolved.job.preflight
+    given = options.get("exclude")
+    if resolved.cluster == "local" or not keys.use_node_memory:
+        return Exclusion(option=given)
+    days = keys.forget_nodes_after_days
+    remembered = live_nodes(resolved.cluster, now=now, forget_after_days=days, folder=site)
+    if not remembered:
+        return Exclusion(option=given)
+    return decide_exclusion(
+        given,
+        remembered,
+        num_nodes=resolved.job.nodes,
+        site_nodes=_site_nodes(options.get("partition"), slurm_conf),
+        now=now,
+        wanted=options.get("nodelist"),
+        is_gated=keys.enabled,
+    )
+
+
+def _site_nodes(partition: str | None, slurm_conf: Path | None) -> frozenset[str] | None:
+    """The nodes that this Slurm could give; None where it cannot be asked, as for a dry run away from it."""
+    from janus_cluster.slurm.commands import Slurm
+
+    try:
+        return Slurm(conf=slurm_conf, timeout_s=_ASK_NODES_S).usable_nodes(partition) or None
+    except JanusError:
+        return None
+
+
+def _with_option(options: Mapping[str, str | None], name: str, value: str | None) -> dict[str, str | None]:
+    return dict(options) if value is None else {**options, name: value}
 
 
 def load_request(request: Request, environ: Mapping[str, str]) -> LoadedJob:
@@ -108,11 +180,17 @@ def load_request(request: Request, environ: Mapping[str, str]) -> LoadedJob:
             f"--nodes {request.nodes}: there is no job for {request.nodes} nodes; allowed: 1, 2",
             hint="janus-cluster submit --nodes 2",
         )
-    options: dict[str, Any] = {"nodes": request.nodes, "name": request.name, "slurm.exclude": request.exclude}
+    options: dict[str, Any] = {"nodes": request.nodes, "name": request.name}
     if not request.preflight:
         options["preflight.enabled"] = False
     path = find_job_file(request.job, nodes=request.nodes)
-    return load_job(path, sets=request.sets, environ=environ, options=options)
+    loaded = load_job(path, sets=request.sets, environ=environ, options=options)
+    hosts = loaded.config.slurm.get("exclude")
+    if not request.exclude:
+        return loaded
+    # The job's own list is kept: who leaves out one node more does not want the others back.
+    both = merge_hosts(",".join(map(str, hosts)) if isinstance(hosts, list) else hosts, request.exclude)
+    return load_job(path, sets=request.sets, environ=environ, options=options | {"slurm.exclude": both})
 
 
 def check_paths(resolved: ResolvedJob, *, source: str, origins: Mapping[str, str]) -> None:
@@ -148,7 +226,7 @@ def _require_cluster(request: Request) -> None:
     require_slurm()
 
 
-def _sandbox_conf(environ: Mapping[str, str]) -> Path:
+def sandbox_conf(environ: Mapping[str, str]) -> Path:
     from janus_cluster.sandbox.state import load_info
 
     info = load_info(sandbox_home(environ))
@@ -163,30 +241,3 @@ def _command(run: RunDir, cluster: Cluster) -> list[str]:
 
         return local_command(run)
     return ["sbatch", str(run.job_sbatch)]
-
-
-def _send(run: RunDir, cluster: Cluster, slurm_conf: Path | None, command: Sequence[str]) -> str:
-    try:
-        if cluster == "local":
-            from janus_cluster.local.submit import submit_local
-
-            job_id = submit_local(run)
-        else:
-            from janus_cluster.slurm.executor import submit_run
-
-            job_id = submit_run(run, slurm_conf=slurm_conf)
-    except (JanusError, KeyboardInterrupt):
-        shutil.rmtree(run.path)
-        raise
-    write_json_atomically(
-        run.submission_json,
-        {
-            "schema_version": 1,
-            "cluster": cluster,
-            "job_id": job_id,
-            "command": list(command),
-            "submitted_at": time.time(),
-            "slurm_conf": str(slurm_conf) if slurm_conf else None,
-        },
-    )
-    return job_id

@@ -57,13 +57,23 @@ def test_the_command_surface_is_frozen() -> None:
         "submit": [
             "--cluster", "--dry-run", "--exclude", "--follow", "--json", "--name", "--no-preflight", "--nodes", "--set",
         ],
-        "preflight": ["--cluster", "--exclude", "--json", "--local", "--nodes", "--set"],
+        "preflight": [
+            "--calibrate", "--cluster", "--exclude", "--json", "--lint-env", "--local", "--nodes", "--profile", "--set",
+        ],
         "tail": ["--follow", "--grep", "--no-follow", "--node", "--rank", "--runs-dir", "-n"],
         "status": ["--json", "--runs-dir", "--watch"],
+        "eval": [
+            "--data", "--device", "--generate", "--json", "--max-new-tokens", "--out", "--runs-dir", "--samples",
+            "--vggt-path",
+        ],
         "list": ["--json", "--runs-dir", "-n"],
-        "cancel": ["--runs-dir"],
+        "cancel": ["--runs-dir", "--yes"],
+        "resume": ["--follow", "--runs-dir"],
+        "nodes": ["--all", "--json"],
         "render": ["--nodes", "--part", "--set"],
         "config": [],
+        "demo-data": ["--episodes", "--level", "--seed", "--size"],
+        "verify-core": ["--compile", "--device", "--dtype", "--json"],
         "sandbox": [],
     }  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Literal
 from janus_cluster import __version__
 from janus_cluster.config.load import LoadedJob
 from janus_cluster.config.schema import JobConfig, ResolvedJob
+from janus_cluster.config.weight_names import LANGUAGE_LINEAR_LAYERS
 from janus_cluster.errors import UsageError
 from janus_cluster.preflight.profile import load_profile
 from janus_cluster.render.deepspeed import resolve_ds_config
@@ -88,11 +89,13 @@ def effective_batch_size(job: JobConfig, *, world_size: int) -> int:
     return t.per_device_batch_size * t.gradient_accumulation_steps * world_size
 
 
-def preflight_profile(job: JobConfig) -> Literal["h800", "cpu"]:
+def preflight_profile(job: JobConfig) -> Literal["h800-ib", "h800-ethernet", "cpu"]:
     """The thresholds by which this job's nodes are judged."""
     if job.preflight.profile != "auto":
         return job.preflight.profile
-    return "cpu" if job.hardware.device == "cpu" else "h800"
+    if job.hardware.device == "cpu":
+        return "cpu"
+    return "h800-ethernet" if job.environment.profile == "h800-ethernet" else "h800-ib"
 
 
 def _cpus_per_process(job: JobConfig, processes: int) -> int | None:
@@ -164,6 +167,21 @@ def _training_conflicts(job: JobConfig) -> list[str]:
         found.append("training.segment_weights: all 0, and action_loss_weight is 0: nothing would be learnt")
     if not any(job.training.tune.model_dump().values()):
         found.append("training.tune: all false: nothing would be learnt")
+    return found + _lora_conflicts(job)
+
+
+def _lora_conflicts(job: JobConfig) -> list[str]:
+    lora, found = job.training.lora, []
+    if not lora.enabled:
+        return []
+    unknown = [name for name in lora.target_modules if name not in LANGUAGE_LINEAR_LAYERS]
+    if unknown or not lora.target_modules:
+        found.append(
+            f"training.lora.target_modules: {', '.join(unknown) or 'empty'}: no linear layer of the language model; "
+            f"allowed: {', '.join(LANGUAGE_LINEAR_LAYERS)}"
+        )
+    if not job.training.tune.llm:
+        found.append("training.lora.enabled: true: tune.llm is false, so the adapters would not learn; set it to true")
     return found
 
 
@@ -214,7 +232,10 @@ def _absolute_paths(job: JobConfig, cwd: Path) -> JobConfig:
                 }
             ),
             "preflight": job.preflight.model_copy(
-                update={"require_paths": [absolute(p) for p in job.preflight.require_paths]}
+                update={
+                    "require_paths": [absolute(p) for p in job.preflight.require_paths],
+                    "sysfs_root": optional(job.preflight.sysfs_root),
+                }
             ),
         }
     )

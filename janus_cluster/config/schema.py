@@ -33,7 +33,8 @@ Slot = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 class Section(BaseModel):
     """A frozen part of the job file that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=False)
+    # Validators are built when a job is first read: built at import they cost a third of the command line's time.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Hardware(Section):
@@ -86,9 +87,23 @@ class Preflight(Section):
     """The gate that runs in the same allocation, before training."""
 
     enabled: bool = Field(True, description="false trains without the gate (the same as --no-preflight)")
-    profile: Literal["auto", "h800", "cpu"] = Field(
-        "auto", description="Thresholds (templates/preflight/<profile>.yaml)"
+    profile: Literal["auto", "h800-ib", "h800-ethernet", "cpu"] = Field(
+        "auto",
+        description="Thresholds (templates/preflight/<profile>.yaml); auto: as hardware.device and environment.profile say",
     )
+    on_fail: Literal["stop", "exclude-and-retry"] = Field(
+        "stop", description="exclude-and-retry: when one node is to blame, submit once more without it"
+    )
+    sysfs_root: OptionalPath = Field(
+        None, description="A folder that stands for / when /sys, /proc and /dev/shm are read (rehearsals); default: /"
+    )
+    command_timeout_s: float = Field(
+        20, gt=0, le=600, description="How long nvidia-smi, ibstat, … may take; one that hangs is never a pass"
+    )
+    use_node_memory: bool = Field(
+        True, description="Keep away from nodes that failed the gate, broke or were lost (janus-cluster nodes)"
+    )
+    forget_nodes_after_days: float = Field(7, ge=0, le=90, description="A remembered node is used again after this")
     require_paths: OneOrMany = Field([], description="More paths that must exist on every node")
     min_free_gb: float = Field(1.0, ge=0, description="Free space wanted where the run folder lies, in GB (1e9 bytes)")
     all_reduce_mb: float | None = Field(
@@ -142,6 +157,12 @@ class Data(Section):
     )
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="With on_bad skip: more bad samples than this end the run"
+    )
+    verify_images: Literal["header", "decode"] = Field(
+        "header", description="How frames are checked once, for the index: first and last bytes, or every pixel"
+    )
+    index_dir: OptionalPath = Field(
+        None, description="Where the index of the data is kept, on a disk that all nodes share; default: beside the runs"
     )
     on_too_long: Literal["fail", "shorten_history"] = Field(
         "fail", description="A sample of more than max_length tokens; image tokens are never cut"
@@ -246,6 +267,9 @@ class Checkpoint(Section):
     every_steps: int = Field(500, ge=1)
     keep_last: int = Field(2, ge=1)
     export: bool = Field(True, description="Write a folder at the end that from_pretrained loads")
+    confirm_cancel_min: float = Field(
+        10, ge=0, description="`cancel` asks first when more minutes of work than this would be lost"
+    )
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: the newest complete checkpoint of this run folder"
     )
@@ -298,7 +322,7 @@ class ResolvedJob(Section):
     processes_per_node: int
     world_size: int
     effective_batch_size: int
-    preflight_profile: Literal["h800", "cpu"]
+    preflight_profile: Literal["h800-ib", "h800-ethernet", "cpu"]
     preflight_thresholds: dict[str, Any] = Field(default_factory=dict)
     python: str
     sbatch_options: dict[str, str | None]

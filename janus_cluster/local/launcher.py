@@ -21,6 +21,10 @@ class LocalLauncher:
     def master_addr(self) -> str:
         return "127.0.0.1"
 
+    def requeue_without(self, exclude: Sequence[str]) -> str | None:
+        """Nothing is done; the reason is returned."""
+        return f"there is no queue on this machine that could leave out {', '.join(exclude)}"
+
     def start(self, task_argv: Sequence[str], *, end_together: bool) -> Step:
         processes = []
         for rank, node in enumerate(self.nodes):

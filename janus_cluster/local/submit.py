@@ -29,6 +29,8 @@ def submit_local(run: RunDir) -> str:
             os.environ | {"JANUS_LAUNCHER": "local"},
             file_actions=[(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)],
             setsid=True,
+            # Submitting holds signals back meanwhile; the job must not be born deaf to them.
+            setsigmask=[],
         )
     finally:
         os.close(log)

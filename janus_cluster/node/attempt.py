@@ -19,13 +19,26 @@ from types import FrameType
 from typing import Any
 
 from janus_cluster.config.schema import ResolvedJob
-from janus_cluster.errors import JanusError, StoppedOnPurpose, TrainingFailed
+from janus_cluster.errors import GateFailed, JanusError, StoppedOnPurpose, TrainingFailed
 from janus_cluster.node.port import find_free_port
+from janus_cluster.node.retry import retry_without_bad_nodes
 from janus_cluster.node.status import HEARTBEAT_S, StatusFile
 from janus_cluster.node.steps import Launcher, Step
-from janus_cluster.preflight.gate import build_verdict, judge_active, judge_static, require_fresh
+from janus_cluster.preflight.bandwidth import counter_deltas
+from janus_cluster.preflight.cross_node import describe_loopback
+from janus_cluster.preflight.gate import (
+    Surroundings,
+    build_verdict,
+    judge_active,
+    judge_connections,
+    judge_cross_node,
+    judge_static,
+    require_fresh,
+)
+from janus_cluster.preflight.interfaces import plan_rails
 from janus_cluster.preflight.model import CheckResult, Verdict
 from janus_cluster.preflight.report import render_verdict, render_verdict_markdown
+from janus_cluster.preflight.transport import read_nccl_logs
 from janus_cluster.rundir import RunDir, read_json, write_json_atomically, write_text_atomically
 
 # A file that another node has just written may need this long to be seen through NFS attribute caches.
@@ -43,16 +56,23 @@ class Attempt:
         self.status = StatusFile(
             run, cluster=launcher.cluster, job_id=launcher.job_id, attempt=self.number, nodes=launcher.nodes
         )
+        self.port = 0
+        self.connections: Mapping[str, dict[str, Any] | None] = {}
         self.stop_signal: int | None = None
         self._last_beat = time.monotonic()
+
+    @property
+    def gate_timeout_s(self) -> float:
+        return self.resolved.job.preflight.timeout_s
 
     def run_phase(self, phase: str, *, timeout_s: float | None, end_together: bool) -> int:
         """The phase has run on every node; its worst exit code. Raises: StoppedOnPurpose after a stop signal."""
         seed = int("".join(filter(str.isdigit, self.launcher.job_id or "")) or 0)
-        port = find_free_port(seed=seed)
+        # The same port in every phase, unless somebody took it meanwhile: the gate tests what training uses.
+        self.port = find_free_port(seed=seed)
         argv = [sys.executable, "-m", "janus_cluster.node.task", str(self.run.path)]
         argv += ["--attempt", str(self.number), "--phase", phase]
-        argv += ["--master-addr", self.launcher.master_addr(), "--master-port", str(port)]
+        argv += ["--master-addr", self.launcher.master_addr(), "--master-port", str(self.port)]
         step = self.launcher.start(argv, end_together=end_together)
         code = step.wait(timeout_s=timeout_s, on_wait=lambda: self._between(step))
         if self.stop_signal is not None:
@@ -74,6 +94,16 @@ class Attempt:
         while time.monotonic() < deadline and not all(p.exists() for p in paths.values()):
             time.sleep(0.2)
         return {node: read_json(p) if p.exists() else None for node, p in paths.items()}
+
+    def write_rails(self, facts: Mapping[str, dict[str, Any] | None]) -> None:
+        """rails.json tells the probe which pairs to test: GPU k of both nodes, or the networks that they share."""
+        if len(self.launcher.nodes) < 2:
+            return
+        if self.resolved.job.hardware.device == "cuda":
+            rails = [{"name": f"gpu{k}", "interfaces": {}} for k in range(self.resolved.processes_per_node)]
+        else:
+            rails = plan_rails({node: (f or {}).get("interfaces", []) for node, f in facts.items()})
+        write_json_atomically(self.run.rails_json(self.number), {"schema_version": 1, "rails": rails})
 
 
 def run_attempt(run: RunDir, launcher: Launcher) -> int:
@@ -99,6 +129,9 @@ def run_attempt(run: RunDir, launcher: Launcher) -> int:
     except StoppedOnPurpose as e:
         attempt.status.finish("CANCELLED", e.exit_code, reason=e.message, signal=attempt.stop_signal)
         return _end(e)
+    except GateFailed as e:
+        end_failed_gate(attempt, e)
+        return _end(e)
     except JanusError as e:
         attempt.status.finish("FAILED", e.exit_code, reason=e.message)
         return _end(e)
@@ -111,22 +144,76 @@ def run_attempt(run: RunDir, launcher: Launcher) -> int:
 
 
 def run_gate(attempt: Attempt) -> None:
-    """The verdict is written and training may begin. Raises: GateFailed, GateUndetermined."""
-    run, resolved, number = attempt.run, attempt.resolved, attempt.number
-    timeout_s = resolved.job.preflight.timeout_s
-    code = attempt.run_phase("facts", timeout_s=timeout_s, end_together=False)
-    facts = attempt.read_reports(lambda n: run.facts_json(number, n), wait_s=0 if code else _VISIBILITY_S)
-    results = judge_static(facts, resolved)
-    if not any(r.state == "FAIL" for r in results):
-        # A node that is known to be bad would only make the others wait for it.
-        code = attempt.run_phase("all_reduce", timeout_s=timeout_s, end_together=True)
-        measured = attempt.read_reports(lambda n: run.all_reduce_json(number, n), wait_s=0 if code else _VISIBILITY_S)
-        results += judge_active(measured, resolved)
+    """The verdict is written and training may begin. Raises: GateFailed, GateUndetermined.
+
+    A phase that failed is the last: a node that is known to be bad would only make the others wait for it. So is one
+    that could not be judged: where nvidia-smi hangs, CUDA does too.
+    """
+    results: list[CheckResult] = []
+    for phase in (check_nodes, check_connections, check_speed):
+        results += phase(attempt)
+        if any(r.state in ("FAIL", "ERROR") for r in results):
+            break
     verdict = write_verdict(attempt, results)
     print_verdict(verdict)
-    again = Verdict.from_json(read_json(run.verdict_json(number)))
+    again = Verdict.from_json(read_json(attempt.run.verdict_json(attempt.number)))
     launcher = attempt.launcher
-    require_fresh(again, resolved, nodes=launcher.nodes, job_id=launcher.job_id, now=time.time())
+    require_fresh(again, attempt.resolved, nodes=launcher.nodes, job_id=launcher.job_id, now=time.time())
+
+
+def check_nodes(attempt: Attempt) -> list[CheckResult]:
+    """Each node told what it is; every static check, and the nodes against each other. The rails are written down."""
+    run, number = attempt.run, attempt.number
+    code = attempt.run_phase("facts", timeout_s=attempt.gate_timeout_s, end_together=False)
+    facts = attempt.read_reports(lambda n: run.facts_json(number, n), wait_s=0 if code else _VISIBILITY_S)
+    attempt.write_rails(facts)
+    return judge_static(facts, attempt.resolved) + judge_cross_node(facts)
+
+
+def check_connections(attempt: Attempt) -> list[CheckResult]:
+    """Every node reached node 0 on the master port, and was reached back. Nothing for a single node."""
+    run, number = attempt.run, attempt.number
+    if len(attempt.launcher.nodes) < 2:
+        return []
+    code = attempt.run_phase("connect", timeout_s=attempt.gate_timeout_s, end_together=False)
+    attempt.connections = attempt.read_reports(
+        lambda n: run.connect_json(number, n), wait_s=0 if code else _VISIBILITY_S
+    )
+    return judge_connections(
+        attempt.connections,
+        address=attempt.launcher.master_addr(),
+        port=attempt.port,
+        clock_warn_s=attempt.resolved.preflight_thresholds["clock"]["warn_above_s"],
+    )
+
+
+def check_speed(attempt: Attempt) -> list[CheckResult]:
+    """Devices, rails and the all-reduce were measured, between two readings of the error counters."""
+    run, number = attempt.run, attempt.number
+    code = attempt.run_phase("all_reduce", timeout_s=attempt.gate_timeout_s, end_together=True)
+    wait_s = 0 if code else _VISIBILITY_S
+    measured = attempt.read_reports(lambda n: run.all_reduce_json(number, n), wait_s=wait_s)
+    counters = attempt.read_reports(lambda n: run.counters_json(number, n), wait_s=wait_s)
+    around = Surroundings(
+        counters={n: c and counter_deltas(c["before"], c["after"]) for n, c in counters.items()},
+        nccl={n: read_nccl_logs(run.nccl_logs(number, n)) for n in attempt.launcher.nodes},
+        evidence=describe_loopback(attempt.connections),
+    )
+    return judge_active(measured, attempt.resolved, around)
+
+
+def end_failed_gate(attempt: Attempt, error: GateFailed) -> None:
+    """The job is queued again without the bad node, where it asks for that and it can be; else it has failed."""
+    verdict = Verdict.from_json(read_json(attempt.run.verdict_json(attempt.number)))
+    # STOPPED may begin again, so nobody takes the next word for the last one while the requeue is under way.
+    attempt.status.update(state="STOPPED", reason=error.message, exit_code=error.exit_code)
+    is_queued, words = retry_without_bad_nodes(
+        attempt.run, attempt.resolved, attempt.launcher, verdict, attempt=attempt.number
+    )
+    asked = attempt.resolved.job.preflight.on_fail != "stop"
+    say(f"preflight: {words}")
+    reason = f"{error.message}; {words}" if asked else error.message
+    attempt.status.finish("STOPPED" if is_queued else "FAILED", error.exit_code, reason=reason)
 
 
 def write_verdict(attempt: Attempt, results: Sequence[CheckResult]) -> Verdict:

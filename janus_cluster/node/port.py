@@ -15,8 +15,11 @@ def find_free_port(*, seed: int) -> int:
     for i in range(_TRIES):
         port = _FIRST + (seed * 131 + i * 7) % _COUNT
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            # As the listeners that follow do: a connection of the phase before, in TIME_WAIT, takes no port away.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("", port))
+                probe.listen()
             except OSError:
                 continue
         return port

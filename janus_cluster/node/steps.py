@@ -67,6 +67,10 @@ class Launcher(Protocol):
         """A name or address of node 0 that every node can reach."""
         ...
 
+    def requeue_without(self, exclude: Sequence[str]) -> str | None:
+        """The job is back in the queue and keeps away from `exclude`; or the reason why it could not be."""
+        ...
+
     def start(self, task_argv: Sequence[str], *, end_together: bool) -> Step:
         """`task_argv` is running once on every node. With `end_together` one failure ends all."""
         ...

@@ -1,8 +1,10 @@
 """One phase on one node. srun (or the local launcher) starts it once per node:
 
-    python -m janus_cluster.node.task RUN_DIR --attempt 1 --phase facts|all_reduce|train --master-addr A --master-port P
+    python -m janus_cluster.node.task RUN_DIR --attempt 1 --phase facts|connect|all_reduce|train
+                                      --master-addr A --master-port P
 
-`facts` writes what this node is; the other phases become torchrun. Everything printed goes to this node's log.
+`facts` writes what this node is, `connect` tries the master port; the other phases become torchrun, with the network
+variables that follow from this node's hardware. Everything printed goes to this node's log.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from janus_cluster.config.schema import ResolvedJob
+from janus_cluster.node.bracket import run_between_counters
+from janus_cluster.node.network import network_variables, probe_variables
 from janus_cluster.node.topology import NodeIdentity, read_identity
 from janus_cluster.node.torchrun import build_torchrun_argv
 from janus_cluster.rundir import RunDir, write_json_atomically
@@ -29,11 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     _log_to(run.node_log(args.attempt, identity.node))
     resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
     if args.phase == "facts":
-        from janus_cluster.preflight.gate import read_facts
-
-        facts = read_facts(resolved, node=identity.node)
-        write_json_atomically(run.facts_json(args.attempt, identity.node), facts)
-        print(f"preflight: {identity.node} has reported its facts in {facts['duration_s']:.1f} s", flush=True)
+        _write_facts(run, resolved, identity, args)
+        return
+    if args.phase == "connect":
+        _write_connection(run, identity, args)
         return
     command = _torchrun(run, resolved, identity, args)
     print(
@@ -41,14 +44,49 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{resolved.processes_per_node} processes here, rendezvous {args.master_addr}:{args.master_port}",
         flush=True,
     )
-    os.execv(command[0], command)
+    variables = network_variables(run, resolved, identity, attempt=args.attempt, master_addr=args.master_addr)
+    if args.phase == "all_reduce":
+        variables += probe_variables(run, resolved, identity, attempt=args.attempt)
+    for variable in variables:
+        print(f"{args.phase}: {variable.name}={variable.value}    # {variable.reason}", flush=True)
+    environ = os.environ | {variable.name: variable.value for variable in variables}
+    if args.phase == "all_reduce":
+        counters = run.counters_json(args.attempt, identity.node)
+        sys.exit(run_between_counters(command, environ, counters, sysfs_root=resolved.job.preflight.sysfs_root))
+    os.execve(command[0], command, environ)
+
+
+def _write_facts(run: RunDir, resolved: ResolvedJob, identity: NodeIdentity, args: argparse.Namespace) -> None:
+    from janus_cluster.preflight.facts import read_facts
+    from janus_cluster.preflight.interfaces import read_interfaces
+
+    peer = args.master_addr if identity.num_nodes > 1 else None
+    facts = read_facts(resolved, node=identity.node, peer=peer)
+    facts["interfaces"] = read_interfaces()
+    write_json_atomically(run.facts_json(args.attempt, identity.node), facts)
+    print(f"preflight: {identity.node} has reported its facts in {facts['duration_s']:.1f} s", flush=True)
+
+
+def _write_connection(run: RunDir, identity: NodeIdentity, args: argparse.Namespace) -> None:
+    from janus_cluster.node.connect import exchange
+
+    report = exchange(
+        node=identity.node,
+        node_rank=identity.node_rank,
+        num_nodes=identity.num_nodes,
+        address=args.master_addr,
+        port=args.master_port,
+        token=f"{run.name}/{args.attempt}",
+    )
+    write_json_atomically(run.connect_json(args.attempt, identity.node), report)
+    print(f"preflight: {args.master_addr}:{args.master_port}: {report['error'] or 'reached'}", flush=True)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m janus_cluster.node.task", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--attempt", type=int, required=True)
-    parser.add_argument("--phase", choices=["facts", *_MODULES], required=True)
+    parser.add_argument("--phase", choices=["facts", "connect", *_MODULES], required=True)
     parser.add_argument("--master-addr", default="127.0.0.1")
     parser.add_argument("--master-port", type=int, default=0)
     return parser.parse_args(argv)
@@ -67,9 +105,6 @@ def _log_to(path: Path) -> None:
 
 def _torchrun(run: RunDir, resolved: ResolvedJob, identity: NodeIdentity, args: argparse.Namespace) -> list[str]:
     module_args = [str(run.path), "--attempt", str(args.attempt), "--node", identity.node]
-    if args.phase == "all_reduce":
-        payload_mb = resolved.job.preflight.all_reduce_mb or resolved.preflight_thresholds["all_reduce"]["payload_mb"]
-        module_args += ["--payload-mb", str(payload_mb)]
     return build_torchrun_argv(
         sys.executable,
         _MODULES[args.phase],

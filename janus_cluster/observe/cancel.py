@@ -4,12 +4,51 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import dataclass
 
 from janus_cluster.errors import JanusError, JobNotFound, UsageError
-from janus_cluster.rundir import RunDir
+from janus_cluster.observe.checkpoints import find_newest_checkpoint
+from janus_cluster.rundir import RunDir, read_json
 from janus_cluster.slurm.commands import Slurm
-from janus_cluster.slurm.recorded import load_submission
-from janus_cluster.slurm.state import NOBODY, is_local_job, load_job_states
+from janus_cluster.slurm.recorded import load_status, load_submission
+from janus_cluster.slurm.state import NOBODY, RUNNING, is_local_job, load_job_states
+
+# checkpoint.confirm_cancel_min of a run that an older version made.
+DEFAULT_ALLOWED_MIN = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What a cancelled run would lose. Units: minutes of work since the last complete checkpoint, or the start."""
+
+    minutes: float
+    since: str
+    allowed_min: float
+
+    @property
+    def is_much(self) -> bool:
+        return self.minutes > self.allowed_min
+
+
+def estimate_loss(run: RunDir, *, now: float) -> Loss:
+    """The work that would be lost if the run ended now; 0 minutes for a run that has not begun or is over."""
+    state = load_job_states([run])[0]
+    status, found = load_status(run), find_newest_checkpoint(run)
+    allowed_min = _allowed_min(run)
+    if state.state not in RUNNING or status is None or status.started_at is None:
+        return Loss(minutes=0.0, since="the start", allowed_min=allowed_min)
+    since = f"the start of attempt {status.attempt}"
+    begun = status.started_at
+    if found is not None and found.completed_at > begun:
+        since, begun = f"checkpoint-{found.step}", found.completed_at
+    return Loss(minutes=max(0.0, (now - begun) / 60), since=since, allowed_min=allowed_min)
+
+
+def _allowed_min(run: RunDir) -> float:
+    try:
+        return float(read_json(run.resolved_json)["job"]["checkpoint"]["confirm_cancel_min"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return DEFAULT_ALLOWED_MIN
 
 
 def cancel_run(run: RunDir) -> str:

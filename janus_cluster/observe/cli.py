@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -13,8 +12,10 @@ from typing import TYPE_CHECKING
 import click
 
 from janus_cluster.config.home import runs_dir
+from janus_cluster.errors import UsageError
 from janus_cluster.observe import find
 from janus_cluster.observe.find import find_run
+from janus_cluster.observe.text import to_json
 from janus_cluster.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def status(jobs: tuple[str, ...], watch: bool, as_json: bool, runs_dirs: tuple[P
     named = [find_run(job, folders) for job in jobs]
     if as_json:
         values = [s.to_json() for s in _collect(named, folders)]
-        click.echo(json.dumps(values[0] if len(jobs) == 1 else values, indent=2, ensure_ascii=False))
+        click.echo(to_json(values[0] if len(jobs) == 1 else values))
         return
     console = _console()
     _print_status(console, _collect(named, folders), folders)
@@ -129,12 +130,22 @@ def status(jobs: tuple[str, ...], watch: bool, as_json: bool, runs_dirs: tuple[P
 
 
 def _collect(named: list[RunDir], folders: list[Path]) -> list[RunStatus]:
-    from janus_cluster.observe.status import collect_status
+    """The runs that were named, or those that have not ended, or the newest; nodes that they blame are remembered."""
+    from janus_cluster.config.home import site_dir
+    from janus_cluster.observe.harvest import remember_bad_nodes
+    from janus_cluster.observe.status import add_card, collect_status
+    from janus_cluster.preflight.calibration import remember_gates
 
-    if named:
-        return collect_status(named)
-    recent = collect_status(find.list_runs(folders)[:_RECENT_RUNS])
-    return [s for s in recent if not s.state.is_final and s.state.state != "NOT_SUBMITTED"] or recent[:1]
+    statuses = collect_status(named or find.list_runs(folders)[:_RECENT_RUNS])
+    if not named:
+        live = [s for s in statuses if not s.state.is_final and s.state.state != "NOT_SUBMITTED"]
+        statuses = live or statuses[:1]
+    statuses = [add_card(s) for s in statuses]
+    for s in statuses:
+        remember_bad_nodes(s)
+    # Nodes may not see this home: what their gates measured is taken from the run folder when somebody looks.
+    remember_gates(site_dir(), [s.run for s in statuses])
+    return statuses
 
 
 def print_status(runs: Sequence[RunDir]) -> None:
@@ -170,7 +181,7 @@ def list_runs(limit: int, as_json: bool, runs_dirs: tuple[Path, ...]) -> None:
     folders = _folders(runs_dirs)
     statuses = collect_list(folders, limit=limit)
     if as_json:
-        click.echo(json.dumps([s.to_json() for s in statuses], indent=2, ensure_ascii=False))
+        click.echo(to_json([s.to_json() for s in statuses]))
     elif statuses:
         _console().print(render_list(statuses))
     else:
@@ -179,18 +190,29 @@ def list_runs(limit: int, as_json: bool, runs_dirs: tuple[Path, ...]) -> None:
 
 @click.command("cancel")
 @click.argument("job")
+@click.option("--yes", is_flag=True, help="Do not ask, whatever is lost.")
 @_runs_dir_option
-def cancel(job: str, runs_dirs: tuple[Path, ...]) -> None:
+def cancel(job: str, yes: bool, runs_dirs: tuple[Path, ...]) -> None:
     """End JOB: scancel under Slurm, SIGTERM to its process group on this machine.
+
+    Asks first when more than checkpoint.confirm_cancel_min (10) minutes of work since the last checkpoint would be
+    lost; without a terminal to ask on it refuses, unless --yes is given.
 
     \b
     Examples:
       janus-cluster cancel 4711
-      janus-cluster cancel demo
+      janus-cluster cancel demo --yes
     """
-    from janus_cluster.observe.cancel import cancel_run
+    from janus_cluster.observe.cancel import cancel_run, estimate_loss
 
-    click.echo(cancel_run(find_run(job, _folders(runs_dirs))))
+    run = find_run(job, _folders(runs_dirs))
+    loss = estimate_loss(run, now=time.time())
+    if loss.is_much and not yes:
+        what = f"{run.name} would lose {loss.minutes:.0f} minutes of work since {loss.since}"
+        if not sys.stdin.isatty():
+            raise UsageError(what, hint=f"janus-cluster cancel {job} --yes")
+        click.confirm(f"{what}. Cancel it?", abort=True)
+    click.echo(cancel_run(run))
 
 
 def _console() -> Console:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import codecs
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from janus_cluster.observe.text import clean
 
 # A line longer than this is shown in pieces, so that a file without line breaks cannot fill the memory.
 MAX_LINE_BYTES = 64 * 1024
@@ -21,9 +22,6 @@ MAX_READ_BYTES = 1024 * 1024
 MAX_BACK_BYTES = 4 * 1024 * 1024
 # A line without its end is shown after this long: a prompt, or the last words of a process that was killed.
 IDLE_S = 2.0
-
-_ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
-_CONTROL = dict.fromkeys((*range(9), *range(10, 32), *range(127, 160)))
 
 LineFilter = Callable[[str], bool]
 
@@ -87,7 +85,7 @@ class GrowingFile:
         if (at := rest.rstrip(b"\r").rfind(b"\r")) >= 0:
             rest = rest[at + 1 :]
         while len(rest) > MAX_LINE_BYTES:
-            lines.append(_clean(rest[:MAX_LINE_BYTES].decode("utf-8", "replace")))
+            lines.append(clean(rest[:MAX_LINE_BYTES].decode("utf-8", "replace")))
             rest = rest[MAX_LINE_BYTES:]
         self._partial = rest
         return lines, was_cut
@@ -97,7 +95,7 @@ class GrowingFile:
         if not self._partial or not (at_end or time.monotonic() - self._last_growth >= IDLE_S):
             return []
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        text = _clean(decoder.decode(self._partial, final=at_end))
+        text = clean(decoder.decode(self._partial, final=at_end))
         # Half a character stays behind until its other half has come.
         self._partial = b"" if at_end else decoder.getstate()[0]
         return [text] if text else []
@@ -116,9 +114,4 @@ def _kept(data: bytes, keep: LineFilter) -> list[str]:
 def _split_long(raw: bytes) -> list[str]:
     visible = raw.rstrip(b"\r").rpartition(b"\r")[2]
     pieces = [visible[i : i + MAX_LINE_BYTES] for i in range(0, len(visible), MAX_LINE_BYTES)] or [b""]
-    return [_clean(piece.decode("utf-8", "replace")) for piece in pieces]
-
-
-def _clean(text: str) -> str:
-    """The text without colours and control characters, which could move the reader's cursor or retitle the window."""
-    return _ESCAPE_SEQUENCE.sub("", text).translate(_CONTROL)
+    return [clean(piece.decode("utf-8", "replace")) for piece in pieces]

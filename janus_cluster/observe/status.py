@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from janus_cluster.observe.card import FailureCard, load_card, render_card
 from janus_cluster.observe.progress import Progress, load_progress
+from janus_cluster.observe.text import clean_line
 from janus_cluster.rundir import RunDir, read_json
 from janus_cluster.slurm.recorded import load_submission
 from janus_cluster.slurm.state import JobState, load_job_states
@@ -41,6 +43,8 @@ class RunStatus:
     progress: Progress = field(default_factory=Progress)
     failed_checks: tuple[FailedCheck, ...] = ()
     exclude: tuple[str, ...] = ()
+    card: FailureCard | None = None
+    retry: str | None = None
 
     @property
     def name(self) -> str:
@@ -84,7 +88,25 @@ def _status_of(run: RunDir, state: JobState) -> RunStatus:
         progress=load_progress(run),
         failed_checks=checks,
         exclude=exclude,
+        retry=_load_retry(run),
     )
+
+
+def _load_retry(run: RunDir) -> str | None:
+    """What preflight.on_fail did, in words; None where it did nothing."""
+    try:
+        record = read_json(run.retry_json)
+        nodes = ", ".join(str(n) for n in record["exclude"])
+        if record["requeued_at"] is None:
+            return f"not tried again without {nodes}: {record['not_retried']}"
+        return f"queued again without {nodes} after attempt {record['attempt']}: {record['reason']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def add_card(status: RunStatus) -> RunStatus:
+    """The same with the card of its failure, which is read from the run's logs; unchanged for a run without one."""
+    return replace(status, card=load_card(status.run, status.state, ref=status.ref))
 
 
 def _load_failed_checks(run: RunDir, state: JobState) -> tuple[tuple[FailedCheck, ...], tuple[str, ...]]:
@@ -143,6 +165,8 @@ def _notes(status: RunStatus) -> list[str]:
     lines = [f"{ref}: {state.state}{on}{code} (says {render_source(state)})"]
     if state.reason:
         lines.append(f"  reason: {state.reason}")
+    if status.retry:
+        lines.append(f"  {status.retry}")
     for check in status.failed_checks:
         where = check.node or "all nodes"
         lines.append(f"  {check.state} {check.id} on {where}: {check.measured} (expected: {check.expected})")
@@ -152,11 +176,19 @@ def _notes(status: RunStatus) -> list[str]:
         majority = progress.majority_accuracy
         beside = f" (majority class {majority:.3f})" if majority is not None else ""
         lines.append(f"  held-out action accuracy: {progress.action_accuracy:.3f}{beside}")
+    if status.card is not None:
+        lines += render_card(status.card)
+    elif state.is_final and progress.checkpoint:
+        lines.append(f"  checkpoint: {progress.checkpoint}")
     if state.is_final:
-        lines += [f"  checkpoint: {progress.checkpoint}"] if progress.checkpoint else []
         lines += [f"  exported model: {progress.export}"] if progress.export else []
     lines += [f"  next: {command}" for command in next_commands(status)]
-    return lines
+    return [_clean_indented(line) for line in lines]
+
+
+def _clean_indented(text: str) -> str:
+    """The line without control characters, its indentation kept."""
+    return text[: len(text) - len(text.lstrip(" "))] + clean_line(text)
 
 
 def next_commands(status: RunStatus) -> list[str]:
@@ -171,6 +203,8 @@ def next_commands(status: RunStatus) -> list[str]:
         if (status.job_id or "").startswith("local-"):
             return [f"janus-cluster sandbox up && {again} --cluster sandbox --follow   (the same on a real Slurm)"]
         return [f"{again}   (the same again)"]
+    if status.card is not None and status.card.next_steps:
+        return []
     commands = [f"janus-cluster tail {ref} --no-follow -n 100"]
     if status.failed_checks and state.attempt is not None:
         commands = [f"less {status.run.verdict_md(state.attempt)}"]

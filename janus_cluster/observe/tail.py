@@ -16,8 +16,9 @@ from typing import TextIO
 
 from janus_cluster.errors import JobNotFound, UsageError
 from janus_cluster.observe.logfile import GrowingFile
+from janus_cluster.observe.text import clean_line, load_secrets, redact
 from janus_cluster.rundir import RunDir
-from janus_cluster.slurm.recorded import StatusFile, load_status
+from janus_cluster.slurm.recorded import StatusFile, load_status, load_submission
 from janus_cluster.slurm.state import (
     FINAL_STATUS,
     MAY_BEGIN_AGAIN,
@@ -94,6 +95,7 @@ class Follower:
         self._colour = out.isatty() and not os.environ.get("NO_COLOR")
         self._files: dict[Path, tuple[LogSource, GrowingFile]] = {}
         self._shown_attempt: int | None = None
+        self._secrets = load_secrets(run)
 
     def print_last(self) -> None:
         """The last lines of what is there now are printed, every file having its share."""
@@ -129,8 +131,13 @@ class Follower:
 
     def mark(self, text: str) -> None:
         """A line of tail itself is printed."""
-        line = f"── {text} ──"
+        line = f"── {clean_line(text)} ──"
         self.out.write(f"\x1b[1m{line}\x1b[0m\n" if self._colour else f"{line}\n")
+        self.out.flush()
+
+    def print_plain(self, lines: Sequence[str]) -> None:
+        """Lines of tail itself are printed as they are."""
+        self.out.writelines(f"{line}\n" for line in lines)
         self.out.flush()
 
     def _find_files(self) -> None:
@@ -150,11 +157,11 @@ class Follower:
             if self._shown_attempt is not None or source.attempt > 1:
                 self.mark(f"attempt {source.attempt}")
             self._shown_attempt = source.attempt
-        label = f"{source.label} |"
+        label = f"{clean_line(source.label)} |"
         if self._colour:
             # Python's own hash changes with every start; a node keeps its colour.
             label = f"\x1b[{_COLOURS[zlib.crc32(source.label.encode()) % len(_COLOURS)]}m{label}\x1b[0m"
-        self.out.writelines(f"{label} {line}\n" for line in lines)
+        self.out.writelines(f"{label} {redact(line, self._secrets)}\n" for line in lines)
 
 
 def _order(source: LogSource) -> tuple[int, str, int]:
@@ -182,6 +189,7 @@ def tail(
     node: str | None = None,
     grep: str | None = None,
     follow: bool = True,
+    show_card: bool = True,
     poll_s: float = 0.5,
     state_poll_s: float = 15.0,
 ) -> int:
@@ -197,7 +205,8 @@ def tail(
         raise UsageError(f"--grep {grep!r} is no regular expression: {e}") from e
     follower = Follower(run, View(num_lines=num_lines, rank=rank, node=node, grep=pattern), out)
     try:
-        return _Watch(run, follower, poll_s=poll_s, state_poll_s=state_poll_s).run_to_end(follow=follow)
+        watch = _Watch(run, follower, show_card=show_card, poll_s=poll_s, state_poll_s=state_poll_s)
+        return watch.run_to_end(follow=follow)
     except KeyboardInterrupt:
         out.write(f"\nstopped watching; the job goes on. janus-cluster cancel {run.name} ends it\n")
         out.flush()
@@ -209,9 +218,10 @@ def tail(
 class _Watch:
     """Decides when the job is over: its own status.json at every look, the state ladder now and then."""
 
-    def __init__(self, run: RunDir, follower: Follower, *, poll_s: float, state_poll_s: float) -> None:
+    def __init__(self, run: RunDir, follower: Follower, *, show_card: bool, poll_s: float, state_poll_s: float) -> None:
         self.run = run
         self.follower = follower
+        self.show_card = show_card
         self.poll_s = poll_s
         self.state_poll_s = state_poll_s
         self.state = self._ask()
@@ -281,6 +291,24 @@ class _Watch:
 
     def _end(self) -> int:
         code = self.state.command_exit_code
+        if self.state.is_final:
+            self._tell_failure()
         why = f": {self.state.reason}" if self.state.reason else ""
         self.follower.mark(f"{self.state.state} (exit code {code}, says {self.state.source}){why}")
         return code
+
+    def _tell_failure(self) -> None:
+        """The card of a failed run is printed, and the nodes that it blames are remembered."""
+        from janus_cluster.observe.card import render_card
+        from janus_cluster.observe.harvest import remember_bad_nodes
+        from janus_cluster.observe.status import RunStatus, add_card
+
+        sent = load_submission(self.run)
+        job_id = sent.job_id if sent else None
+        status = add_card(RunStatus(run=self.run, job_id=job_id, state=self.state))
+        if status.card is None:
+            return
+        remember_bad_nodes(status)
+        if self.show_card:
+            self.follower.mark("what failed")
+            self.follower.print_plain(render_card(status.card))

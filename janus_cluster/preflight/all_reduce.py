@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from janus_cluster.preflight.model import CheckResult
+from janus_cluster.preflight.rate import Limit, judge_rate
 
 
 def busbw_gb_per_s(times_s: Sequence[float], *, payload_bytes: int, world_size: int) -> float:
@@ -24,7 +25,13 @@ def busbw_gb_per_s(times_s: Sequence[float], *, payload_bytes: int, world_size: 
 
 
 def judge_all_reduce(
-    facts: dict[str, Any] | None, *, node: str, world_size: int, floor_gb_per_s: float, source: str
+    facts: dict[str, Any] | None,
+    *,
+    node: str,
+    world_size: int,
+    floor_gb_per_s: float,
+    source: str,
+    more_limits: Sequence[Limit] = (),
 ) -> CheckResult:
     """Compare one node's measured all-reduce with the profile's floor.
 
@@ -49,10 +56,5 @@ def judge_all_reduce(
         return result(state="FAIL", measured=f"{facts['world_size']} of {world_size} ranks", fix=fix)
     busbw = busbw_gb_per_s(facts["times_s"], payload_bytes=facts["payload_bytes"], world_size=world_size)
     payload = f"{facts['payload_bytes'] / 1e6:g} MB, {facts['backend']}, {world_size} ranks"
-    is_sound = busbw >= floor_gb_per_s
-    return result(
-        state="PASS" if is_sound else "FAIL",
-        measured=f"{busbw:.3g} GB/s busbw ({payload})",
-        duration_s=sum(facts["times_s"]),
-        fix="" if is_sound else fix,
-    )
+    limits = [Limit(floor_gb_per_s, "FAIL", source), *more_limits]
+    return judge_rate(busbw, limits, id="all_reduce", node=node, unit="GB/s", what="busbw", detail=payload, fix=fix)

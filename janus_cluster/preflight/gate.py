@@ -2,96 +2,83 @@
 
 on every node    read_facts        nothing is judged, so nothing can be talked out of a verdict
 on node 0        judge_static      per node and across nodes; a node without facts is FAIL
-                 judge_active      the all-reduce over all ranks
+                 judge_cross_node  nodes against each other; judge_connections: the master port, clocks
+                 judge_active      GEMM, the all-reduce in the node, each rail, all ranks, links, transport
                  require_fresh     the verdict is of this job, these nodes, this configuration
 """
 
 from __future__ import annotations
 
-import socket
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.errors import GateFailed, GateUndetermined
 from janus_cluster.preflight.all_reduce import judge_all_reduce
-from janus_cluster.preflight.gpu import judge_gpus, read_gpus
-from janus_cluster.preflight.hca import judge_hcas, read_hcas
+from janus_cluster.preflight.bandwidth import judge_counters, judge_gemm, judge_intra_node, judge_rails
+from janus_cluster.preflight.cross_node import judge_connections, judge_cross_node
+from janus_cluster.preflight.facts import read_facts
 from janus_cluster.preflight.model import CheckResult, Verdict, worst
-from janus_cluster.preflight.paths import judge_paths, read_paths, wanted_paths
-from janus_cluster.preflight.versions import judge_same_versions, judge_versions, read_versions
+from janus_cluster.preflight.rate import baseline_limits
+from janus_cluster.preflight.static import judge_static
+from janus_cluster.preflight.transport import judge_transport
+
+__all__ = [
+    "MAX_AGE_S",
+    "Surroundings",
+    "build_verdict",
+    "judge_active",
+    "judge_connections",
+    "judge_cross_node",
+    "judge_static",
+    "read_facts",
+    "require_fresh",
+]
 
 MAX_AGE_S = 3600.0
 
 
-def read_facts(resolved: ResolvedJob, *, node: str) -> dict[str, Any]:
-    """What this node is, without a judgement. Seconds; nothing is written and nothing leaves the node."""
-    begun = time.monotonic()
-    facts: dict[str, Any] = {
-        "schema_version": 1,
-        "node": node,
-        "hostname": socket.gethostname(),
-        "config_hash": resolved.config_hash,
-        "time": time.time(),
-        "paths": read_paths(wanted_paths(resolved), Path(resolved.run_dir)),
-        "versions": read_versions(),
-        "gpus": read_gpus(),
-        "hcas": read_hcas(),
-    }
-    facts["duration_s"] = time.monotonic() - begun
-    return facts
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What was read around the probe. `counters`: node → port → how much each rose, None where it was not read;
+    `nccl`: node → facts of NCCL's own log, None where there is none."""
+
+    counters: Mapping[str, Mapping[str, Mapping[str, int]] | None]
+    nccl: Mapping[str, Mapping[str, Any] | None]
+    evidence: str = ""
 
 
-def judge_static(facts_by_node: Mapping[str, dict[str, Any] | None], resolved: ResolvedJob) -> list[CheckResult]:
-    """Every static and cross-node check of every node; a node that did not report is FAIL."""
-    results: list[CheckResult] = []
-    for node, facts in facts_by_node.items():
-        reported = facts is not None and facts["config_hash"] == resolved.config_hash
-        results.append(
-            CheckResult(
-                id="reported",
-                phase="static",
-                node=node,
-                state="PASS" if reported else "FAIL",
-                measured=f"as {facts['hostname']}" if reported and facts else "no facts for this job from this node",
-                expected="facts within preflight.timeout_s",
-                threshold_source="preflight.timeout_s",
-                fix="" if reported else f"is {node} up? see logs/batch.log and the node's log of this attempt",
-            )
-        )
-        if reported and facts is not None:
-            results += _judge_node(facts, resolved, node)
-    present = {node: facts["versions"] for node, facts in facts_by_node.items() if facts is not None}
-    if len(present) > 1:
-        results += judge_same_versions(present)
-    return results
-
-
-def _judge_node(facts: dict[str, Any], resolved: ResolvedJob, node: str) -> list[CheckResult]:
-    job, profile = resolved.job, resolved.preflight_thresholds
-    return [
-        *judge_paths(facts["paths"], node=node, min_free_gb=job.preflight.min_free_gb),
-        *judge_versions(facts["versions"], node=node, python_min=profile["versions"]["python_min"]),
-        *judge_gpus(facts["gpus"], profile["gpu"], node=node, gpus_per_node=job.hardware.gpus_per_node),
-        *judge_hcas(facts["hcas"], profile["hca"], node=node),
-    ]
-
-
-def judge_active(measured: Mapping[str, dict[str, Any] | None], resolved: ResolvedJob) -> list[CheckResult]:
-    """The all-reduce of every node against the floor for this number of nodes."""
-    floor = resolved.preflight_thresholds["all_reduce"]["busbw_gb_per_s"][str(resolved.job.nodes)]
-    return [
+def judge_active(
+    measured: Mapping[str, dict[str, Any] | None], resolved: ResolvedJob, around: Surroundings | None = None
+) -> list[CheckResult]:
+    """The probe of every node: devices, rails, all ranks. Without `around` links and transport are not judged."""
+    profile, nodes = resolved.preflight_thresholds, list(measured)
+    floor = profile["all_reduce"]["busbw_gb_per_s"][str(resolved.job.nodes)]
+    present = {node: facts for node, facts in measured.items() if facts is not None}
+    results = [
         judge_all_reduce(
             facts,
             node=node,
             world_size=resolved.world_size,
             floor_gb_per_s=floor["fail_below"],
             source=floor["source"],
+            more_limits=baseline_limits(profile, "all_reduce"),
         )
         for node, facts in measured.items()
     ]
+    for node, facts in present.items():
+        results += [judge_gemm(facts, profile, node=node), judge_intra_node(facts, profile, node=node)]
+    if around is None or not present:
+        return results
+    deltas = {node: counters or {} for node, counters in around.counters.items()}
+    rails = next(iter(present.values()))["rails"]
+    results += judge_rails(rails, profile, nodes=nodes, deltas=deltas, evidence=around.evidence)
+    for node in present:
+        is_wanted = bool(profile["hca"]["wanted"])
+        results.append(judge_counters(around.counters.get(node), node=node, is_wanted=is_wanted))
+        results += judge_transport(around.nccl.get(node), profile["transport"], node=node, num_nodes=len(nodes))
+    return results
 
 
 def build_verdict(

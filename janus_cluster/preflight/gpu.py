@@ -1,60 +1,69 @@
-"""GPU count, model and memory as nvidia-smi tells them."""
+"""GPUs as nvidia-smi tells them: how many, which model, how much memory. Health is judged in gpu_health.py."""
 
 from __future__ import annotations
 
-import csv
-import io
-import shutil
-import subprocess
-from functools import partial
 from typing import Any
 
-from janus_cluster.preflight.model import CheckResult
+from janus_cluster.preflight.model import Check, CheckResult, State, worst
 
-_QUERY = ("nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits")
-_TIMEOUT_S = 30  # nvidia-smi hangs in D state on a broken GPU
-
-
-def read_gpus() -> dict[str, Any]:
-    """Facts: nvidia-smi's rows, or why there are none."""
-    if shutil.which(_QUERY[0]) is None:
-        return {"error": "nvidia-smi is not on PATH"}
-    try:
-        done = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"nvidia-smi did not answer within {_TIMEOUT_S} s"}
-    if done.returncode != 0:
-        return {"error": f"nvidia-smi ended with {done.returncode}: {(done.stderr or done.stdout).strip()[:200]}"}
-    return parse_gpus(done.stdout)
+_SHOWN = 3
 
 
-def parse_gpus(text: str) -> dict[str, Any]:
-    """nvidia-smi's CSV as rows; a line of another shape (a lost GPU) is kept under `damaged`, never counted."""
-    gpus: list[dict[str, Any]] = []
-    damaged: list[str] = []
-    for row in csv.reader(io.StringIO(text), skipinitialspace=True):
-        if len(row) == 3 and row[0].isdigit() and row[2].strip().isdigit():
-            gpus.append({"index": int(row[0]), "name": row[1].strip(), "memory_mib": int(row[2])})
-        elif row:
-            damaged.append(", ".join(row))
-    return {"gpus": gpus, "damaged": damaged}
-
-
-def judge_gpus(facts: dict[str, Any], profile: dict[str, Any], *, node: str, gpus_per_node: int) -> list[CheckResult]:
-    """PASS only for exactly the wanted number of the wanted model; SKIP where the profile wants none."""
-    expected = f"{gpus_per_node} × {profile.get('name', 'GPU')}"
-    result = partial(
-        CheckResult, id="gpu", phase="static", node=node, expected=expected, threshold_source=profile["source"]
-    )
+def judge_gpus(tables: dict[str, Any], profile: dict[str, Any], *, node: str, gpus_per_node: int) -> list[CheckResult]:
+    """PASS only for exactly the wanted number of the wanted model with its memory; SKIP where none is wanted."""
     if not profile["wanted"]:
-        return [result(expected="none", state="SKIP", measured="this profile wants no GPU")]
-    fix = f"on {node}: nvidia-smi -L; drain the node if a GPU is missing"
-    if "error" in facts:
-        return [result(state="ERROR", measured=facts["error"], fix=fix)]
-    good = [g for g in facts["gpus"] if g["name"] == profile["name"] and g["memory_mib"] >= profile["memory_mib_min"]]
-    names = sorted({g["name"] for g in facts["gpus"]})
-    measured = f"{len(facts['gpus'])} × {' / '.join(names) or 'nothing'}"
-    if facts["damaged"]:
-        measured += f"; {facts['damaged'][0]}"
-    is_sound = len(good) == len(facts["gpus"]) == gpus_per_node and not facts["damaged"]
-    return [result(state="PASS" if is_sound else "FAIL", measured=measured, fix="" if is_sound else fix)]
+        check = Check(id="gpu", node=node, expected="none", source=profile["source"])
+        return [check.judged("SKIP", "this profile wants no GPU")]
+    table = tables["identity"]
+    numbers = [str(i) for i in range(gpus_per_node)]
+    gpus = [row for row in table["rows"] if row.get("index") in numbers]
+    count = _judge_count(table, gpus, profile, node, gpus_per_node)
+    if table["error"] is not None:
+        return [count]
+    return [count, _judge_model(gpus, profile, node), _judge_memory(gpus, profile, node)]
+
+
+def _judge_count(
+    table: dict[str, Any], gpus: list[dict[str, str]], profile: dict[str, Any], node: str, gpus_per_node: int
+) -> CheckResult:
+    """Anything in the answer that is no GPU counts against it: that is how a lost one shows."""
+    expected = f"{gpus_per_node} × {profile['name']}"
+    check = Check(id="gpu.count", node=node, expected=expected, source=profile["source"], unit="GPUs")
+    if table["error"] is not None:
+        fix = f"on {node}: timeout 20 nvidia-smi -L; a hang or a missing driver is for the administrator"
+        return check.judged("ERROR", table["error"], fix=fix)
+    odd = [*table["damaged"], *(", ".join(row.values()) for row in table["rows"] if row not in gpus)]
+    states: list[State] = ["PASS" if len(gpus) == gpus_per_node and not odd else "FAIL"]
+    told = [f"{len(gpus)} of {gpus_per_node} GPUs", *odd[:_SHOWN]]
+    if table["problem"]:
+        told.append(table["problem"])
+        states.append("ERROR")
+    fix = f"on {node}: nvidia-smi -L; drain the node, reset or replace the lost GPU"
+    return check.judged(worst(states), "; ".join(told), fix=fix)
+
+
+def _judge_model(gpus: list[dict[str, str]], profile: dict[str, Any], node: str) -> CheckResult:
+    check = Check(id="gpu.model", node=node, expected=str(profile["name"]), source=profile["source"])
+    names = sorted({g.get("name", "?") for g in gpus})
+    others = [f"GPU {g['index']} {g.get('name', '?')}" for g in gpus if g.get("name") != profile["name"]]
+    measured = (" / ".join(names) or "no GPU reported") + (f": {', '.join(others[:_SHOWN])}" if len(names) > 1 else "")
+    fix = f"{node} is another kind of node: leave it out of the partition, or choose its profile"
+    state: State = "PASS" if names == [profile["name"]] else "FAIL" if names else "ERROR"
+    return check.judged(state, measured, fix=fix)
+
+
+def _judge_memory(gpus: list[dict[str, str]], profile: dict[str, Any], node: str) -> CheckResult:
+    least = profile["memory_mib_min"]
+    check = Check(id="gpu.memory", node=node, expected=f">= {least} MiB", source=profile["source"], unit="MiB")
+    sizes = {g["index"]: parse_number(g.get("memory.total", "")) for g in gpus}
+    states: list[State] = ["ERROR" if size is None else "PASS" if size >= least else "FAIL" for size in sizes.values()]
+    bad = [f"GPU {i}: {'unknown' if s is None else f'{s:g} MiB'}" for i, s in sizes.items() if s is None or s < least]
+    known = [size for size in sizes.values() if size is not None]
+    measured = ", ".join(bad[:_SHOWN]) or (f"{min(known):g} MiB" if known else "no GPU reported")
+    return check.judged(worst(states), measured, fix=f"on {node}: nvidia-smi -q -d MEMORY; MIG must be off")
+
+
+def parse_number(text: str) -> float | None:
+    """The number that a value begins with (`81559 MiB`); None for anything else (`[N/A]`, `[Unknown Error]`)."""
+    head = text.strip().split(" ", 1)[0]
+    return float(head) if head.isascii() and head.replace(".", "", 1).isdigit() else None

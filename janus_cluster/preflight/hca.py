@@ -1,65 +1,133 @@
-"""InfiniBand ports as /sys/class/infiniband tells them: rails are told from Ethernet, bond and storage ports."""
+"""InfiniBand ports as the kernel tells them in sysfs, and which of them are the rails of the GPUs.
+
+A port is a rail when its link layer is InfiniBand and its adapter is of the kind that most InfiniBand ports are:
+storage adapters are another kind. RoCE, bond and down Ethernet ports are no rails; nor is the free second port of an
+adapter whose first one is up. NCCL_IB_HCA as an exact list, where the user gave one, wins over all of this.
+"""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from janus_cluster.preflight.model import CheckResult
+from janus_cluster.preflight.sysfs import NodeRoot, read_text
 
-SYSFS = Path("/sys/class/infiniband")
-_FILES = ("state", "phys_state", "rate", "link_layer")
+_PORT_FILES = ("state", "phys_state", "rate", "link_layer")
+# Counters that only grow when something goes wrong. Source: kernel, Documentation/ABI/stable/sysfs-class-infiniband
+ERROR_COUNTERS = (
+    "symbol_error",
+    "link_error_recovery",
+    "link_downed",
+    "port_rcv_errors",
+    "port_rcv_remote_physical_errors",
+    "port_xmit_discards",
+    "port_xmit_constraint_errors",
+    "port_rcv_constraint_errors",
+    "local_link_integrity_errors",
+    "excessive_buffer_overrun_errors",
+)
 
-
-def read_hcas(root: Path = SYSFS) -> dict[str, Any]:
-    """Facts: each port's state, phys_state, rate and link_layer as the kernel words them."""
-    ports: list[dict[str, str]] = []
-    for port in sorted(root.glob("*/ports/*")):
-        fact = {"device": port.parent.parent.name, "port": port.name}
-        for name in _FILES:
-            try:
-                fact[name] = (port / name).read_text().strip()
-            except OSError as e:
-                fact[name] = f"unreadable: {e.strerror}"
-        ports.append(fact)
-    return {"ports": ports}
-
-
-def judge_hcas(facts: dict[str, Any], profile: dict[str, Any], *, node: str) -> list[CheckResult]:
-    """PASS only with enough InfiniBand ports ACTIVE, LinkUp and at rate; a down Ethernet port is no fault.
-
-    Units: rates in Gb/s.
-    """
-    if not profile["wanted"]:
-        skip = CheckResult(
-            id="hca",
-            phase="static",
-            node=node,
-            state="SKIP",
-            measured="this profile wants no InfiniBand",
-            expected="none",
-            threshold_source=profile["source"],
-        )
-        return [skip]
-    rails = [p for p in facts["ports"] if p["link_layer"] == "InfiniBand"]
-    good = [p for p in rails if _is_sound(p, profile["rate_gb_per_s_min"])]
-    bad = [f"{p['device']}:{p['port']} {p['state']}, {p['phys_state']}, {p['rate']}" for p in rails if p not in good]
-    is_sound = len(good) >= profile["ports_min"]
-    return [
-        CheckResult(
-            id="hca",
-            phase="static",
-            node=node,
-            state="PASS" if is_sound else "FAIL",
-            measured="; ".join([f"{len(good)} sound InfiniBand ports", *bad]),
-            expected=f">= {profile['ports_min']} ports ACTIVE, LinkUp, >= {profile['rate_gb_per_s_min']} Gb/s",
-            threshold_source=profile["source"],
-            fix="" if is_sound else f"on {node}: ibstat; check cables and the subnet manager",
-        )
-    ]
+Port = dict[str, str]
 
 
-def _is_sound(port: dict[str, str], rate_min: float) -> bool:
-    rate = port["rate"].split(" ", 1)[0]
-    is_fast = rate.replace(".", "", 1).isdigit() and float(rate) >= rate_min
-    return port["state"].startswith("4:") and port["phys_state"].startswith("5:") and is_fast
+def read_hcas(root: NodeRoot) -> dict[str, Any]:
+    """Facts: each port's state, phys_state, rate and link_layer as the kernel words them, and its adapter's place."""
+    ports: list[dict[str, Any]] = []
+    for folder in sorted(root.infiniband.glob("*/ports/*"), key=lambda p: (natural(p.parent.parent.name), p.name)):
+        device = folder.parent.parent
+        port: dict[str, Any] = {"device": device.name, "port": folder.name}
+        port |= {name: _told(folder / name) for name in _PORT_FILES}
+        port |= {"firmware": read_text(device / "fw_ver"), "ca_type": read_text(device / "hca_type")}
+        for key, name in (
+            ("pcie_width", "current_link_width"),
+            ("pcie_width_max", "max_link_width"),
+            ("pcie_speed", "current_link_speed"),
+            ("numa_node", "numa_node"),
+        ):
+            port[key] = read_text(device / "device" / name)
+        ports.append(port)
+    return {"ports": ports, "folder": str(root.infiniband), "exists": root.infiniband.is_dir()}
+
+
+def _told(path: Path) -> str:
+    text = read_text(path)
+    return "unreadable" if text is None else text
+
+
+def read_counters(root: NodeRoot) -> dict[str, dict[str, int]]:
+    """`mlx5_0:1` → error counters of the port; a counter that cannot be read is left out."""
+    found: dict[str, dict[str, int]] = {}
+    for folder in sorted(root.infiniband.glob("*/ports/*/counters")):
+        values = {name: read_text(folder / name) for name in ERROR_COUNTERS}
+        name = f"{folder.parent.parent.parent.name}:{folder.parent.name}"
+        found[name] = {k: int(v) for k, v in values.items() if v is not None and v.isdigit()}
+    return found
+
+
+def read_peermem(root: NodeRoot) -> dict[str, Any]:
+    """Facts: the kernel module that lets an HCA read GPU memory; its older name counts too."""
+    for name in ("nvidia_peermem", "nv_peer_mem"):
+        folder = root.sys / "module" / name
+        if folder.is_dir():
+            return {"module": name, "version": read_text(folder / "version")}
+    return {"module": None, "version": None}
+
+
+def rails(fact: dict[str, Any], *, chosen: Sequence[str] | None = None) -> list[Port]:
+    """The ports that carry the GPUs' traffic, sound or not. `chosen`: `mlx5_0:1` or `mlx5_0` as the user lists them."""
+    ports: list[Port] = fact["ports"]
+    if chosen:
+        return [p for p in ports if p["device"] in chosen or port_name(p) in chosen]
+    candidates = [p for p in ports if p["link_layer"] not in ("Ethernet",) and not _is_no_rail_by_name(p)]
+    kinds = Counter(p.get("ca_type") for p in candidates)
+    if len(kinds) > 1:
+        most = max(kinds.values())
+        # Equally many: the faster kind is the GPUs'.
+        kind = max((k for k, n in kinds.items() if n == most), key=lambda k: _best_rate(candidates, k))
+        candidates = [p for p in candidates if p.get("ca_type") in (kind, None)]
+    return [p for p in candidates if not _is_spare(p, candidates)]
+
+
+def _best_rate(ports: Sequence[Port], kind: str | None) -> float:
+    return max((rate_gb_per_s(p["rate"]) or 0.0 for p in ports if p.get("ca_type") == kind), default=0.0)
+
+
+def _is_no_rail_by_name(port: Port) -> bool:
+    return "bond" in port["device"]
+
+
+def _is_spare(port: Port, ports: Sequence[Port]) -> bool:
+    """An unused second port: another port of the same adapter is up."""
+    siblings = [p for p in ports if p["device"] == port["device"] and p is not port]
+    return not is_up(port) and any(is_up(p) for p in siblings)
+
+
+def is_up(port: Port) -> bool:
+    """The kernel's words for a port that carries traffic: `4: ACTIVE` and `5: LinkUp`."""
+    return port["state"] == "4: ACTIVE" and port["phys_state"] == "5: LinkUp"
+
+
+def rate_gb_per_s(text: str) -> float | None:
+    """Gb/s of `400 Gb/sec (4X NDR)`, or of ibstat's bare `400`; None for anything else."""
+    match = re.match(r"^(\d{1,6}(?:\.\d+)?)(?: Gb/sec(?: \(.*\))?)?$", text, re.ASCII)
+    return float(match[1]) if match else None
+
+
+def port_name(port: Port) -> str:
+    """As NCCL_IB_HCA lists it: mlx5_0:1."""
+    return f"{port['device']}:{port['port']}"
+
+
+def natural(name: str) -> tuple[Any, ...]:
+    """mlx5_2 before mlx5_10."""
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name)))
+
+
+def parse_hca_list(value: str | None) -> list[str] | None:
+    """The names of an exact NCCL_IB_HCA (`=mlx5_0:1,mlx5_1`); None for a prefix, an exclusion or nothing."""
+    if not value or not value.startswith("="):
+        return None
+    return [name.strip() for name in value[1:].split(",") if name.strip()]

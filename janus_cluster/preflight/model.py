@@ -16,6 +16,12 @@ _RANK: dict[str, int] = {"SKIP": 0, "PASS": 1, "WARN": 2, "ERROR": 3, "FAIL": 4}
 EXIT_CODES: dict[str, int] = {"PASS": 0, "WARN": 1, "FAIL": 2, "ERROR": 3, "SKIP": 3}
 
 
+# A failure of these on one node does not say that this node is to blame.
+UNATTRIBUTED = frozenset({"all_reduce"})
+# Checks of what the job asks for; a failure on every node blames the job.
+JOB_WIDE = ("paths.", "versions")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckResult:
     """One judged check on one node. `fix` is the line that says how to mend it."""
@@ -30,6 +36,33 @@ class CheckResult:
     threshold_source: str = ""
     fix: str = ""
     duration_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What is asked of one node, before the answer: `judged` makes the result."""
+
+    id: str
+    node: str
+    expected: str
+    source: str
+    unit: str = ""
+    phase: Phase = "static"
+
+    def judged(self, state: State, measured: str, *, fix: str = "", duration_s: float = 0.0) -> CheckResult:
+        """The result; a line on how to mend it stands only where something is to be mended."""
+        return CheckResult(
+            id=self.id,
+            phase=self.phase,
+            node=self.node,
+            state=state,
+            measured=measured,
+            expected=self.expected,
+            unit=self.unit,
+            threshold_source=self.source,
+            fix="" if state in ("PASS", "SKIP") else fix,
+            duration_s=duration_s,
+        )
 
 
 def worst(states: Sequence[State]) -> State:
@@ -52,8 +85,12 @@ class Verdict:
 
     @property
     def exclude(self) -> tuple[str, ...]:
-        """Nodes with a failed check of their own, for `--exclude=`; a failed all-reduce names no culprit."""
-        bad = {r.node for r in self.results if r.state == "FAIL" and r.phase == "static"}
+        """Nodes that a failed check blames, for `--exclude=`; a pair or a failed collective names no culprit."""
+        failed = [r for r in self.results if r.state == "FAIL" and r.id not in UNATTRIBUTED]
+        blamed = {r.id: {x.node for x in failed if x.id == r.id} for r in failed}
+        # A path or package that no node has is the job's fault: other nodes would not have it either.
+        shared = {i for i, n in blamed.items() if i.startswith(JOB_WIDE) and len(self.nodes) > 1 and n >= {*self.nodes}}
+        bad = {r.node for r in failed if r.id not in shared}
         return tuple(n for n in self.nodes if n in bad)
 
     def of_node(self, node: str) -> Verdict:
@@ -92,6 +129,21 @@ class Verdict:
             "created_at": self.created_at,
             "exclude": list(self.exclude),
             "results": [asdict(r) for r in self.results],
+        }
+
+    def to_report(self) -> dict[str, Any]:
+        """The JSON that `janus-cluster preflight --json` prints: by node what is of one node, the rest apart."""
+        by_node: dict[str, list[dict[str, Any]]] = {node: [] for node in self.nodes}
+        cross: list[dict[str, Any]] = []
+        for r in self.worst_first():
+            apart = r.phase == "cross_node" or r.node not in by_node
+            (cross if apart else by_node[r.node]).append(asdict(r))
+        return {
+            "verdict": self.state,
+            "exit_code": EXIT_CODES[self.state],
+            "nodes": by_node,
+            "cross_node": cross,
+            "exclude": list(self.exclude),
         }
 
     @classmethod

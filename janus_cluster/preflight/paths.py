@@ -1,21 +1,31 @@
-"""Paths as the job means them: there, readable, of the right kind, and room where the run writes."""
+"""Paths as the job means them: there, readable, with the right kind of content, and room where the run writes."""
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
 import stat
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from janus_cluster.config.schema import ResolvedJob
-from janus_cluster.preflight.model import CheckResult
+from janus_cluster.config.schema import JobConfig
+from janus_cluster.preflight.data_scan import scan_data
+from janus_cluster.preflight.model import Check, CheckResult, State
+from janus_cluster.preflight.model_files import scan_model, scan_vggt
+from janus_cluster.preflight.path_view import read_speed_gb_per_s, read_view
+from janus_cluster.preflight.room import checkpoint_room_bytes
+
+# Together under the 5 s that the static phase of a node may take.
+_SCAN_S = 2.5
+_VIEW_S = 1.0
+_PROBE_BYTES = 1_000_000
+_MIN_INODES = 10_000
 
 
-def wanted_paths(resolved: ResolvedJob) -> dict[str, str]:
+def wanted_paths(job: JobConfig) -> dict[str, str]:
     """Check id → path, for everything that the job reads."""
-    job = resolved.job
     wanted: dict[str, str] = {}
     if job.model.path:
         wanted["paths.model"] = job.model.path
@@ -28,72 +38,137 @@ def wanted_paths(resolved: ResolvedJob) -> dict[str, str]:
     return wanted
 
 
-def read_paths(wanted: dict[str, str], run_dir: Path) -> dict[str, Any]:
-    """Facts: for each path whether it is there and readable; free bytes and writability of the run folder."""
+def read_paths(job: JobConfig, run_dir: Path) -> dict[str, Any]:
+    """Facts of every path that the job reads, and of the run folder that it writes to."""
     return {
-        "paths": {check_id: _read_path(path) for check_id, path in wanted.items()},
-        "run_dir": {
-            "path": str(run_dir),
-            "writable": os.access(run_dir, os.W_OK),
-            "free_bytes": shutil.disk_usage(run_dir).free,
-        },
+        "paths": {check_id: _read_path(check_id, path, job) for check_id, path in wanted_paths(job).items()},
+        "output": read_output(run_dir),
     }
 
 
-def _read_path(path: str) -> dict[str, Any]:
+def _read_path(check_id: str, path: str, job: JobConfig) -> dict[str, Any]:
     try:
         kind = "folder" if stat.S_ISDIR(Path(path).stat().st_mode) else "file"
-        readable = os.access(path, os.R_OK | (os.X_OK if kind == "folder" else 0))
-        empty = kind == "folder" and readable and _is_empty(path)
+        fact: dict[str, Any] = {"path": path, "kind": kind}
+        fact["readable"] = os.access(path, os.R_OK | (os.X_OK if kind == "folder" else 0))
+        fact["empty"] = fact["readable"] and _is_empty(Path(path), kind)
+        if not fact["readable"] or fact["empty"]:
+            return fact
+        family = check_id.split(".")[1]
+        if family == "model":
+            fact["content"] = scan_model(job.model)
+        elif family == "vggt":
+            fact["content"] = scan_vggt(job.model)
+        elif family == "data":
+            fact["data"] = scan_data(Path(path), budget_s=_SCAN_S)
+        fact["view"] = read_view(Path(path), budget_s=_VIEW_S)
+        if family == "data":
+            fact["view"]["names"] = fact["data"]["names"]
+        if family in ("model", "vggt"):
+            fact["read_gb_per_s"] = read_speed_gb_per_s(Path(path))
     except OSError as e:
-        return {"path": path, "error": e.strerror or str(e)}
-    return {"path": path, "kind": kind, "readable": readable, "empty": empty}
+        return {
+            "path": path,
+            "error": f"{e.strerror or e}" + (f" ({e.filename})" if e.filename not in (None, path) else ""),
+        }
+    return fact
 
 
-def _is_empty(folder: str) -> bool:
-    with os.scandir(folder) as entries:
+def _is_empty(path: Path, kind: str) -> bool:
+    if kind == "file":
+        return path.stat().st_size == 0
+    with os.scandir(path) as entries:
         return next(entries, None) is None
 
 
-def judge_paths(facts: dict[str, Any], *, node: str, min_free_gb: float) -> list[CheckResult]:
-    """FAIL for a path that is missing, unreadable or empty, and for a run folder without room.
+def read_output(run_dir: Path) -> dict[str, Any]:
+    """Free bytes and inodes where the run writes, and whether a file of 1 MB could be written there and removed.
+
+    Permission bits say yes on a read-only mount, to root, and over a quota; so it is tried.
+    """
+    fact: dict[str, Any] = {"path": str(run_dir), "error": None, "free_bytes": None, "free_inodes": None}
+    try:
+        told = os.statvfs(run_dir)
+        fact |= {"free_bytes": told.f_bavail * told.f_frsize, "free_inodes": told.f_favail if told.f_files else None}
+        with tempfile.TemporaryFile(dir=run_dir) as probe:
+            probe.write(b"\0" * _PROBE_BYTES)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as e:
+        fact["error"] = "no space left" if e.errno == errno.ENOSPC else e.strerror or str(e)
+    return fact
+
+
+def judge_paths(facts: dict[str, Any], job: JobConfig, *, node: str) -> list[CheckResult]:
+    """Every path, then room and inodes where the run writes."""
+    results = [_judge_path(check_id, fact, node) for check_id, fact in facts["paths"].items()]
+    room = checkpoint_room_bytes(job)
+    return [*results, *judge_output(facts["output"], node=node, min_free_gb=job.preflight.min_free_gb, room_bytes=room)]
+
+
+def judge_output(fact: dict[str, Any], *, node: str, min_free_gb: float, room_bytes: int) -> list[CheckResult]:
+    """FAIL where nothing can be written, or less is free than the run will keep.
 
     Units: min_free_gb in GB of 1e9 bytes.
     """
-    results = [_judge_path(check_id, fact, node) for check_id, fact in facts["paths"].items()]
-    run = facts["run_dir"]
-    free_gb = run["free_bytes"] / 1e9
-    is_sound = run["writable"] and free_gb >= min_free_gb
-    results.append(
-        CheckResult(
-            id="paths.run_dir",
-            phase="static",
-            node=node,
-            state="PASS" if is_sound else "FAIL",
-            measured=f"{free_gb:.1f} GB free" if run["writable"] else "not writable",
-            expected=f">= {min_free_gb:g} GB free, writable",
-            unit="GB",
-            threshold_source="preflight.min_free_gb",
-            fix="" if is_sound else f"make room or set runs_dir to another file system: {run['path']}",
+    wanted_gb = max(min_free_gb, room_bytes / 1e9)
+    source = (
+        "preflight.min_free_gb" if min_free_gb * 1e9 >= room_bytes else "parameters × bytes × checkpoints kept + export"
+    )
+    check = Check(
+        id="paths.output", node=node, expected=f"writable, >= {wanted_gb:.3g} GB free", source=source, unit="GB"
+    )
+    fix = f"on {node}: df -h {fact['path']}; make room, or set runs_dir to another file system"
+    if fact["error"]:
+        free = f", {fact['free_bytes'] / 1e9:.3g} GB free" if fact["free_bytes"] is not None else ""
+        return [check.judged("FAIL", f"{fact['path']}: {fact['error']}{free}", fix=fix)]
+    free_gb = fact["free_bytes"] / 1e9
+    inodes = Check(id="paths.inodes", node=node, expected=f">= {_MIN_INODES} free", source="static", unit="inodes")
+    count, inode_fix = fact["free_inodes"], f"on {node}: df -i {fact['path']}"
+    # The exact number differs from node to node and moment to moment; only too few are worth telling.
+    is_enough = count is not None and count >= _MIN_INODES
+    counted = (
+        inodes.judged("SKIP", "this file system does not count inodes")
+        if count is None
+        else inodes.judged("PASS" if is_enough else "FAIL", "enough" if is_enough else str(count), fix=inode_fix)
+    )
+    return [check.judged("PASS" if free_gb >= wanted_gb else "FAIL", f"{free_gb:.1f} GB free", fix=fix), counted]
+
+
+def _judge_path(check_id: str, fact: Mapping[str, Any], node: str) -> CheckResult:
+    expected = "exists, readable, right content, on every node"
+    check = Check(id=check_id, node=node, expected=expected, source="job file")
+    path = fact["path"]
+    if "error" in fact:
+        fix = f"on {node}: ls -ld {path}; is the file system mounted there?"
+        return check.judged("FAIL", f"{path}: {fact['error']}", fix=fix)
+    if not fact["readable"] or fact["empty"]:
+        what = f"an empty {fact['kind']}" if fact["empty"] else "not readable"
+        return check.judged(
+            "FAIL", f"{path}: {what}", fix=f"on {node}: ls -ld {path}; is the file system mounted there?"
         )
-    )
-    return results
+    if "data" in fact:
+        return judge_data(check, fact)
+    content = fact.get("content", {"problems": [], "doubts": [], "told": fact["kind"]})
+    speed = f", read {fact['read_gb_per_s']:.2g} GB/s" if fact.get("read_gb_per_s") else ""
+    wrong = [*content["problems"], *content["doubts"]]
+    state: State = "FAIL" if content["problems"] else "WARN" if wrong else "PASS"
+    fix = f"on {node}: compare {path} with the source of the download; copy it again"
+    return check.judged(state, f"{path}: {'; '.join(wrong) or content['told']}{'' if wrong else speed}", fix=fix)
 
 
-def _judge_path(check_id: str, fact: dict[str, Any], node: str) -> CheckResult:
-    problems: Sequence[tuple[bool, str]] = (
-        ("error" in fact, str(fact.get("error", ""))),
-        (not fact.get("readable", True), "not readable"),
-        (bool(fact.get("empty")), "an empty folder"),
-    )
-    found = [text for is_so, text in problems if is_so]
-    return CheckResult(
-        id=check_id,
-        phase="static",
-        node=node,
-        state="FAIL" if found else "PASS",
-        measured=f"{fact['path']}: {found[0]}" if found else f"{fact['path']}: {fact['kind']}",
-        expected="exists, readable, not empty, on every node",
-        threshold_source="job file",
-        fix=f"on {node}: ls -ld {fact['path']}; is the file system mounted there?" if found else "",
-    )
+def judge_data(check: Check, fact: Mapping[str, Any]) -> CheckResult:
+    """FAIL where nothing could be learnt from; WARN where part of it cannot be read, or time was short."""
+    found, path = fact["data"], fact["path"]
+    counts = f"{found['episodes']} episodes, {found['frames']} frames, {found['annotations']} annotations"
+    fix = f"on {check.node}: ls -la {path}; see data.roots"
+    sample = found["sample"]
+    if sample and sample["error"]:
+        return check.judged("FAIL", f"{path}: {sample['path']} cannot be decoded: {sample['error']}", fix=fix)
+    if not found["annotations"] and not found["episodes"] and not found["partial"]:
+        return check.judged("FAIL", f"{path}: {counts}: nothing to train on", fix=fix)
+    if found["unreadable"]:
+        return check.judged("WARN", f"{path}: {counts}; unreadable: {', '.join(found['unreadable'])}", fix=fix)
+    more = " in the time there was, and more" if found["partial"] else ""
+    size = f"; a frame of {sample['size'][0]}×{sample['size'][1]} decoded" if sample else ""
+    return check.judged("PASS", f"{path}: {counts}{more}{size}")

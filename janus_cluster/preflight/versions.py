@@ -1,46 +1,79 @@
-"""The software that training needs is installed on every node, the same everywhere. Nothing is imported for it."""
+"""The software that training needs is installed on every node, in a supported range. Nothing is imported for it."""
 
 from __future__ import annotations
 
+import importlib.util
 import platform
+import re
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from janus_cluster.preflight.model import CheckResult
+from janus_cluster.preflight.model import Check, CheckResult
 
 PACKAGES = ("janus-cluster", "torch", "transformers", "deepspeed", "pydantic")
+_TORCH_CUDA = re.compile(r"^cuda(?:: [^=]+)? = '([^']+)'", re.MULTILINE)
 
 
 def read_versions() -> dict[str, str | None]:
-    """Facts: version of Python and of each package; None where it is not installed."""
+    """Facts: versions of Python, of each package, and of the CUDA and NCCL that torch brings; None where not there."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    found |= {package: _version_of(package) for package in PACKAGES}
+    nccl = [v for v in (_version_of(f"nvidia-nccl-cu{n}") for n in (13, 12, 11)) if v]
+    return found | {"cuda": _torch_cuda(), "nccl": nccl[0] if nccl else None}
 
 
-def judge_versions(facts: Mapping[str, str | None], *, node: str, python_min: str) -> list[CheckResult]:
-    """FAIL where a package is missing or Python is too old."""
-    missing = [name for name in PACKAGES if not facts.get(name)]
-    python = str(facts["python"])
-    too_old = _numbers(python) < _numbers(python_min)
-    bad = [f"{name} not installed" for name in missing] + ([f"python {python}"] if too_old else [])
+def _version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_cuda() -> str | None:
+    """The CUDA version that torch was built for, as its version.py says; None for a CPU build."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        match = _TORCH_CUDA.search((Path(spec.origin).parent / "version.py").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return match[1] if match else None
+
+
+def judge_versions(facts: Mapping[str, str | None], *, node: str, ranges: Mapping[str, Any]) -> list[CheckResult]:
+    """FAIL where a package is missing, or older or newer than the profile's range (`<name>_min`, `<name>_below`)."""
+    bad = [f"{name} not installed" for name in PACKAGES if not facts.get(name)]
+    for name, version in facts.items():
+        least, below = ranges.get(f"{name}_min"), ranges.get(f"{name}_below")
+        if version and least and numbers(version) < numbers(least):
+            bad.append(f"{name} {version} < {least}")
+        if version and below and numbers(version) >= numbers(below):
+            bad.append(f"{name} {version} >= {below}")
+    limits = [f"{k.removesuffix('_min')} >= {v}" for k, v in ranges.items() if k.endswith("_min")]
+    check = Check(
+        id="versions",
+        node=node,
+        expected=f"{', '.join(limits)}; {', '.join(PACKAGES)} installed",
+        source="templates/preflight",
+    )
+    told = ", ".join(f"{k} {v}" for k, v in facts.items() if v)
+    cuda = Check(id="versions.cuda", node=node, expected="torch built for CUDA", source="templates/preflight")
+    without = f"torch {facts.get('torch')} is a build without CUDA"
     return [
-        CheckResult(
-            id="versions",
-            phase="static",
-            node=node,
-            state="FAIL" if bad else "PASS",
-            measured=", ".join(bad) or ", ".join(f"{k} {v}" for k, v in facts.items()),
-            expected=f"python >= {python_min}; {', '.join(PACKAGES)} installed",
-            threshold_source="templates/preflight",
-            fix="pip install 'janus-cluster[train]' into environment.python" if bad else "",
-        )
+        *([cuda.judged("WARN", without, fix="install torch for CUDA")] if _lacks_cuda(facts, ranges) else []),
+        check.judged(
+            "FAIL" if bad else "PASS",
+            ", ".join(bad) or told,
+            fix=f"on {node}: pip install 'janus-cluster[train]' into environment.python",
+        ),
     ]
+
+
+def _lacks_cuda(facts: Mapping[str, str | None], ranges: Mapping[str, Any]) -> bool:
+    return bool(ranges.get("cuda_wanted") and facts.get("torch") and not facts.get("cuda"))
 
 
 def judge_same_versions(by_node: Mapping[str, Mapping[str, Any]]) -> list[CheckResult]:
@@ -48,21 +81,26 @@ def judge_same_versions(by_node: Mapping[str, Mapping[str, Any]]) -> list[CheckR
     reference_node, reference = next(iter(by_node.items()))
     results = []
     for node, facts in by_node.items():
-        differing = [f"{k} {facts.get(k)} ≠ {reference[k]}" for k in reference if facts.get(k) != reference[k]]
+        keys = [*reference, *(k for k in facts if k not in reference)]
+        differing = [f"{k} {facts.get(k)} ≠ {reference.get(k)}" for k in keys if facts.get(k) != reference.get(k)]
+        check = Check(
+            id="versions.same",
+            node=node,
+            expected=f"as on {reference_node}",
+            source="agreement of nodes",
+            phase="cross_node",
+        )
         results.append(
-            CheckResult(
-                id="versions.same",
-                phase="cross_node",
-                node=node,
-                state="FAIL" if differing else "PASS",
-                measured=", ".join(differing) or "same",
-                expected=f"as on {reference_node}",
-                threshold_source="agreement of nodes",
-                fix="use one environment for all nodes (environment.python, environment.setup)" if differing else "",
+            check.judged(
+                "FAIL" if differing else "PASS",
+                ", ".join(differing) or "same",
+                fix="use one environment for all nodes (environment.python, environment.setup)",
             )
         )
     return results
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+def numbers(version: str) -> tuple[int, ...]:
+    """2.13.0+cpu → (2, 13, 0): what comes before the first thing that is no number."""
+    match = re.match(r"\d+(?:\.\d+)*", version, re.ASCII)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()

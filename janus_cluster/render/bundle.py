@@ -121,11 +121,11 @@ def _write_and_move(files: Mapping[str, str], run: RunDir) -> None:
     try:
         run.path.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=run.path.parent, prefix=f".{run.name[:64]}."))
-        modes = {run.job_sbatch.name: 0o755, run.secrets_env.name: 0o600}
+        # Logs and settings are nobody else's business. What a job writes below is as private as this folder.
         for name, text in files.items():
-            write_text_atomically(staging / name, text, mode=modes.get(name, 0o644))
-        (staging / run.logs.name).mkdir()
-        staging.chmod(0o755)
+            write_text_atomically(staging / name, text, mode=0o700 if name == run.job_sbatch.name else 0o600)
+        (staging / run.logs.name).mkdir(mode=0o700)
+        staging.chmod(0o700)
         staging.rename(run.path)
     except BaseException:
         if staging is not None:

@@ -1,4 +1,4 @@
-"""The only door to squeue, scontrol, sacct and scancel: argv lists, time-outs, pure parsers. (sbatch: executor.py.)
+"""The only door to squeue, sinfo, scontrol, sacct and scancel: argv lists, time-outs, parsers. (sbatch: executor.py.)
 
 Squeue, scontrol and sacct name the same things differently; all three are parsed into SlurmJob. Times are asked for
 as epoch seconds (SLURM_TIME_FORMAT=%s), so that no time zone is ever guessed.
@@ -27,7 +27,7 @@ _SQUEUE_FIELDS = (
 _SACCT_FIELDS = ("JobIDRaw", "State", "ExitCode", "NodeList", "Start", "Submit", "Reason", "JobName")
 _NO_VALUE = frozenset({"", "None", "(null)", "N/A", "n/a", "Unknown", "NONE", "None assigned", "(None)"})
 # Filters that a user keeps in the environment would hide jobs from us.
-_FILTER_PREFIXES = ("SQUEUE_", "SACCT_", "SCONTROL_")
+_FILTER_PREFIXES = ("SQUEUE_", "SACCT_", "SCONTROL_", "SINFO_")
 WAYS_OUT = (
     "--cluster local runs the job on this machine as simulated nodes; "
     "--cluster sandbox runs it on a real two-node Slurm on this machine (janus-cluster sandbox up)"
@@ -73,6 +73,17 @@ class Slurm:
             raise self._failed("scontrol", done)
         found = re.search(r"\bNodeAddr=(\S+)", done.stdout)
         return found.group(1) if found else None
+
+    def usable_nodes(self, partition: str | None) -> frozenset[str]:
+        """The nodes of the partition (None: of any) that are neither down nor drained. Raises: SlurmUnavailable,
+        JanusError.
+        """
+        only = [f"--partition={partition}"] if partition else []
+        done = self._run(["sinfo", "--noheader", "--Node", "--format=%N %T", *only])
+        if done.returncode != 0:
+            raise self._failed("sinfo", done)
+        rows = (line.split() for line in done.stdout.splitlines())
+        return frozenset(r[0] for r in rows if len(r) == 2 and not re.search("down|drain|fail|unknown", r[1]))
 
     def squeue(self, job_ids: Sequence[str]) -> dict[str, SlurmJob]:
         """Every job of `job_ids` that the controller still remembers, finished ones too, from one query.
@@ -125,6 +136,29 @@ class Slurm:
         done = self._run(["scontrol", "requeue", job_id])
         if done.returncode != 0:
             raise self._failed("scontrol requeue", done)
+
+    def requeue_without(self, job_id: str, exclude: Sequence[str]) -> None:
+        """The job is back in the queue and will not run on `exclude`, which replaces what it excluded before.
+
+        Slurm refuses another ExcNodeList for a running job and ends the batch script with the requeue; in between it
+        is held, so that it cannot start on the old nodes. It is released whatever happens: held, nobody would see it.
+        Slurm lets a requeued job wait two minutes before it begins again (measured, 22.05; reason BeginTime).
+        Raises: JobNotFound, SlurmUnavailable, JanusError.
+        """
+        self._scontrol(["requeuehold", job_id])
+        try:
+            self._scontrol(["update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}"])
+        finally:
+            self._scontrol(["release", job_id])
+
+    def _scontrol(self, arguments: Sequence[str]) -> None:
+        """Done, at the second try if the requeue's own SIGTERM ended the first one."""
+        for _ in range(3):
+            done = self._run(["scontrol", *arguments])
+            if done.returncode >= 0:
+                break
+        if done.returncode != 0:
+            raise self._failed(f"scontrol {arguments[0]}", done)
 
     def _run(self, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
         env = {k: v for k, v in os.environ.items() if not k.startswith(_FILTER_PREFIXES)}

@@ -19,6 +19,7 @@ class SlurmLauncher:
     cluster: str
     job_id: str | None
     nodes: tuple[str, ...]
+    partition: str | None = None
 
     @classmethod
     def of_allocation(cls, environ: Mapping[str, str], *, cluster: str, num_nodes: int) -> SlurmLauncher:
@@ -32,7 +33,7 @@ class SlurmLauncher:
         nodes = parse_hostlist(node_list)
         if len(nodes) != num_nodes:
             raise JanusError(f"the job is for {num_nodes} nodes, the allocation has {len(nodes)}: {', '.join(nodes)}")
-        return cls(cluster, job_id, nodes)
+        return cls(cluster, job_id, nodes, environ.get("SLURM_JOB_PARTITION"))
 
     def master_addr(self) -> str:
         """Node 0 by name where the name resolves, else the address that Slurm has for it."""
@@ -44,6 +45,18 @@ class SlurmLauncher:
                 raise JanusError(f"{self.nodes[0]} does not resolve and Slurm knows no NodeAddr for it") from None
             return address
         return self.nodes[0]
+
+    def requeue_without(self, exclude: Sequence[str]) -> str | None:
+        """The job is back in the queue without those nodes; or why it is not, where it could never start again."""
+        slurm = Slurm()
+        left = slurm.usable_nodes(self.partition) - set(exclude)
+        if len(left) < len(self.nodes):
+            return (
+                f"partition {self.partition or '(any)'} has {len(left)} other nodes that are neither down nor drained, "
+                f"{len(self.nodes)} are needed"
+            )
+        slurm.requeue_without(str(self.job_id), exclude)
+        return None
 
     def start(self, task_argv: Sequence[str], *, end_together: bool) -> Step:
         num = len(self.nodes)

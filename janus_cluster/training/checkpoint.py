@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from janus_cluster.errors import UsageError
 from janus_cluster.rundir import read_json, write_json_atomically
 from janus_cluster.training.world import World
 
@@ -63,11 +64,23 @@ def find_newest_complete(checkpoints: Path) -> Path | None:
 
 
 def agree_on_resume(checkpoints: Path, *, resume: str, world: World) -> Path | None:
-    """The checkpoint that every rank goes on from (rank 0 decides, so that a lagging file system cannot split them)."""
-    found = [find_newest_complete(checkpoints) if world.is_main and resume == "auto" else None]
+    """The checkpoint that every rank goes on from (rank 0 decides, so that a lagging file system cannot split them).
+
+    Raises: UsageError on every rank if another number of processes wrote it.
+    """
+    folder = find_newest_complete(checkpoints) if world.is_main and resume == "auto" else None
+    found = [(folder, None if folder is None else int(read_json(folder / MANIFEST_NAME)["world_size"]))]
     if dist.is_initialized():
         dist.broadcast_object_list(found, src=0)
-    return found[0]
+    folder, wrote = found[0]
+    if folder is not None and wrote != world.world_size:
+        raise UsageError(
+            f"{folder} was written by {wrote} processes, this attempt has {world.world_size}: each goes on from "
+            "its own part of the optimizer's state",
+            hint=f"start it on {wrote} processes again (nodes × hardware.processes_per_node, as in the run folder's "
+            "job.yaml); or submit a new run with --set checkpoint.resume=never, which begins at step 0",
+        )
+    return folder
 
 
 def remove_old(checkpoints: Path, *, keep_last: int) -> None:

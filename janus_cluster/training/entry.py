@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import socket
 import warnings
 from collections.abc import Sequence
@@ -21,17 +22,20 @@ from transformers.utils import logging as transformers_logging
 from janus_cluster.config.schema import JobConfig, ResolvedJob
 from janus_cluster.errors import UsageError
 from janus_cluster.rundir import RunDir
+from janus_cluster.training.batches import build_batches
 from janus_cluster.training.checkpoint import agree_on_resume
 from janus_cluster.training.data.dataset import NavigationDataset, collate
 from janus_cluster.training.data.index import SampleSplit, load_samples
 from janus_cluster.training.data.prompt import sample_texts
 from janus_cluster.training.data.tokenizer import build_tiny_tokenizer, image_token_ids, load_tokenizer
 from janus_cluster.training.export import write_export
+from janus_cluster.training.held_out import render_score_table
 from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.model.build import build_model, parameter_groups, render_parameter_groups
+from janus_cluster.training.model.janus import JanusModel
 from janus_cluster.training.model.presets import TokenizerIds
 from janus_cluster.training.trainer import JanusTrainer, build_training_arguments
-from janus_cluster.training.world import World, load_world, process_group, redirect_output, run_and_leave
+from janus_cluster.training.world import World, load_world, process_group, redirect_output, run_and_leave, share_among
 
 
 @record
@@ -54,28 +58,30 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int) -> 
     metrics = MetricsLog(
         run, attempt=attempt, is_main=world.is_main, effective_batch_size=resolved.effective_batch_size
     )
-    split = load_samples(job.data, seed=job.training.seed)
+    checkpoint = agree_on_resume(run.checkpoints, resume=job.checkpoint.resume, world=world)
+    if checkpoint is not None:
+        metrics.say(f"resuming from {checkpoint}")
+    split = load_samples(
+        job.data,
+        seed=job.training.seed,
+        pad_history=job.compat == "predecessor",
+        index_dir=Path(job.data.index_dir) if job.data.index_dir else run.data_index,
+        share=share_among(world),
+        bad_data=run.bad_data_jsonl,
+        report=metrics.say,
+    )
     metrics.say(split.describe())
     tokenizer = load_job_tokenizer(job, split)
 
     training_arguments = build_training_arguments(
         job, output_dir=run.checkpoints, ds_config_json=run.ds_config_json, device=job.hardware.device
     )
-    model = build_model(
-        job.model,
-        job.training,
-        tokenizer_ids=tokenizer_ids(tokenizer),
-        device=world.device,
-        dtype=torch.bfloat16 if job.training.precision == "bf16" else torch.float32,
-        seed=job.training.seed,
-    )
+    model = build_job_model(job, tokenizer, world)
     metrics.say(render_parameter_groups(parameter_groups(model, job.training)))
 
-    def dataset(samples: Sequence[Any]) -> NavigationDataset:
-        return NavigationDataset(
-            samples, tokenizer=tokenizer, data=job.data, segment_weights=job.training.segment_weights
-        )
-
+    dataset = partial(
+        NavigationDataset, tokenizer=tokenizer, data=job.data, segment_weights=job.training.segment_weights
+    )
     trainer = JanusTrainer(
         model=model,
         args=training_arguments,
@@ -83,15 +89,16 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int) -> 
         world=world,
         metrics=metrics,
         train_dataset=dataset(split.train),
+        batches=build_batches(job, split.train, tokenizer, world),
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        eval_dataset=dataset(split.held_out),
     )
-    checkpoint = agree_on_resume(run.checkpoints, resume=job.checkpoint.resume, world=world)
-    if checkpoint is not None:
-        metrics.say(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
-    if split.held_out:
-        trainer.evaluate(dataset(split.held_out))
+    if trainer.evaluated_step != trainer.state.global_step:
+        trainer.evaluate()
+    if trainer.held_out_scores is not None:
+        metrics.say(render_score_table(trainer.held_out_scores))
     else:
         metrics.say("no held-out samples (data.validation_fraction): accuracy was not measured")
 
@@ -104,6 +111,8 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int) -> 
 def quiet_libraries() -> None:
     """The rank's log holds our lines and real warnings: no progress bars, no repeated notes on DeepSpeed's insides."""
     transformers_logging.disable_progress_bar()
+    # Loader workers are forked after texts were tokenised: tokenizers' threads would not live on in them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
     # "Gradient accumulation steps mismatch … 1": the Trainer sets 1 there on purpose and accumulates itself.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
@@ -121,6 +130,18 @@ def load_job_tokenizer(job: JobConfig, split: SampleSplit) -> Any:
     raise UsageError(
         f"model.path is not set, and preset {job.model.preset} has no weights of its own",
         hint="--set model.path=/path/to/Qwen2.5-VL, or export MODEL_PATH",
+    )
+
+
+def build_job_model(job: JobConfig, tokenizer: Any, world: World) -> JanusModel:
+    """The job's network, in the job's precision, with its frozen part on this rank's device."""
+    return build_model(
+        job.model,
+        job.training,
+        tokenizer_ids=tokenizer_ids(tokenizer),
+        device=world.device,
+        dtype=torch.bfloat16 if job.training.precision == "bf16" else torch.float32,
+        seed=job.training.seed,
     )
 
 

@@ -41,6 +41,16 @@ def action_count(actions_B: Tensor) -> Tensor:
     return (actions_B >= 0).sum().float()
 
 
+def ramped_weight(step: int, *, ramp_steps: int, weight: float) -> float:
+    """d at optimizer step `step` (0 is the first): grows evenly from 0 and is `weight` from step `ramp_steps` on.
+
+    Raises: ValueError on a negative step.
+    """
+    if step < 0:
+        raise ValueError(f"step {step} is negative")
+    return weight if step >= ramp_steps else weight * step / ramp_steps
+
+
 def text_terms(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, segments_N: Tensor) -> TextTerms:
     """Weighted and per-segment sums of the token cross-entropy, computed in fp32 whatever the logits are.
 

@@ -9,14 +9,15 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from janus_cluster.rundir import RunDir
-from janus_cluster.training.data.samples import ACTIONS
+from janus_cluster.training.held_out import HeldOutScores, render_score_line
 from janus_cluster.training.loss import SEGMENT_NAMES
 
 
 class MetricsLog(TrainerCallback):  # type: ignore[misc]
     """Writes every logged step, evaluation, checkpoint and export of one attempt.
 
-    Units: step_time_s is wall time per optimizer step without checkpoints and evaluations, waiting for data included.
+    Units: num_tokens is per optimizer step over all ranks, padding_share the part of the batches that holds none;
+    step_time_s is wall time per optimizer step without checkpoints and evaluations, waiting for data included.
     """
 
     def __init__(self, run: RunDir, *, attempt: int, is_main: bool, effective_batch_size: int) -> None:
@@ -71,6 +72,8 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
             loss_segments={segment: logs[f"loss_segment_{segment}"] for segment in SEGMENT_NAMES},
             learning_rate=logs["learning_rate"],
             grad_norm=logs.get("grad_norm"),
+            num_tokens=logs["num_tokens"],
+            padding_share=round(logs["padding_share"], 4),
             step_time_s=step_time_s,
             samples_per_s=self._effective_batch_size / step_time_s,
         )
@@ -85,31 +88,23 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
         self.say(f"checkpoint {path}")
         self._since_s = time.perf_counter()
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if metrics is None:
-            return
-        accuracy, majority = metrics["eval_action_accuracy"], metrics["eval_majority_accuracy"]
-        num_samples, majority_action = metrics["eval_num_samples"], ACTIONS[metrics["eval_majority_index"]]
+    def evaluated(self, step: int, scores: HeldOutScores, duration_s: float) -> None:
+        """The scores stand in metrics.jsonl and, in one line, in the log; their time is not a step's."""
+        head, majority = scores.head, scores.majority
         self.append(
             "eval",
-            state.global_step,
-            num_samples=num_samples,
-            action_accuracy=accuracy,
-            majority_accuracy=majority,
-            majority_action=majority_action,
+            step,
+            num_samples=head.num_samples,
+            action_accuracy=head.accuracy,
+            majority_accuracy=majority.accuracy,
+            majority_action=majority.action,
+            macro_f1=head.macro_f1,
+            f1_by_action={action: score.f1 for action, score in head.by_action.items()},
+            perplexity_by_segment=dict(scores.perplexity_by_segment),
+            duration_s=duration_s,
         )
-        self.say(
-            f"held-out action accuracy {accuracy:.2f} (majority class {majority:.2f}, {majority_action}, "
-            f"{num_samples} samples)"
-        )
-        self._since_s = time.perf_counter()
+        self.say(f"step {step}: {render_score_line(scores)}")
+        self._since_s += duration_s
 
     def _restart_clock(self, state: TrainerState) -> None:
         self._since_s = time.perf_counter()

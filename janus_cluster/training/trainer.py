@@ -5,7 +5,9 @@ B rows of a micro-batch · A micro-batches of an optimizer step · W ranks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerControl, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from janus_cluster.config.schema import JobConfig
 from janus_cluster.training.checkpoint import clear_checkpoint, complete_checkpoint
-from janus_cluster.training.data.samples import ACTIONS
-from janus_cluster.training.loss import SEGMENT_NAMES, action_count, text_weight_sum
+from janus_cluster.training.data.sampler import RankBatches
+from janus_cluster.training.held_out import HeldOutScores, ScoreSums, move_to, predict_batches
+from janus_cluster.training.loss import SEGMENT_NAMES, action_count, ramped_weight, text_weight_sum
 from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.model.build import parameter_groups
 from janus_cluster.training.world import World
@@ -67,26 +71,12 @@ def build_training_arguments(
         save_strategy="steps",
         save_steps=job.checkpoint.every_steps,
         save_total_limit=None,
-        eval_strategy="no",
+        eval_strategy="steps" if training.evaluate_every_steps else "no",
+        eval_steps=training.evaluate_every_steps,
         report_to="none",
         disable_tqdm=True,
         log_level="warning",
     )
-
-
-def compute_action_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of right actions, and of the most frequent action, among the samples that have one."""
-    logits, actions = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
-    known = actions >= 0
-    logits, actions = logits[known], actions[known]
-    num_samples = int(known.sum())
-    counts = torch.bincount(actions, minlength=len(ACTIONS))
-    return {
-        "num_samples": num_samples,
-        "action_accuracy": float((logits.argmax(-1) == actions).float().mean()) if num_samples else 0.0,
-        "majority_accuracy": float(counts.max()) / max(1, num_samples),
-        "majority_index": int(counts.argmax()),
-    }
 
 
 def _skip_compiling_unused_kernels() -> None:
@@ -94,10 +84,16 @@ def _skip_compiling_unused_kernels() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def _do_not_miss(names: Collection[str], module: nn.Module, incompatible: Any) -> None:
+    """Loading a state dict without `names` is no error; anything else that is missing stays one."""
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in names]
+
+
 class JanusTrainer(Trainer):  # type: ignore[misc]
     """Trainer whose gradients do not depend on how a batch is cut into micro-batches and ranks."""
 
     optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
 
     def __init__(
         self,
@@ -108,25 +104,46 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
         world: World,
         metrics: MetricsLog,
         train_dataset: Dataset[Batch],
+        batches: RankBatches,
         data_collator: Callable[[Sequence[Batch]], Batch],
+        eval_dataset: Dataset[Batch] | None = None,
     ) -> None:
         self._job = job
         self._world = world
         self._metrics = metrics
+        self._batches = batches
         self._loss_denominator: torch.Tensor | None = None
-        if job.training.gradient_checkpointing:
-            model.activation_checkpointing_enable()
+        self.held_out_scores: HeldOutScores | None = None
+        self.evaluated_step: int | None = None
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             data_collator=data_collator,
-            compute_metrics=compute_action_accuracy,
+            eval_dataset=eval_dataset,
             callbacks=[metrics],
         )
         self.remove_callback(PrinterCallback)
         # text loss and action loss, then Σ(w·CE) and Σw of the four segments, all since the last log
         self._sums_since_log = torch.zeros(2 + 2 * len(SEGMENT_NAMES), device=self.args.device)
+        # over all ranks, since the last log: tokens, and the places for tokens that the batches hold
+        self._tokens_since_log = torch.zeros(2, device=self.args.device)
+        if self.is_deepspeed_enabled:
+            frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+            model.register_load_state_dict_post_hook(partial(_do_not_miss, frozen))
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """This rank's micro-batches. Accelerate does not prepare it: it would share them out among the ranks again.
+
+        The Trainer skips lists of indices on resume (accelerate's SkipBatchSampler), so nothing is decoded in vain.
+        """
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self._batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the trainable parameters, each group with its own learning rate; frozen ones are not in it."""
@@ -145,13 +162,7 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
 
         The Trainer's own turns every float into bf16 under DeepSpeed, loss weights included.
         """
-        if isinstance(data, torch.Tensor):
-            return data.to(self.args.device)
-        if isinstance(data, dict):
-            return {key: self._prepare_input(value) for key, value in data.items()}
-        if isinstance(data, (list, tuple)):
-            return [self._prepare_input(value) for value in data]
-        return data
+        return move_to(data, self.args.device)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -165,17 +176,26 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
         if batches:
             text = torch.stack([text_weight_sum(b["labels"], b["loss_weights"]).float() for b in batches]).sum()
             actions = torch.stack([action_count(b["actions"]).float() for b in batches]).sum()
-            totals = self._sum_over_ranks(torch.stack([text, actions]).to(self.args.device))
-            self._loss_denominator = totals.clamp(min=1.0) / (len(batches) * self._world.world_size)
+            masks = [b["attention_mask"] for b in batches]
+            counts = torch.tensor([sum(int(m.sum()) for m in masks), sum(m.numel() for m in masks)])
+            totals = self._sum_over_ranks(torch.cat([torch.stack([text, actions]), counts]).to(self.args.device))
+            self._loss_denominator = totals[:2].clamp(min=1.0) / (len(batches) * self._world.world_size)
+            self._tokens_since_log += totals[2:]
         return batches, None
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """This micro-batch's share of the step's loss; its parts are kept for the next log."""
+        training = self._job.training
+        action_loss_weight = training.action_loss_weight
+        if model.training:
+            action_loss_weight = ramped_weight(
+                self.state.global_step, ramp_steps=training.action_loss_ramp_steps, weight=action_loss_weight
+            )
         output = model(
             **inputs,
-            action_loss_weight=self._job.training.action_loss_weight,
+            action_loss_weight=action_loss_weight,
             loss_denominator=self._loss_denominator if model.training else None,
         )
         if model.training:
@@ -184,16 +204,34 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
             self._sums_since_log += torch.cat([share, output.segment_loss_sum, output.segment_weight_sum])
         return (output.loss, output) if return_outputs else output.loss
 
-    def prediction_step(
-        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Loss, action logits [B,4] and actions [B] of one held-out batch."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            loss, output = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss.detach(), None, None
-        return loss.detach(), output.action_logits.detach(), inputs["actions"]
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float | None]:
+        """The held-out scores at this step are known on every rank, in the log and in metrics.jsonl."""
+        started_s = time.perf_counter()
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not len(dataset):
+            return {}
+        sums = ScoreSums(self.args.device)
+        for result in predict_batches(
+            self.model,
+            dataset,
+            num_samples=len(dataset),
+            collate=self.data_collator,
+            device=self.args.device,
+            rows=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            rank=self._world.rank,
+            world_size=self._world.world_size,
+        ):
+            sums.add(result)
+        self.held_out_scores = sums.scores()
+        self.evaluated_step = self.state.global_step
+        self._metrics.evaluated(self.state.global_step, self.held_out_scores, time.perf_counter() - started_s)
+        found = {f"{metric_key_prefix}_action_accuracy": self.held_out_scores.head.accuracy}
+        # This also takes the wish to evaluate back: the last step would be evaluated once more at the epoch's end.
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss over all ranks to a step's log; every rank calls this for the same steps."""
@@ -205,6 +243,10 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
             loss_sums, weight_sums = sums[2 : 2 + len(SEGMENT_NAMES)], sums[2 + len(SEGMENT_NAMES) :]
             for segment, loss_sum, weight_sum in zip(SEGMENT_NAMES, loss_sums, weight_sums, strict=True):
                 logs[f"loss_segment_{segment}"] = loss_sum / weight_sum if weight_sum else 0.0
+            num_tokens, num_places = self._tokens_since_log.tolist()
+            self._tokens_since_log.zero_()
+            logs["num_tokens"] = round(num_tokens / num_steps)
+            logs["padding_share"] = 1 - num_tokens / num_places if num_places else 0.0
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -214,11 +256,37 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
         super()._save_checkpoint(model, trial)
         complete_checkpoint(checkpoints, step=step, world=self._world, keep_last=self._job.checkpoint.keep_last)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Weights are in `output_dir`; but a checkpoint of DeepSpeed's needs none besides the engine's own shards.
+
+        Gathering and writing them again would cost 16 GB and the time for it at every checkpoint of a 7B model.
+        """
+        if not (_internal_call and self.is_deepspeed_enabled):
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The engine's shards without what is frozen, which is loaded from where it came from on resume too."""
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The weights of a checkpoint written without DeepSpeed, all of them.
+
+        On disk they have the hub's names; the Trainer's own takes none of those, and only warns.
+        """
+        loaded = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(loaded.state_dict())
+
     def _run_epoch(self, **kwargs: Any) -> None:
-        """Nothing happens where a resumed run had already done all its steps; the Trainer would do one more."""
+        """The epoch's own batches; none where a resumed run had done all its steps (the Trainer would do one more)."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        self._batches.set_epoch(kwargs["epoch"])
         super()._run_epoch(**kwargs)
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:

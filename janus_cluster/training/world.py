@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from janus_cluster.errors import JanusError, UsageError
+from janus_cluster.training.data.indexing import Share
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,19 @@ def process_group(world: World, *, timeout_s: float) -> Iterator[None]:
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     yield
     dist.destroy_process_group()
+
+
+def share_among(world: World) -> Share:
+    """Rank 0 makes a value and all ranks have it; alone, where there is no process group."""
+    return Share(is_builder=world.is_main, broadcast=_broadcast_from_main)
+
+
+def _broadcast_from_main(value: Any) -> Any:
+    if not dist.is_initialized():
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
 
 
 def run_and_leave(main: Callable[[], None]) -> NoReturn:

@@ -14,11 +14,12 @@ from janus_cluster.submit import Request, submit
 NUM_FILES = 10_000
 ENVIRON = {"MODEL_PATH": "/m", "VGGT_MODEL_PATH": "/v", "DATA_ROOT": "/d", "HF_TOKEN": "hunter2", "USER": "me"}
 WORDS = (
-    "{", "}", "[", "]", "&a ", "*a", "!!python/object:os.system x", "!!binary x", "<<: *a", "%YAML 1.1", "---\n", "...", "? ",
-    "'", '"', "|", ">", "\t", "\n", "\0", "\x1b[31m", "\ud7ff", "‮", "é", "💥", "${HF_TOKEN}", "${", "${MODEL_PATH}", "$(id)",
-    "`id`", ";", "../../..", "/", "~", "null", "true", "-1", "1e999", ".nan", ".inf", "0x10", "999999999999999999999", "no",
-    "slurm:", "name:", "training:", "{a: {b: {c: {}}}}", "- ", ":", ": ", "#", "a" * 5000, "[" * 300,
-)  # fmt: skip
+    *("{", "}", "[", "]", "&a ", "*a", "!!python/object:os.system x", "!!binary x", "<<: *a", "%YAML 1.1", "---\n"),
+    *("...", "? ", "'", '"', "|", ">", "\t", "\n", "\0", "\x1b[31m", "\ud7ff", "\u202e", "é", "\U0001f4a5"),
+    *("${HF_TOKEN}", "${", "${MODEL_PATH}", "$(id)", "`id`", ";", "../../..", "/", "~", "null", "true", "-1"),
+    *("1e999", ".nan", ".inf", "0x10", "999999999999999999999", "no", "slurm:", "name:", "training:"),
+    *("{a: {b: {c: {}}}}", "- ", ":", ": ", "#", "a" * 5000, "[" * 300),
+)
 
 
 def damage(text: str, rng: random.Random) -> bytes:

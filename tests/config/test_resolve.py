@@ -32,7 +32,7 @@ def test_world_size_and_effective_batch_follow_from_the_job(name: str, world_siz
     resolved = resolve(name)
     assert (resolved.world_size, resolved.processes_per_node) == (world_size, 8)
     assert resolved.effective_batch_size == resolved.ds_config["train_batch_size"] == batch
-    assert resolved.preflight_profile == "h800"
+    assert resolved.preflight_profile == "h800-ib"
     assert resolved.sbatch_options["gres"] == "gpu:h800:8"
 
 

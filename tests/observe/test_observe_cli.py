@@ -113,3 +113,52 @@ def test_commands_do_not_import_torch_and_tail_needs_no_rich(home: Path) -> None
     )
     env = os.environ | {"JANUS_HOME": str(home)}
     assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=False).returncode == 0
+
+
+def break_rank(home: Path) -> RunDir:
+    """A failed run on a (pretended) Slurm node, with a rank's last words and a log that would like to be obeyed."""
+    run = make_run(home, "train-20261121-ccccc", state="FAILED", exit_code=12)
+    run.rank_log(1, "h800-01", 3).write_text(
+        'step 1\n\x1b]0;owned\x07Traceback (most recent call last):\n  File "/x/train.py", line 7, in step\n'
+        "    loss.backward()\ntorch.OutOfMemoryError: CUDA out of memory. \x1b[2JTried to allocate 2.00 GiB\n"
+    )
+    return run
+
+
+@pytest.mark.parametrize("command", [("status",), ("tail", "-n", "0")])
+def test_status_and_tail_show_one_card_of_a_failed_run(home: Path, command: tuple[str, ...]) -> None:
+    run = break_rank(home)
+    done = type_in(home, command[0], str(run.path), *command[1:])
+    assert "\x1b" not in done.stdout
+    assert done.stdout.count("GPU memory ran out [gpu_out_of_memory]") == 1
+    assert "first:      rank 3 on h800-01" in done.stdout
+    assert "error:      OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB" in done.stdout
+    assert 'frames:     File "/x/train.py", line 7, in step' in done.stdout
+    assert f"next: janus-cluster submit {run.job_yaml} --set" in done.stdout
+
+
+def test_texts_of_a_run_cannot_steer_the_terminal(home: Path) -> None:
+    run = make_run(home, "evil-20261121-ddddd", state="FAILED", exit_code=12)
+    word = json.loads(run.status_json.read_text())
+    evil = "\x1b]0;owned\x07 \x9b2J \u202e\nsecond line"
+    write_json_atomically(run.status_json, word | {"reason": evil, "nodes": ["h800\x1b[31m"]})
+    run.node_log(1, "n\x1b[31mode").write_text("x\x1b[2J\n")
+    for argv in (("status", "evil"), ("tail", "evil"), ("status", "evil", "--json"), ("list",), ("list", "--json")):
+        out = type_in(home, *argv).stdout
+        assert not {c for c in out if c not in "\n\t" and (ord(c) < 32 or 126 < ord(c) < 160 or c == "\u202e")}, argv
+
+
+def test_a_node_that_failed_the_gate_is_remembered_when_status_looks(home: Path) -> None:
+    run = make_run(home, "gate-20261121-eeeee", state="FAILED", exit_code=10)
+    for path in (run.submission_json, run.status_json):
+        write_json_atomically(path, json.loads(path.read_text()) | {"cluster": "slurm", "job_id": "7"})
+    result = {"id": "gpu.count", "node": "h800-02", "state": "FAIL", "measured": "7", "expected": "8", "fix": None}
+    verdict = {"created_at": time.time(), "nodes": ["h800-01", "h800-02"], "exclude": ["h800-02"], "results": [result]}
+    write_json_atomically(run.verdict_json(1), verdict)
+    type_in(home, "status", "gate")
+    type_in(home, "status", "gate")
+    values = json.loads(type_in(home, "nodes", "--json").stdout)
+    assert [(v["node"], v["cluster"], v["kind"], v["reason"]) for v in values] == [
+        ("h800-02", "slurm", "preflight", "gpu.count: 7")
+    ]
+    assert values[0]["run"] == run.name

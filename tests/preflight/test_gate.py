@@ -18,7 +18,7 @@ from janus_cluster.resources import jobs_dir
 
 def resolve(tmp_path: Path, *sets: str) -> ResolvedJob:
     (tmp_path / "demo_data").mkdir(exist_ok=True)
-    (tmp_path / "demo_data" / "x").touch()
+    (tmp_path / "demo_data" / "notes.json").write_text("{}")
     loaded = load_job(jobs_dir() / "demo.yaml", sets=["preflight.min_free_gb=0", *sets], environ={})
     return resolve_job(loaded, run_dir=tmp_path, cluster="local", environ={}, cwd=tmp_path, python="/usr/bin/python3")
 

@@ -50,6 +50,17 @@ def test_the_run_folder_holds_everything_a_node_needs(resolve: Resolve, tmp_path
     assert [p.name for p in run.path.parent.iterdir()] == ["r"]
 
 
+def test_the_run_folder_is_private(resolve: Resolve, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        run = _write(resolve(run_dir=tmp_path / "runs" / "r", environ=SECRETS), secrets=SECRETS)
+    finally:
+        os.umask(before)
+    assert (_mode(run.path), _mode(run.logs), _mode(run.job_sbatch)) == (0o700, 0o700, 0o700)
+    files = [p for p in run.path.iterdir() if p.is_file() and p != run.job_sbatch]
+    assert {_mode(p) for p in files} == {0o600}
+
+
 def test_secrets_lie_in_one_file_that_only_the_owner_reads(resolve: Resolve, tmp_path: Path) -> None:
     run = _write(resolve(run_dir=tmp_path / "r", environ=SECRETS), secrets=SECRETS)
     assert _mode(run.secrets_env) == 0o600

@@ -1,8 +1,10 @@
-"""The reference numbers of fixtures/, loaded; see fixtures/README.md for where they come from."""
+"""The reference numbers that ship with the package, as tests want them; janus_cluster/training/vectors/README.md."""
 
 from __future__ import annotations
 
+import atexit
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,29 @@ from torch import Tensor
 from janus_cluster.config.schema import Model, Training, Tune
 from janus_cluster.training.model.build import build_model
 from janus_cluster.training.model.janus import JanusModel
-from janus_cluster.training.model.presets import TokenizerIds
+from janus_cluster.training.verify import SHIPPED
+from janus_cluster.training.verify_model import tokenizer_ids, write_checkpoint
 
-FIXTURES = Path(__file__).parent / "fixtures"
-CHECKPOINT = FIXTURES / "janus_model_tiny"
-CASES: dict[str, dict[str, Any]] = json.loads((FIXTURES / "janus_cases.json").read_text(encoding="utf-8"))
+WEIGHTS = "janus_model_tiny_seed0"
+AGGREGATOR = SHIPPED / "vggt_aggregator_tiny_seed0.safetensors"
+SIDECAR: dict[str, Any] = json.loads((SHIPPED / f"{WEIGHTS}.json").read_text(encoding="utf-8"))
+CASES: dict[str, dict[str, Any]] = {
+    path.stem.removeprefix(f"{WEIGHTS}.case_"): json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted(SHIPPED.glob(f"{WEIGHTS}.case_*.json"))
+}
 EVERYTHING = Training(tune=Tune(vision=True))
-IDS = TokenizerIds(
-    vocab_size=600,
-    image_token_id=595,
-    video_token_id=596,
-    vision_start_token_id=593,
-    vision_end_token_id=594,
-    pad_token_id=590,
-    eos_token_id=592,
-)
+IDS = tokenizer_ids(SIDECAR["config"])
+
+# The reference weights as a published checkpoint: config.json and a link, for as long as this process lives.
+_FOLDER = tempfile.TemporaryDirectory(prefix="janus-checkpoint-")
+atexit.register(_FOLDER.cleanup)
+CHECKPOINT = Path(_FOLDER.name)
+write_checkpoint(CHECKPOINT, SIDECAR, SHIPPED / f"{WEIGHTS}.safetensors")
 
 
 def load_case(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The batch as forward() takes it, and every tensor of the case."""
-    tensors = load_file(FIXTURES / f"janus_case_{name}.safetensors")
+    tensors = load_file(SHIPPED / f"{WEIGHTS}.case_{name}.safetensors")
     batch = {
         "input_ids": tensors["in.input_ids"],
         "attention_mask": tensors["in.attention_mask"],
@@ -41,14 +46,14 @@ def load_case(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "loss_weights": tensors["in.loss_weights"],
         "segment_ids": tensors["in.segment_ids"],
         "actions": tensors["in.action_label"],
-        "frames": [tensors[f"in.frames.{b}"] for b in range(len(tensors["in.input_ids"]))],
+        "frames": [tensors[f"in.images_vggt.{b}"] for b in range(len(tensors["in.input_ids"]))],
         "image_grid_thw": tensors["in.image_grid_thw"],
     }
     return batch, tensors
 
 
 def build_reference_model(**model_keys: Any) -> JanusModel:
-    """The fixture's checkpoint through the whole of build_model, every part trainable."""
+    """The reference checkpoint through the whole of build_model, every part trainable."""
     return build_model(
         Model(preset="tiny", path=str(CHECKPOINT), **model_keys),
         EVERYTHING,

@@ -1,6 +1,6 @@
 """One optimizer step of the tiny model under DeepSpeed; started by torchrun from test_model_zero.py.
 
-Usage: torchrun … model_zero_worker.py STAGE WEIGHTS OUT     (WEIGHTS: a model folder, or "random")
+Usage: torchrun … model_zero_worker.py STAGE WEIGHTS OUT     (WEIGHTS: a model folder, "random", or "lora": random too)
 Rank 0 writes to OUT (safetensors) the weights before and after the step, the mean loss over ranks, the rope buffer.
 """
 
@@ -16,11 +16,21 @@ from model_cases import IDS
 from safetensors.torch import save_file
 from transformers.integrations import HfDeepSpeedConfig
 
-from janus_cluster.config.schema import Model, Training
+from janus_cluster.config.schema import Lora, Model, Training
 from janus_cluster.training.loss import action_count, text_weight_sum
 from janus_cluster.training.model.build import build_model, parameter_groups
 
 TRAINING = Training(learning_rate=0.5, projector_learning_rate=0.25, max_grad_norm=1000.0)
+
+
+def training_for(weights: str) -> Training:
+    """TRAINING, with adapters for "lora"."""
+    lora = Lora(enabled=weights == "lora", rank=4, target_modules=["q_proj", "up_proj"])
+    return TRAINING.model_copy(update={"lora": lora})
+
+
+def model_for(weights: str) -> Model:
+    return Model(preset="tiny", path=None if weights in ("random", "lora") else weights, vggt_path=None)
 
 
 def make_batch(frames_per_sample: list[int], *, seed: int) -> dict[str, Any]:
@@ -79,14 +89,10 @@ def main(stage: int, weights: str, out: str) -> None:
         "gradient_clipping": TRAINING.max_grad_norm,
     }
     handle = HfDeepSpeedConfig(config)  # transformers looks for it while it lives
-    path = None if weights == "random" else weights
-    model = build_model(
-        Model(preset="tiny", path=path, vggt_path=None), TRAINING, tokenizer_ids=IDS, device="cpu",
-        dtype=torch.float32, seed=7,
-    )  # fmt: skip
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    training = training_for(weights)
+    model = build_model(model_for(weights), training, tokenizer_ids=IDS, device="cpu", dtype=torch.float32, seed=7)
     before = _whole(model)
-    optimizer = torch.optim.SGD(parameter_groups(model, TRAINING))  # the update is the gradient, to scale
+    optimizer = torch.optim.SGD(parameter_groups(model, training))  # the update is the gradient, to scale
     engine, *_ = deepspeed.initialize(model=model, config=handle.config, optimizer=optimizer)
     output = engine(
         **make_batch(RANK_FRAMES[dist.get_rank()], seed=dist.get_rank()),

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from data_files import annotation_records, write_episodes, write_json, write_r2r, write_scalevln  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import AutoImageProcessor, AutoTokenizer  # noqa: E402
 
@@ -24,6 +26,7 @@ from janus_cluster.errors import TrainingFailed, UsageError  # noqa: E402
 from janus_cluster.training.data.dataset import NavigationDataset, collate  # noqa: E402
 from janus_cluster.training.data.encode import SampleEncoder  # noqa: E402
 from janus_cluster.training.data.index import load_samples  # noqa: E402
+from janus_cluster.training.data.lengths import load_token_counts  # noqa: E402
 from janus_cluster.training.data.prompt import (  # noqa: E402
     render_prompt_parts,
     render_target_parts,
@@ -47,7 +50,8 @@ SMALL = {"image_width": 56, "min_pixels": 784, "image_mode": "pad"}
 
 
 def load_reference(history: int, **keys):
-    data = Data(roots=[str(FIXTURE / "episodes")], history=history, validation_fraction=0, **keys)
+    settings = {"validation_fraction": 0, "max_bad_fraction": 1, "image_mode": "pad", **keys}
+    data = Data(roots=[str(FIXTURE / "episodes")], history=history, **settings)
     return data, load_samples(data, seed=0, pad_history=True).train
 
 
@@ -59,6 +63,10 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def tiny():
     return build_tiny_tokenizer(sample_texts(load_reference(2)[1]))
+
+
+def make_annotation(folder: Path) -> Path:
+    return write_json(folder / "data.json", annotation_records(folder))
 
 
 def run_lengths(values) -> list[list[float]]:
@@ -100,7 +108,8 @@ def test_encoding_in_parts_equals_tokenising_the_whole(request, which, num_histo
     for sample in load_reference(2)[1]:
         whole = IMAGE.join(render_prompt_parts(sample.instruction, num_history=num_history))
         whole += "".join(part.text for part in render_target_parts(sample))
-        got = SampleEncoder(tokenizer, SegmentWeights()).encode(sample, [(1, 2, 2)] * (num_history + 1))
+        shown = replace(sample, frames=(sample.frames[-1],) * (num_history + 1))
+        got = SampleEncoder(tokenizer, SegmentWeights()).encode(shown, [(1, 2, 2)] * (num_history + 1))
         assert got.input_ids.tolist() == tokenizer.encode(whole, add_special_tokens=False)
 
 
@@ -158,7 +167,8 @@ def test_a_folder_without_qwens_tokenizer_is_named(tmp_path):
 
 
 def make_dataset(tokenizer, **keys) -> NavigationDataset:
-    data = Data(roots=[str(FIXTURE / "episodes")], history=2, validation_fraction=0, **{**SMALL, **keys})
+    settings = {"validation_fraction": 0, "max_bad_fraction": 1, **SMALL, **keys}
+    data = Data(roots=[str(FIXTURE / "episodes")], history=2, **settings)
     samples = load_samples(data, seed=0).train
     return NavigationDataset(samples, tokenizer=tokenizer, data=data, segment_weights=SegmentWeights())
 
@@ -210,3 +220,57 @@ def test_a_sample_that_is_too_long_is_named_and_never_cut(tokenizer):
     assert len(make_dataset(tokenizer, max_length=length)[3]["input_ids"]) == length
     with pytest.raises(TrainingFailed, match=f"ep_10/step_3_MOVE_FORWARD.png has {length} tokens, data.max_length is"):
         make_dataset(tokenizer, max_length=length - 1)[3]
+
+
+def test_history_is_shortened_until_the_sample_fits_and_image_tokens_stay_whole(tokenizer):
+    whole = make_dataset(tokenizer)[3]
+    limit = len(whole["input_ids"]) - 1
+    shortened = make_dataset(tokenizer, max_length=limit, on_too_long="shorten_history")[3]
+    assert [len(whole["frames"]), len(shortened["frames"])] == [3, 2]
+    assert torch.equal(shortened["frames"], whole["frames"][1:])
+    assert shortened["mm_token_type_ids"].sum() == 8 and len(shortened["image_grid_thw"]) == 2
+    assert torch.equal(shortened["labels"][shortened["labels"] != -100], whole["labels"][whole["labels"] != -100])
+    alone = len(make_dataset(tokenizer)[0]["input_ids"]) - 20
+    with pytest.raises(TrainingFailed, match=r"tokens, data\.max_length is"):
+        make_dataset(tokenizer, max_length=alone, on_too_long="shorten_history")[3]
+
+
+@pytest.mark.parametrize("make", [write_episodes, make_annotation, write_r2r, write_scalevln])
+@pytest.mark.parametrize("keys", [{}, {"on_too_long": "shorten_history"}, {"history": 0}])
+def test_token_counts_are_those_of_the_encoded_samples(tokenizer, tmp_path, make, keys):
+    path = make(tmp_path / "data")
+    data = Data(roots=[str(path)], **{"history": 2, "validation_fraction": 0, **SMALL, "image_width": 112, **keys})
+    if "on_too_long" in keys:
+        counts = load_token_counts(load_samples(data, seed=0).train, tokenizer=tokenizer, data=data)
+        data = data.model_copy(update={"max_length": int(counts.max()) - 1})
+    for _ in range(2):  # counted, then read from beside the index
+        samples = load_samples(data, seed=0, index_dir=tmp_path / "index").train
+        dataset = NavigationDataset(samples, tokenizer=tokenizer, data=data, segment_weights=SegmentWeights())
+        lengths = [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
+        assert load_token_counts(samples, tokenizer=tokenizer, data=data).tolist() == lengths
+    assert len(list((tmp_path / "index").rglob("tokens-*.npy"))) == 1
+
+
+def test_samples_that_are_too_long_are_named_before_training(tokenizer, tmp_path):
+    root = str(write_episodes(tmp_path / "data"))
+    data = Data(roots=[root], validation_fraction=0, max_length=64, **SMALL)
+    for policy, fits in (("fail", "--set data.on_too_long=shorten_history"), ("shorten_history", "data.max_length=")):
+        policed = data.model_copy(update={"on_too_long": policy})
+        with pytest.raises(
+            UsageError, match=r"12 of 12 samples have more tokens than data\.max_length \(64\)"
+        ) as caught:
+            load_token_counts(load_samples(policed, seed=0).train, tokenizer=tokenizer, data=policed)
+        assert "ep_0/step_0000_MOVE_FORWARD.png: " in caught.value.message
+        assert fits in str(caught.value.hint)
+
+
+def test_a_plain_action_has_one_segment_and_the_actions_weight(tokenizer, tmp_path):
+    data = Data(roots=[str(write_scalevln(tmp_path))], validation_fraction=0, **SMALL)
+    row = NavigationDataset(
+        load_samples(data, seed=0).train, tokenizer=tokenizer, data=data, segment_weights=SegmentWeights()
+    )[0]
+    labels = row["labels"] != -100
+    assert tokenizer.decode(row["input_ids"][labels]) == "MOVE_FORWARD<|im_end|>\n"
+    assert set(row["segment_ids"][labels].tolist()) == {4}
+    assert row["loss_weights"][labels].tolist()[-2:] == [1.0, 1.0]
+    assert set(row["loss_weights"][labels].tolist()[:-2]) == {3.0}

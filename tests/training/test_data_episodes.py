@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from data_files import make_png
 
 from janus_cluster.config.schema import Data
 from janus_cluster.errors import UsageError
@@ -17,6 +18,7 @@ from janus_cluster.training.data.index import choose_held_out, load_samples
 
 FIXTURE = Path(__file__).parent / "fixtures" / "data_pipeline_tiny"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
+PIXELS = make_png(8, 6)
 NAMES = [f"episode_{i}" for i in range(40)]
 
 
@@ -27,19 +29,25 @@ def make_episode(root: Path, name: str = "ep", *, steps: int = 3, milestones: ob
     (folder / "milestones_result.json").write_text(json.dumps(default if milestones is None else milestones))
     for number in range(steps):
         action = "STOP" if number == steps - 1 else "MOVE_FORWARD"
-        (folder / f"step_{number}_{action}.png").write_bytes(b"")
+        (folder / f"step_{number}_{action}.png").write_bytes(PIXELS)
         described = {"landmark_description": f"Seen {number}.", "spatial_description": f"Far {number}."}
         (folder / f"step_{number}_{action}.json").write_text(json.dumps(described))
     return folder
 
 
+def reference_data(**keys: object) -> Data:
+    """The reference's episodes hold frames of two sizes, which only pad mode takes, and broken files on purpose."""
+    settings = {"validation_fraction": 0, "max_bad_fraction": 1, "image_mode": "pad", **keys}
+    return Data(roots=[str(FIXTURE / "episodes")], **settings)
+
+
 def load(root: Path, **keys: object):
-    return load_samples(Data(roots=[str(root)], **{"validation_fraction": 0, **keys}), seed=0)
+    return load_samples(Data(roots=[str(root)], **{"validation_fraction": 0, "max_bad_fraction": 1, **keys}), seed=0)
 
 
 @pytest.mark.parametrize("max_history", [8, 2])
 def test_samples_are_those_of_the_reference(max_history):
-    data = Data(roots=[str(FIXTURE / "episodes")], history=max_history, validation_fraction=0)
+    data = reference_data(history=max_history)
     split = load_samples(data, seed=0, pad_history=True)
     wanted = EXPECTED["samples"][str(max_history)]
     got = [(s.id, s.subinstruction, s.action, [f"{f.parent.name}/{f.name}" for f in s.frames]) for s in split.train]
@@ -47,7 +55,7 @@ def test_samples_are_those_of_the_reference(max_history):
 
 
 def test_every_unusable_file_of_the_reference_is_listed():
-    split = load(FIXTURE / "episodes")
+    split = load_samples(reference_data(), seed=0)
     listed = {f"{p.path.parent.name}/{p.path.name}" for p in split.problems}
     assert listed == {
         "ep_10/milestones_result.json",
@@ -105,7 +113,7 @@ def test_a_frame_without_descriptions_stays_in_the_history(tmp_path):
 
 def test_two_files_of_one_step_drop_the_episode_and_name_both(tmp_path):
     make_episode(tmp_path, "good")
-    (make_episode(tmp_path, "twice") / "step_1_TURN_LEFT.jpg").write_bytes(b"")
+    (make_episode(tmp_path, "twice") / "step_1_TURN_LEFT.jpg").write_bytes(PIXELS)
     split = load(tmp_path)
     assert {s.episode for s in split.train} == {"good"}
     assert "step_1_MOVE_FORWARD.png and step_1_TURN_LEFT.jpg are both step 1" in str(split.problems[0])
@@ -188,7 +196,7 @@ def test_both_sides_of_the_split_hold_an_episode_where_they_can(fraction, count,
 
 
 def test_no_episode_lies_on_both_sides():
-    split = load(FIXTURE / "episodes", validation_fraction=0.5)
+    split = load_samples(reference_data(validation_fraction=0.5), seed=0)
     assert {s.episode for s in split.train} and {s.episode for s in split.held_out}
     assert not {s.episode for s in split.train} & {s.episode for s in split.held_out}
 

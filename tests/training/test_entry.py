@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,8 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from janus_cluster.rundir import RunDir
 from janus_cluster.training.checkpoint import find_newest_complete
 from janus_cluster.training.data.demo import write_demo_episodes
-from janus_cluster.training.model.build import load_exported
+from janus_cluster.training.data.samples import ACTIONS
+from janus_cluster.training.model.load import load_exported
 
 pytestmark = pytest.mark.train
 
@@ -31,6 +36,7 @@ def job(episodes: Path, *, max_steps: int, profile: str = "zero3", precision: st
         "training": {
             "per_device_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": max_steps,
             "learning_rate": 1e-3, "precision": precision, "gradient_checkpointing": precision == "bf16",
+            "evaluate_every_steps": 2,
         },
         "deepspeed": {"profile": profile},
         "checkpoint": {"every_steps": 2, "keep_last": 2},
@@ -69,16 +75,41 @@ def test_a_step_is_described_by_loss_parts_rate_and_speed(trained: RunDir) -> No
     assert set(step["loss_segments"]) == SEGMENTS and all(value > 0 for value in step["loss_segments"].values())
     assert step["grad_norm"] > 0 and step["learning_rate"] > 0
     assert step["samples_per_s"] == pytest.approx(8 / step["step_time_s"])
+    assert step["num_tokens"] > 8 * 50 and 0 <= step["padding_share"] < 0.2
 
 
 def test_held_out_accuracy_is_over_every_held_out_sample_once(trained: RunDir) -> None:
     log = trained.rank_log(1, NODES[0], 0).read_text()
     evaluations = [m for m in trained.read_metrics() if m["kind"] == "eval"]
-    assert [m["step"] for m in evaluations] == [5, 5]
+    assert [(m["attempt"], m["step"]) for m in evaluations] == [(1, 2), (1, 4), (1, 5), (2, 5)]
+    assert len({m["num_samples"] for m in evaluations}) == 1
     assert f"held out {evaluations[0]['num_samples']} samples" in log
     assert 0 <= evaluations[0]["action_accuracy"] <= 1
     assert 0.25 <= evaluations[0]["majority_accuracy"] < 1
     assert f"(majority class {evaluations[0]['majority_accuracy']:.2f}, {evaluations[0]['majority_action']}" in log
+    assert f"  {'MOVE_FORWARD':<14}" in log, "the table of all actions ends the log"
+    last, again = evaluations[-2:]
+    assert set(last["f1_by_action"]) == set(ACTIONS) and 0 <= last["macro_f1"] <= 1
+    assert all(value > 1 for value in last["perplexity_by_segment"].values())
+    # The second attempt never evaluated on its way to step 5: doing so changes nothing in training.
+    assert again["perplexity_by_segment"] == pytest.approx(last["perplexity_by_segment"], rel=1e-5)
+
+
+def test_eval_of_the_run_says_what_training_said(trained: RunDir) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "janus_cluster.cli", "eval", str(trained.path), "--generate", "1",
+         "--max-new-tokens", "4", "--device", "cpu"],
+        capture_output=True, text=True, check=False, timeout=120, env=os.environ | {"COLUMNS": "120"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = [m for m in trained.read_metrics() if m["kind"] == "eval"][-1]
+    found = json.loads((trained.evaluation / "evaluation.json").read_text())
+    assert found["head"]["num_samples"] == said["num_samples"] and found["held_out_only"]
+    assert found["head"]["accuracy"] == said["action_accuracy"] and found["head"]["macro_f1"] == said["macro_f1"]
+    assert found["perplexity_by_segment"] == pytest.approx(said["perplexity_by_segment"], rel=1e-4)
+    assert found["generated"]["num_samples"] == 1
+    for words in ("action accuracy", "macro F1", "MOVE_FORWARD", "predictions.html"):
+        assert words in done.stdout
 
 
 def test_the_newest_checkpoints_are_kept_and_whole(trained: RunDir) -> None:
@@ -125,13 +156,33 @@ def test_each_rank_has_its_own_log_and_only_rank_0_tells_the_steps(trained: RunD
     assert "it/s]" not in first + second, "no progress bars"
 
 
-def test_bf16_under_zero2_with_recomputation_and_loader_processes_trains(episodes: Path, tmp_path: Path) -> None:
-    settings = job(episodes, max_steps=2, profile="zero2", precision="bf16")
+def test_a_checkpoint_holds_what_resuming_needs_and_nothing_twice(trained: RunDir) -> None:
+    checkpoint = trained.checkpoints / "checkpoint-5"
+    assert not list(checkpoint.rglob("*.safetensors")), "the weights are in the engine's own shards"
+    states = torch.load(next(checkpoint.rglob("zero_pp_rank_0_*model_states.pt")), weights_only=False)
+    names = states["module"].keys()
+    assert any(name.startswith("model.visual.merger.") for name in names)
+    assert not [name for name in names if name.startswith("model.visual.blocks.")], "frozen"
+
+
+def test_adapters_in_bf16_under_zero2_train_resume_and_are_merged(episodes: Path, tmp_path: Path) -> None:
+    """Recomputation, a loader process and a growing weight of the action loss take part too."""
+    settings = job(episodes, max_steps=3, profile="zero2", precision="bf16")
     settings["data"]["num_workers"] = 1
+    settings["training"] |= {"lora": {"enabled": True, "rank": 4}, "action_loss_ramp_steps": 4}
     run = write_run_folder(tmp_path / "run", settings)
     assert run_on_nodes(MODULE, run) == [0, 0], everything_said(run)
+    (run.checkpoints / "checkpoint-3" / "manifest.json").unlink()
+    assert run_on_nodes(MODULE, run, attempt=run.begin_attempt()) == [0, 0], everything_said(run, attempt=2)
     steps = [m for m in run.read_metrics() if m["kind"] == "train"]
-    assert [m["step"] for m in steps] == [1, 2]
+    assert [(m["attempt"], m["step"]) for m in steps] == [(1, 1), (1, 2), (1, 3), (2, 3)]
+    assert steps[3]["loss"] == pytest.approx(steps[2]["loss"], rel=1e-6)
+    for step in steps:
+        ramped = (step["step"] - 1) / 4
+        assert step["loss"] == pytest.approx(step["loss_text"] + ramped * step["loss_action"], rel=1e-3)
+    names = torch.load(next(run.checkpoints.rglob("mp_rank_00_model_states.pt")), weights_only=False)["module"].keys()
+    assert sum("lora_" in name for name in names) == 16
+    assert not [name for name in names if "mlp" in name and "language_model" in name], "the base is frozen"
     weights = load_exported(run.export, device="cpu", dtype=torch.bfloat16)
     assert all(torch.isfinite(p).all() for p in weights.parameters())
 

@@ -95,3 +95,14 @@ def test_no_label_and_no_action_is_zero_with_a_graph() -> None:
     value.backward()
     assert float(value.detach()) == 0.0
     assert action_logits.grad is not None
+
+
+@pytest.mark.parametrize(("step", "weight"), [(0, 0.0), (1, 0.75), (2, 1.5), (4, 3.0), (400, 3.0)])
+def test_the_action_weight_grows_evenly_and_stays(step: int, weight: float) -> None:
+    assert loss.ramped_weight(step, ramp_steps=4, weight=3.0) == weight
+
+
+def test_without_a_ramp_the_weight_is_whole_from_the_first_step() -> None:
+    assert loss.ramped_weight(0, ramp_steps=0, weight=3.0) == 3.0
+    with pytest.raises(ValueError, match="negative"):
+        loss.ramped_weight(-1, ramp_steps=4, weight=3.0)

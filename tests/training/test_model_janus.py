@@ -8,7 +8,9 @@ import pytest
 import torch
 from model_cases import CASES, IDS, build_reference_model, load_case, worst
 
+from janus_cluster.config.schema import Training, Tune
 from janus_cluster.training.model import pixels
+from janus_cluster.training.model.build import set_recompute
 from janus_cluster.training.model.janus import JanusModel, JanusOutput
 
 pytestmark = pytest.mark.train
@@ -31,7 +33,7 @@ def model(loaded: JanusModel) -> JanusModel:
 def forward(model: JanusModel, name: str) -> tuple[JanusOutput, dict[str, torch.Tensor]]:
     batch, expected = load_case(name)
     model.config.reference_frame = CASES[name]["reference_frame"]
-    return model(**batch, action_loss_weight=CASES[name]["action_loss_weight"]), expected
+    return model(**batch, action_loss_weight=CASES[name]["distill_loss_weight"]), expected
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -49,7 +51,7 @@ def test_losses_and_action_logits_are_the_published_ones(name: str, model: Janus
 def test_every_gradient_is_the_published_one(name: str, model: JanusModel) -> None:
     out, expected = forward(model, name)
     out.loss.backward()
-    norms = dict(CASES[name]["grad_norm_per_parameter"])
+    norms = dict(CASES[name]["grad_norm_per_parameter"]["out"])
     for parameter_name, parameter in model.named_parameters():
         stored_name = parameter_name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
         assert float(parameter.grad.norm()) == pytest.approx(norms.pop(stored_name), rel=1e-4), parameter_name
@@ -142,16 +144,21 @@ def test_micro_batches_with_the_whole_denominator_give_the_whole_gradient(model:
         assert torch.allclose(parameter.grad, whole[name], rtol=1e-4, atol=1e-4 * float(whole[name].abs().max())), name
 
 
-def test_recomputing_activations_changes_no_gradient(model: JanusModel) -> None:
+@pytest.mark.parametrize(("every", "vision"), [(1, True), (2, False), (3, True)])
+def test_recomputing_every_nth_layer_changes_no_gradient(every: int, vision: bool, model: JanusModel) -> None:
     batch, _ = load_case("b1_3img")
     model(**batch).loss.backward()
     plain = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    set_recompute(model, Training(gradient_checkpointing_every=every, tune=Tune(vision=vision)))
     try:
+        layers = model.model.language_model.layers
+        assert [layer.gradient_checkpointing for layer in layers] == [i % every == 0 for i in range(len(layers))]
+        assert {block.gradient_checkpointing for block in model.model.visual.blocks} == {vision}
         model(**batch).loss.backward()
     finally:
-        model.activation_checkpointing_disable()
+        set_recompute(model, Training(gradient_checkpointing=False))
+    assert not model.is_activation_checkpointing
     assert all(torch.equal(p.grad, plain[name]) for name, p in model.named_parameters())
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,15 @@ from model_cases import CHECKPOINT, EVERYTHING, IDS, build_reference_model, load
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from janus_cluster.config.check_weights import check_weights
+from janus_cluster.config.networks import VggtConfig
 from janus_cluster.config.schema import Model
+from janus_cluster.config.weight_names import OWN_PREFIXES, janus_shapes, name_on_disk, vggt_shapes
 from janus_cluster.errors import UsageError
-from janus_cluster.training.model.build import build_model, load_exported, write_vggt
-from janus_cluster.training.model.janus import OWN_PREFIXES, JanusModel
+from janus_cluster.training.model.build import build_model
+from janus_cluster.training.model.janus import JanusModel
+from janus_cluster.training.model.load import load_exported, write_vggt
+from janus_cluster.training.model.vggt_weights import vggt_state_dict
 
 pytestmark = pytest.mark.train
 
@@ -130,6 +138,83 @@ def test_sharded_hub_layout_loads_and_draws_new_modules_from_the_seed(
 
     (folder / "b.safetensors").unlink()
     assert "b.safetensors" in refusal(folder, **keys)
+
+
+def write_full_layout(folder: Path, *, shards: int) -> Tensors:
+    """Every name of Qwen2.5-VL-7B, as on the hub, in bf16 shards, and VGGT-1B's 1,210 names beside it; tiny sizes."""
+    values = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
+    values |= {"num_hidden_layers": 28, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
+    values["vision_config"] |= {"depth": 32, "out_hidden_size": 32, "fullatt_block_indexes": [7, 15, 23, 31]}
+    vggt = VggtConfig(embed_dim=16, depth=24, num_heads=2, dino_depth=24, dino_num_heads=2)
+    values["vggt_config"] = vggt.to_dict()
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    generator = torch.Generator().manual_seed(11)
+    shapes = {name_on_disk(n): shape for n, shape in janus_shapes(values).items() if not n.startswith(OWN_PREFIXES)}
+    tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    weight_map = {}
+    for i in range(shards):
+        file, names = f"model-{i + 1:05}-of-{shards:05}.safetensors", list(tensors)[i::shards]
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    whole = vggt_shapes(VggtConfig.from_dict(vggt.to_dict() | {"depth": 25}))
+    torch.save({n: torch.randn(shape, generator=generator) for n, shape in whole.items()}, folder / "model.pt")
+    return tensors
+
+
+def test_every_tensor_of_a_checkpoint_in_the_hubs_full_layout_arrives(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "hub"
+    tensors = write_full_layout(folder, shards=5)
+    assert len(tensors) == 729
+    keys = {"preset": "tiny", "path": str(folder), "vggt_path": str(folder / "model.pt")}
+    said = "729 tensors taken, 11 newly initialised (merger., action_head.), 0 ignored"
+    assert said in check_weights(Model(**keys))[0]
+    model = build(folder, vggt_path=keys["vggt_path"])
+    out = capsys.readouterr().out
+    assert said in out
+    assert "1174 tensors taken, 36 ignored (36 of the last blocks)" in out
+    assert_holds(model, {name: tensor.float() for name, tensor in tensors.items()}, but=OWN_PREFIXES)
+    stored = torch.load(folder / "model.pt", weights_only=True)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in vggt_state_dict(model.vggt).items())
+
+
+READER = """
+import re, sys
+from pathlib import Path
+from janus_cluster.training.model.checkpoint_files import read_tensor_index, read_tensors
+def counters():
+    return [int(n) for n in re.findall(r"^(?:rchar|read_bytes): (\\d+)$", open("/proc/self/io").read(), re.M)]
+print("ready", flush=True)
+sys.stdin.readline()
+before, path = counters(), Path(sys.argv[1])
+index = read_tensor_index(path)
+total = sum(float(t.sum()) for t in read_tensors(index, index).values())
+print(total, *(b - a for a, b in zip(before, counters())), flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_two_processes_of_a_node_read_a_file_once(name: str, tmp_path: Path) -> None:
+    file, tensors = tmp_path / name, {f"t{i}": torch.ones(1024, 1024) for i in range(16)}
+    if name.endswith(".pt"):
+        torch.save(tensors, file)
+    else:
+        save_file(tensors, file)
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # out of the page cache again
+    command = [sys.executable, "-c", READER, str(file)]
+    readers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for reader in readers:
+        assert reader.stdout is not None and reader.stdout.readline() == "ready\n"
+    answers = [reader.communicate("go\n", timeout=60)[0].split() for reader in readers]
+    size = file.stat().st_size
+    assert [float(total) for total, _, _ in answers] == [16 * 1024.0**2] * 2
+    assert all(int(copied) < size / 10 for _, copied, _ in answers)  # mapped, not read() into each process
+    assert sum(int(from_disk) for _, _, from_disk in answers) < 1.5 * size
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
-from model_cases import IDS, load_case
+from model_cases import CHECKPOINT, IDS, load_case
 
+from janus_cluster.config.check_weights import load_config_values
+from janus_cluster.config.networks import PRESETS, VggtConfig
 from janus_cluster.config.schema import Model, Training
+from janus_cluster.config.weight_names import OWN_PREFIXES, janus_shapes, name_in_model, name_on_disk, vggt_shapes
 from janus_cluster.training.model.build import build_model
-from janus_cluster.training.model.janus import OWN_PREFIXES, JanusModel
+from janus_cluster.training.model.janus import JanusConfig, JanusModel
+from janus_cluster.training.model.load import model_shapes
 from janus_cluster.training.model.presets import build_config
+from janus_cluster.training.model.vggt import Aggregator
+from janus_cluster.training.model.vggt_weights import vggt_state_dict
 
 pytestmark = pytest.mark.train
 
@@ -33,6 +42,40 @@ def test_qwen_presets_have_the_published_number_of_parameters(preset: str, qwen_
     assert tuple(model.merger.mlp[2].weight.shape) == (hidden, 4096)
     assert tuple(model.action_head[0].weight.shape) == (512, hidden)
     assert tuple(model.action_head[3].weight.shape) == (4, 512)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "qwen2.5-vl-3b", "qwen2.5-vl-7b"])
+def test_the_table_without_torch_is_the_network(preset: str, tmp_path: Path) -> None:
+    config = build_config(Model(preset=preset), IDS)
+    shapes = model_shapes(config)
+    assert janus_shapes(config.to_dict()) == shapes
+    config.save_pretrained(tmp_path)
+    assert janus_shapes(load_config_values(tmp_path)) == shapes
+    assert {name_in_model(name_on_disk(name)) for name in shapes} == set(shapes)
+
+
+def test_the_table_reads_the_flat_layout_of_the_hub() -> None:
+    values = load_config_values(CHECKPOINT)
+    assert "text_config" not in values
+    assert janus_shapes(values) == model_shapes(JanusConfig.from_pretrained(CHECKPOINT))
+
+
+@pytest.mark.parametrize("config", [VggtConfig(), PRESETS["tiny"].vggt])
+def test_vggts_table_without_torch_is_the_network(config: VggtConfig) -> None:
+    with torch.device("meta"):
+        state = vggt_state_dict(Aggregator(config))
+    assert vggt_shapes(config) == {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def test_default_dimensions_are_those_of_vggt_1b() -> None:
+    # One layer more than VGGT-1B's 24, since the last blocks of a network are left out here.
+    shapes = vggt_shapes(VggtConfig(depth=25))
+    assert len(shapes) == 1210
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == 909_112_320
+    # sha256 of the sorted lines "name<TAB>shape" of the published Aggregator().state_dict()
+    lines = "\n".join(sorted(f"{name}\t{shape}" for name, shape in shapes.items()))
+    digest = "c13b3938c76fa14cf8919c9248320f77697aca984d3ad51d95088c9a49feb8be"
+    assert hashlib.sha256(lines.encode()).hexdigest() == digest
 
 
 def test_tiny_is_the_same_for_the_same_seed_only() -> None:

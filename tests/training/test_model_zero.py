@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from model_cases import CHECKPOINT, IDS
-from model_zero_worker import RANK_FRAMES, TRAINING, make_batch, whole_batch_denominator
+from model_zero_worker import RANK_FRAMES, make_batch, model_for, training_for, whole_batch_denominator
 from safetensors.torch import load_file, save_file
 
-from janus_cluster.config.schema import Model
 from janus_cluster.training.model.build import build_model, parameter_groups
 
 pytestmark = pytest.mark.train
@@ -31,12 +30,10 @@ def run_workers(stage: int, weights: str, out: Path) -> dict[str, torch.Tensor]:
 
 
 def one_process(weights: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
-    path = None if weights == "random" else weights
-    model = build_model(
-        Model(preset="tiny", path=path), TRAINING, tokenizer_ids=IDS, device="cpu", dtype=torch.float32, seed=7
-    )
+    training = training_for(weights)
+    model = build_model(model_for(weights), training, tokenizer_ids=IDS, device="cpu", dtype=torch.float32, seed=7)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.SGD(parameter_groups(model, TRAINING))
+    optimizer = torch.optim.SGD(parameter_groups(model, training))
     loss = 0.0
     for rank, frames in enumerate(RANK_FRAMES):
         out = model(**make_batch(frames, seed=rank), loss_denominator=whole_batch_denominator(1))
@@ -58,7 +55,7 @@ def hub_folder(folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(("stage", "source"), [(2, "random"), (3, "random"), (3, "hub")])
+@pytest.mark.parametrize(("stage", "source"), [(2, "random"), (3, "random"), (3, "hub"), (3, "lora")])
 def test_two_processes_make_the_step_of_one(stage: int, source: str, tmp_path: Path) -> None:
     weights = hub_folder(tmp_path / "hub") if source == "hub" else source
     before, after, loss = one_process(weights)
@@ -69,5 +66,8 @@ def test_two_processes_make_the_step_of_one(stage: int, source: str, tmp_path: P
         assert torch.equal(sharded[f"before.{name}"], start), name
         assert torch.allclose(sharded[f"after.{name}"], after[name], atol=1e-5), name
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert {"lm_head.weight", "merger.mlp.0.weight", "action_head.0.weight"} <= moved
+    adapter = "model.language_model.layers.0.self_attn.q_proj.lora_B.default.weight"
+    learns = adapter if source == "lora" else "lm_head.weight"
+    assert {learns, "merger.mlp.0.weight", "action_head.0.weight"} <= moved
+    assert ("lm_head.weight" in moved) == (source != "lora")
     assert "model.visual.blocks.0.mlp.up_proj.weight" not in moved

@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 from training_run import resolve
-from transformers import EvalPrediction
 
+from janus_cluster.errors import UsageError
 from janus_cluster.rundir import RunDir
-from janus_cluster.training.checkpoint import find_newest_complete, remove_old, write_manifest
+from janus_cluster.training.batches import build_batches
+from janus_cluster.training.checkpoint import agree_on_resume, find_newest_complete, remove_old, write_manifest
 from janus_cluster.training.data.dataset import NavigationDataset, collate
 from janus_cluster.training.data.demo import write_demo_episodes
 from janus_cluster.training.data.index import load_samples
+from janus_cluster.training.data.lengths import load_token_counts
 from janus_cluster.training.entry import load_job_tokenizer, tokenizer_ids
 from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.model.build import build_model
-from janus_cluster.training.trainer import JanusTrainer, build_training_arguments, compute_action_accuracy
+from janus_cluster.training.trainer import JanusTrainer, build_training_arguments
 from janus_cluster.training.world import World
 
 pytestmark = pytest.mark.train
@@ -35,7 +37,14 @@ def episodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def build_trainer(episodes: Path, folder: Path, **training: Any) -> JanusTrainer:
+def build_trainer(
+    episodes: Path,
+    folder: Path,
+    *,
+    data: dict[str, Any] | None = None,
+    dataset: type[NavigationDataset] = NavigationDataset,
+    **training: Any,
+) -> JanusTrainer:
     """One process, no DeepSpeed: four samples of unequal length make one optimizer step."""
     settings = {
         "max_steps": 1,
@@ -48,7 +57,14 @@ def build_trainer(episodes: Path, folder: Path, **training: Any) -> JanusTrainer
         {
             "nodes": 1,
             "model": {"preset": "tiny"},
-            "data": {"roots": [str(episodes)], "history": 2, "image_width": 84, "min_pixels": 784, "num_workers": 0},
+            "data": {
+                "roots": [str(episodes)],
+                "history": 2,
+                "image_width": 84,
+                "min_pixels": 784,
+                "num_workers": 0,
+            }
+            | (data or {}),
             "training": settings | training,
         },
         run_dir=folder,
@@ -67,9 +83,10 @@ def build_trainer(episodes: Path, folder: Path, **training: Any) -> JanusTrainer
         job=job,
         world=ALONE,
         metrics=MetricsLog(RunDir(folder), attempt=1, is_main=True, effective_batch_size=resolved.effective_batch_size),
-        train_dataset=NavigationDataset(
+        train_dataset=dataset(
             samples, tokenizer=tokenizer, data=job.data, segment_weights=job.training.segment_weights
         ),
+        batches=build_batches(job, samples, tokenizer, ALONE),
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
     )
 
@@ -127,12 +144,75 @@ def test_a_run_that_had_done_all_its_steps_does_no_other(episodes: Path, tmp_pat
     assert sum(m["kind"] == "train" for m in RunDir(tmp_path / "run").read_metrics()) == 1
 
 
-def test_accuracy_leaves_out_samples_without_an_action() -> None:
-    logits = np.array([[9.0, 0, 0, 0], [0, 9.0, 0, 0], [0, 9.0, 0, 0], [9.0, 0, 0, 0]])
-    found = compute_action_accuracy(EvalPrediction(predictions=logits, label_ids=np.array([0, 1, 2, -100])))
-    assert found["num_samples"] == 3
-    assert found["action_accuracy"] == pytest.approx(2 / 3)
-    assert found["majority_accuracy"] == pytest.approx(1 / 3)
+class RecordingDataset(NavigationDataset):
+    """Knows which samples were asked for."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.asked = [*getattr(self, "asked", []), index]
+        return super().__getitem__(index)
+
+
+def test_a_resumed_epoch_reads_only_what_the_uninterrupted_one_had_left(episodes: Path, tmp_path: Path) -> None:
+    def train(folder: str, *, max_steps: int, checkpoint: Path | None = None) -> tuple[list[int], list[float]]:
+        trainer = build_trainer(
+            episodes,
+            tmp_path / folder,
+            dataset=RecordingDataset,
+            per_device_batch_size=1,
+            gradient_accumulation_steps=1,
+            max_steps=max_steps,
+        )
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return trainer.train_dataset.asked, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole, losses = train("whole", max_steps=8)
+    first, _ = train("cut", max_steps=1)
+    rest, losses_of_both = train("cut", max_steps=8, checkpoint=find_newest_complete(tmp_path / "cut" / "checkpoints"))
+    assert sorted(whole[:4]) == sorted(whole[4:]) == [0, 1, 2, 3], "four steps are an epoch"
+    assert whole[:4] != whole[4:], "each epoch has its own order"
+    assert first + rest == whole
+    assert losses_of_both == pytest.approx(losses, rel=1e-5)
+
+
+def test_loader_processes_do_not_change_the_batches(episodes: Path, tmp_path: Path) -> None:
+    def rows(num_workers: int) -> list[list[list[int]]]:
+        trainer = build_trainer(episodes, tmp_path / "run", data={"num_workers": num_workers}, per_device_batch_size=1)
+        return [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]
+
+    assert rows(2) == rows(0)
+
+
+def test_a_root_of_three_times_the_weight_is_drawn_three_times_as_often(episodes: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write_demo_episodes(other, num_episodes=1, seed=2, image_size=(160, 120))
+    roots = [{"path": str(episodes), "weight": 3}, {"path": str(other), "weight": 1}]
+    job = resolve({"model": {"preset": "tiny"}, "data": {"roots": roots}}, run_dir=tmp_path / "run").job
+    samples = load_samples(job.data.model_copy(update={"validation_fraction": 0.0}), seed=0).train
+    batches = build_batches(job, samples, load_job_tokenizer(job, load_samples(job.data, seed=0)), ALONE)
+    drawn = []
+    for epoch in range(20):
+        batches.set_epoch(epoch)
+        drawn += [samples[i].frames[-1].is_relative_to(other) for batch in batches for i in batch]
+    share = np.mean([sample.frames[-1].is_relative_to(other) for sample in samples])
+    assert np.mean(drawn) == pytest.approx(share / (share + 3 * (1 - share)), rel=0.1)
+
+
+@pytest.mark.parametrize("image_mode", ["crop", "pad"])
+def test_token_counts_are_those_of_the_encoded_samples(episodes: Path, tmp_path: Path, image_mode: str) -> None:
+    trainer = build_trainer(episodes, tmp_path / "run", data={"image_mode": image_mode})
+    dataset, job = trainer.train_dataset, trainer._job
+    tokenizer = load_job_tokenizer(job, load_samples(job.data, seed=0))
+    counts = load_token_counts(dataset.samples, tokenizer=tokenizer, data=job.data)
+    assert counts.tolist() == [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
+    assert len(set(counts.tolist())) > 1
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    write_manifest(make_checkpoint(tmp_path, 7), step=7, world_size=16)
+    with pytest.raises(UsageError, match="written by 16 processes, this attempt has 1") as refused:
+        agree_on_resume(tmp_path, resume="auto", world=ALONE)
+    assert "start it on 16 processes" in str(refused.value.hint)
+    assert agree_on_resume(tmp_path, resume="never", world=ALONE) is None
 
 
 def make_checkpoint(checkpoints: Path, step: int, *, whole: bool = True) -> Path:

@@ -1,4 +1,4 @@
-"""A run folder as `submit` resolves it, and the two simulated nodes that run a training module in it."""
+"""A run folder as `submit` resolves it, and the simulated nodes that run a training module in it."""
 
 from __future__ import annotations
 
@@ -45,15 +45,16 @@ def free_port() -> int:
 
 
 def run_on_nodes(module: str, run: RunDir, *arguments: str, attempt: int = 1, timeout_s: float = 150) -> list[int]:
-    """Exit codes of the two torchrun agents that ran `module`, one process each; their words are in the node logs."""
+    """Exit codes of the torchrun agents that ran `module`, one for each of the job's nodes; see the node logs."""
     port = free_port()
     resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
     env = os.environ | {variable.name: variable.value for variable in resolved.env} | {"GLOO_SOCKET_IFNAME": "lo"}
     agents = []
-    for node_rank, node in enumerate(NODES):
+    for node_rank, node in enumerate(NODES[: resolved.job.nodes]):
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
-            "--node-rank", str(node_rank), "--master-addr", "127.0.0.1", "--master-port", str(port),
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", str(resolved.job.nodes),
+            "--nproc-per-node", str(resolved.processes_per_node), "--node-rank", str(node_rank),
+            "--master-addr", "127.0.0.1", "--master-port", str(port),
             # Without `--`, torchrun takes --node for a short form of its own --node-rank.
             "-m", "--", module, str(run.path), "--attempt", str(attempt), "--node", node, *arguments,
         ]  # fmt: skip

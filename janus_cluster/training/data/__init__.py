@@ -1,8 +1,13 @@
-"""From folders of episodes to batches. Nothing is imported here: demo, index and prompt work without torch.
+"""From data sets to batches. Nothing is imported here: everything but encode, lengths, tokenizer and dataset works
+without torch and transformers.
 
-samples.py   what a sample is, whatever format it came from       episodes.py  the episode-folder format
-history.py   which earlier frames a sample shows                  index.py     roots -> training and held-out samples
+samples.py   what a sample is, whatever format it came from       formats/     the file formats, one file each
+history.py   which earlier frames a sample shows                  store.py     the index of a data set: columns on disk
+indexing.py  the index made by several processes, kept, renewed   index_worker.py  one such process
+image_check.py  is a file a whole image, and how large            usable.py    which samples can be used; image tokens
+table.py     samples of indexes, made when asked for              index.py     roots -> training and held-out samples
 images.py    file -> resized uint8 pixels and Qwen's grid         prompt.py    the exact text of prompt and target
 encode.py    text and grids -> ids, labels, weights, segments     tokenizer.py real and tiny tokenizers, export files
-dataset.py   torch Dataset and collate                            demo.py      generated walks, drawn by demo_render.py
+lengths.py   token counts of all samples                          dataset.py   torch Dataset and collate
+sampler.py   which samples make a step                            demo.py      generated walks through world/
 """

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 
 from janus_cluster.config.schema import Data, SegmentWeights
 from janus_cluster.errors import TrainingFailed
-from janus_cluster.training.data.encode import IGNORE_INDEX, SampleEncoder
-from janus_cluster.training.data.images import load_frames, qwen_grid
+from janus_cluster.training.data.encode import IGNORE_INDEX, Encoded, SampleEncoder
+from janus_cluster.training.data.images import Grid, load_frames, qwen_grid
 from janus_cluster.training.data.samples import Sample
 
 # What stands in the batch behind the end of a shorter sample; input_ids get the tokenizer's pad token.
@@ -32,7 +32,7 @@ class NavigationDataset(Dataset[dict[str, Any]]):
     def __init__(
         self, samples: Sequence[Sample], *, tokenizer: Any, data: Data, segment_weights: SegmentWeights
     ) -> None:
-        self.samples = tuple(samples)
+        self.samples = samples
         self._data = data
         self._encoder = SampleEncoder(tokenizer, segment_weights)
 
@@ -48,13 +48,8 @@ class NavigationDataset(Dataset[dict[str, Any]]):
         sample = self.samples[index]
         frames = load_frames(sample.frames, self._data)
         grid = qwen_grid(frames.shape[3], frames.shape[2])
-        encoded = self._encoder.encode(sample, [grid] * len(frames))
-        length = len(encoded.input_ids)
-        if length > self._data.max_length:
-            raise TrainingFailed(
-                f"sample {sample.id} has {length} tokens, data.max_length is {self._data.max_length}",
-                hint="raise data.max_length, or lower data.history or data.image_width; a sample is never cut",
-            )
+        sample, encoded = self._encode_within_limit(sample, grid)
+        frames = frames[-len(sample.frames) :]
         return {
             "id": sample.id,
             "input_ids": torch.from_numpy(encoded.input_ids),
@@ -66,6 +61,20 @@ class NavigationDataset(Dataset[dict[str, Any]]):
             "frames": torch.from_numpy(frames),
             "image_grid_thw": torch.tensor([grid] * len(frames), dtype=torch.int64),
         }
+
+    def _encode_within_limit(self, sample: Sample, grid: Grid) -> tuple[Sample, Encoded]:
+        """The sample and its tokens; with on_too_long shorten_history, with as much history as fits."""
+        limit = self._data.max_length
+        encoded = self._encoder.encode(sample, [grid] * len(sample.frames))
+        while len(encoded.input_ids) > limit and self._data.on_too_long == "shorten_history" and len(sample.frames) > 1:
+            sample = sample.without_oldest_frame()
+            encoded = self._encoder.encode(sample, [grid] * len(sample.frames))
+        if len(encoded.input_ids) > limit:
+            raise TrainingFailed(
+                f"sample {sample.id} has {len(encoded.input_ids)} tokens, data.max_length is {limit}",
+                hint="raise data.max_length, or lower data.history or data.image_width; a sample is never cut",
+            )
+        return sample, encoded
 
 
 def collate(samples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:

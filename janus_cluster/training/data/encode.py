@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from janus_cluster.config.schema import SegmentWeights
-from janus_cluster.training.data.prompt import Segment, render_prompt_parts, render_target_parts
+from janus_cluster.training.data.prompt import Segment, render_conversation, render_target_parts
 from janus_cluster.training.data.samples import Sample
 from janus_cluster.training.data.tokenizer import image_token_ids
 
@@ -45,7 +45,7 @@ class SampleEncoder:
         }
 
     def encode(self, sample: Sample, grids: Sequence[Grid]) -> Encoded:
-        """The sample's conversation as ids; each image is expanded to its grid's number of tokens.
+        """The sample's conversation as ids; each of its frames is expanded to its grid's number of tokens.
 
         Prompt and target parts are tokenised one by one. Their borders (control tokens, line ends before a letter or a
         digit) are borders for Qwen's pre-tokenizer too, so the ids are those of the whole text.
@@ -71,7 +71,7 @@ class SampleEncoder:
         )
 
     def _prompt_ids(self, sample: Sample, grids: Sequence[Grid]) -> list[int]:
-        first, *rest = render_prompt_parts(sample.instruction, num_history=len(grids) - 1)
+        first, *rest = render_conversation(sample)
         ids = self._tokenize(first)
         for (_, grid_h, grid_w), text in zip(grids, rest, strict=True):
             pads = [self._images.image_pad] * (grid_h * grid_w // MERGE_LENGTH)

@@ -37,6 +37,14 @@ def frame_size(width: int, height: int, data: Data) -> tuple[int, int]:
     return _scaled(width, height, target, data)
 
 
+def frame_shape(width: int, height: int, data: Data) -> tuple[int, int]:
+    """(width, height) of what `load_frame` makes of a file of that size."""
+    width, height = frame_size(width, height, data)
+    if data.image_mode == "pad":
+        return max(width, height), max(width, height)
+    return width, min(width, height)
+
+
 def qwen_grid(width: int, height: int) -> Grid:
     """Patches (time, rows, columns) that Qwen sees of a frame of that size: the top rows, an even number of them."""
     return (1, height // TOKEN * 2, width // PATCH)

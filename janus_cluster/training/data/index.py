@@ -1,57 +1,77 @@
-"""Roots of the job file -> the samples to train on and the ones held out."""
+"""Roots of the job file -> the samples to train on and the ones held out, and a list of what could not be used."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from janus_cluster.config.schema import Data
 from janus_cluster.errors import UsageError
-from janus_cluster.training.data.episodes import MILESTONES_NAME, episode_samples, load_episodes
-from janus_cluster.training.data.samples import Problem, Sample
+from janus_cluster.rundir import write_text_atomically
+from janus_cluster.training.data.formats.registry import resolve_source
+from janus_cluster.training.data.indexing import Share, load_stores
+from janus_cluster.training.data.samples import Problem
+from janus_cluster.training.data.store import Store
+from janus_cluster.training.data.table import Indices, SampleTable
+from janus_cluster.training.data.usable import judge_samples
 
 PROBLEMS_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleSplit:
-    """Samples by episode, and everything that could not be used."""
+    """Samples by episode, and everything that could not be used. `num_bad` samples were lost by the problems."""
 
-    train: tuple[Sample, ...]
-    held_out: tuple[Sample, ...]
+    train: SampleTable
+    held_out: SampleTable
     problems: tuple[Problem, ...]
+    num_bad: int
 
     def describe(self) -> str:
         """Lines for a log: how many samples and episodes, and the first problems."""
         counts = ", ".join(
-            f"{name} {len(samples)} samples of {len({s.episode for s in samples})} episodes"
+            f"{name} {len(samples)} samples of {len(np.unique(samples.episode_numbers()))} episodes"
             for name, samples in (("training", self.train), ("held out", self.held_out))
         )
-        return "\n".join([counts, *_problem_lines(self.problems)])
+        return "\n".join([counts, *_problem_lines(self.problems, self.num_bad)])
 
 
-def load_samples(data: Data, *, seed: int, pad_history: bool = False) -> SampleSplit:
+def load_samples(
+    data: Data,
+    *,
+    seed: int,
+    pad_history: bool = False,
+    index_dir: Path | None = None,
+    share: Share | None = None,
+    bad_data: Path | None = None,
+    report: Callable[[str], None] | None = None,
+) -> SampleSplit:
     """Every usable sample under `data.roots`, split by episode; the same on every rank.
 
-    Raises: UsageError if a root is no folder, or nothing usable lies under them.
+    The index of each root is kept in `index_dir` (default: data.index_dir; without either nothing is kept). With
+    `share` only one rank reads the data. `bad_data`: the file that lists whatever could not be used, written by the
+    rank that builds, before the policy is applied.
+    Raises: UsageError if nothing usable is found, or more is bad than data.on_bad and data.max_bad_fraction allow.
     """
     if not data.roots:
-        raise UsageError("data.roots is empty", hint="name one or more folders of episode folders in data.roots")
-    samples: list[Sample] = []
-    problems: list[Problem] = []
-    for root in data.roots:
-        found, wrong = _load_root(Path(root.path), max_history=data.history, pad_history=pad_history)
-        samples += found
-        problems += wrong
-    if not samples:
-        raise _nothing_usable([root.path for root in data.roots], problems)
-    held_out_names = choose_held_out([s.episode for s in samples], fraction=data.validation_fraction, seed=seed)
+        raise UsageError("data.roots is empty", hint="name one or more data sets in data.roots")
+    sources = [resolve_source(root, decode_images=data.verify_images == "decode") for root in data.roots]
+    if index_dir is None and data.index_dir is not None:
+        index_dir = Path(data.index_dir)
+    stores = load_stores(sources, index_dir=index_dir, share=share, report=report or (lambda _: None))
+    table, problems = _usable_table(stores, data, pad_history=pad_history)
+    num_bad = sum(problem.lost for problem in problems)
+    if bad_data is not None and (share is None or share.is_builder):
+        write_bad_data(bad_data, problems)
+    _apply_policy(table, problems, num_bad, data, listed=bad_data)
+    held_out = _held_out_mask(table, fraction=data.validation_fraction, seed=seed)
     return SampleSplit(
-        train=tuple(s for s in samples if s.episode not in held_out_names),
-        held_out=tuple(s for s in samples if s.episode in held_out_names),
-        problems=tuple(problems),
+        train=table.select(~held_out), held_out=table.select(held_out), problems=tuple(problems), num_bad=num_bad
     )
 
 
@@ -65,36 +85,84 @@ def choose_held_out(episodes: Iterable[str], *, fraction: float, seed: int) -> f
     if fraction <= 0 or len(names) < 2:
         return frozenset()
     count = min(max(round(fraction * len(names)), 1), len(names) - 1)
-    ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    return frozenset(ranked[:count])
+
+    def rank(name: str) -> bytes:
+        return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
+
+    return frozenset(sorted(names, key=rank)[:count])
 
 
-def _load_root(root: Path, *, max_history: int, pad_history: bool) -> tuple[list[Sample], list[Problem]]:
-    if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
-        raise UsageError(f"data.roots: {root} {what}", hint="data.roots names folders of episode folders")
-    if (root / MILESTONES_NAME).is_file():
-        raise UsageError(
-            f"data.roots: {root} is an episode, expected a folder of episodes", hint=f"give its parent: {root.parent}"
-        )
-    episodes, problems = load_episodes(root)
-    samples = [s for e in episodes for s in episode_samples(e, max_history=max_history, pad_history=pad_history)]
-    return samples, problems
+def write_bad_data(path: Path, problems: Sequence[Problem]) -> None:
+    """The file holds a line of JSON for each problem: path, reason, and how many samples were lost by it."""
+    lines = (json.dumps({"path": str(p.path), "reason": p.reason, "samples_lost": p.lost}) for p in problems)
+    write_text_atomically(path, "".join(f"{line}\n" for line in lines))
 
 
-def _problem_lines(problems: Sequence[Problem]) -> list[str]:
+def _usable_table(stores: Sequence[Store], data: Data, *, pad_history: bool) -> tuple[SampleTable, list[Problem]]:
+    roots: list[Indices] = []
+    rows: list[Indices] = []
+    problems: list[Problem] = []
+    for number, (root, store) in enumerate(zip(data.roots, stores, strict=True)):
+        good, unusable = judge_samples(store, data, pad_history=pad_history)
+        own = [*store.problems, *unusable]
+        if not good.any():
+            raise _nothing_usable(root.path, own)
+        rows.append(np.flatnonzero(good))
+        roots.append(np.full(len(rows[-1]), number, dtype=np.int64))
+        problems += own
+    table = SampleTable(
+        stores=tuple(stores),
+        root_index=np.concatenate(roots),
+        rows=np.concatenate(rows),
+        max_history=data.history,
+        pad_history=pad_history,
+    )
+    return table, problems
+
+
+def _held_out_mask(table: SampleTable, *, fraction: float, seed: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """True where a sample's episode is held out. Episodes of one name are one episode, whatever root they are in."""
+    names = [store.episode_names() for store in table.stores]
+    numbers = table.episode_numbers()
+    present = np.unique(numbers).tolist()
+    name_of = {number: names[number >> 32][number & 0xFFFFFFFF] for number in present}
+    chosen = choose_held_out(name_of.values(), fraction=fraction, seed=seed)
+    return np.isin(numbers, [number for number, name in name_of.items() if name in chosen])
+
+
+def _apply_policy(
+    table: SampleTable, problems: Sequence[Problem], num_bad: int, data: Data, *, listed: Path | None
+) -> None:
+    total = num_bad + len(table)
+    where = "" if listed is None else f"; all are listed in {listed}"
+    if num_bad and data.on_bad == "fail":
+        policy = "data.on_bad is fail"
+        hint = f"mend them, or skip them with --set data.on_bad=skip{where}"
+    elif num_bad > data.max_bad_fraction * total:
+        policy = f"data.max_bad_fraction is {data.max_bad_fraction:g}"
+        enough = min(1.0, num_bad / total + 0.005)
+        hint = f"mend them, or allow more with --set data.max_bad_fraction={enough:.2f}{where}"
+    else:
+        return
+    lines = [f"{num_bad} of {total} samples cannot be used ({num_bad / total:.2%}), and {policy}"]
+    raise UsageError("\n".join([*lines, *_problem_lines(problems, num_bad)]), hint=hint)
+
+
+def _problem_lines(problems: Sequence[Problem], num_bad: int) -> list[str]:
     if not problems:
         return []
-    lines = [f"{len(problems)} problems in the data:", *(f"  {p}" for p in problems[:PROBLEMS_SHOWN])]
+    shown = sorted(problems, key=lambda p: p.lost == 0)[:PROBLEMS_SHOWN]
+    lines = [f"{len(problems)} problems in the data, {num_bad} samples lost:", *(f"  {p}" for p in shown)]
     if len(problems) > PROBLEMS_SHOWN:
         lines.append(f"  … and {len(problems) - PROBLEMS_SHOWN} more")
     return lines
 
 
-def _nothing_usable(roots: Sequence[str], problems: Sequence[Problem]) -> UsageError:
-    lines = [f"no usable sample under {', '.join(roots)}"]
-    lines += _problem_lines(problems) or ["there is no folder in it"]
+def _nothing_usable(root: str, problems: Sequence[Problem]) -> UsageError:
+    lines = [f"no usable sample under {root}"]
+    lines += _problem_lines(problems, sum(p.lost for p in problems)) or ["there is nothing in it"]
     return UsageError(
         "\n".join(lines),
-        hint=f"an episode folder holds {MILESTONES_NAME}, step_0000_ACTION.png and step_0000_ACTION.json",
+        hint="docs/data.md shows every format; an episode folder holds milestones_result.json, step_0000_ACTION.png "
+        "and step_0000_ACTION.json",
     )

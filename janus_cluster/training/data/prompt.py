@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -20,6 +21,9 @@ TASK = (
     "Respond in the following format:\n"
     "SUBINSTRUCTION: ...\n2D_DESCRIPTION: ...\n3D_DESCRIPTION: ...\nACTION: ..."
 )
+
+# What upstream asks for where there are no descriptions; its lines begin with a blank.
+ACTION_TASK = "You should take one of the following actions:\n MOVE_FORWARD\n TURN_LEFT\n TURN_RIGHT\n STOP."
 
 
 class Segment(IntEnum):
@@ -41,43 +45,66 @@ class TargetPart:
     closing: bool = False
 
 
-def render_user_parts(instruction: str, *, num_history: int) -> tuple[str, ...]:
+def render_user_parts(instruction: str, *, num_history: int, four_parts: bool = True) -> tuple[str, ...]:
     """The user's text cut at the images: image i stands between part i and part i + 1.
 
+    Asks for the four parts, or for the action alone as upstream does.
     Returns: num_history + 2 parts; the ones between two history images are empty. Without history the first part runs
     on to the current image.
     """
-    before_history = f"{ROLE}\nThis is your historical observation:"
-    before_current = "\nThis is your current observation:"
-    after = f"\nYour task is to {instruction}\n{TASK}"
+    line = "\n" if four_parts else "\n "
+    before_history = f"{ROLE}{line}This is your historical observation:"
+    before_current = f"{line}This is your current observation:"
+    after = f"{line}Your task is to {instruction}{line}{TASK if four_parts else ACTION_TASK}"
     if num_history == 0:
         return (before_history + before_current, after)
     return (before_history, *[""] * (num_history - 1), before_current, after)
 
 
-def render_prompt_parts(instruction: str, *, num_history: int) -> tuple[str, ...]:
+def render_prompt_parts(instruction: str, *, num_history: int, four_parts: bool = True) -> tuple[str, ...]:
     """The whole conversation up to the assistant's first word, cut at the images."""
-    first, *rest = render_user_parts(instruction, num_history=num_history)
-    head = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{first}"
-    tail = f"{rest[-1]}<|im_end|>\n<|im_start|>assistant\n"
-    return (head, *rest[:-1], tail)
+    return _with_turns(render_user_parts(instruction, num_history=num_history, four_parts=four_parts))
+
+
+def render_conversation(sample: Sample) -> tuple[str, ...]:
+    """The sample's conversation up to the assistant's first word, cut at its frames: one part more than frames."""
+    return _with_turns(_user_parts(sample, num_history=len(sample.frames) - 1))
 
 
 def render_target_parts(sample: Sample) -> tuple[TargetPart, ...]:
-    """The assistant's turn in stretches that tokenise apart as they do together: each begins after a line's end."""
+    """The assistant's turn in stretches that tokenise apart as they do together: each begins after a line's end.
+
+    Four parts, or the plain action where the sample has no sub-instruction.
+    """
+    closing = TargetPart("<|im_end|>\n", Segment.ACTION, closing=True)
+    if not sample.subinstruction:
+        return (TargetPart(ACTIONS[sample.action], Segment.ACTION), closing)
     return (
         TargetPart(f"SUBINSTRUCTION: {sample.subinstruction}\n", Segment.SUBINSTRUCTION),
         TargetPart(f"2D_DESCRIPTION: {sample.description_2d}\n", Segment.DESCRIPTION_2D),
         TargetPart(f"3D_DESCRIPTION: {sample.description_3d}\n", Segment.DESCRIPTION_3D),
         TargetPart(f"ACTION: {ACTIONS[sample.action]}", Segment.ACTION),
-        TargetPart("<|im_end|>\n", Segment.ACTION, closing=True),
+        closing,
     )
 
 
-def sample_texts(samples: list[Sample] | tuple[Sample, ...]) -> list[str]:
+def sample_texts(samples: Iterable[Sample]) -> list[str]:
     """The distinct prompts and targets of the samples, sorted: what a tiny tokenizer is trained on."""
     texts = set()
     for sample in samples:
-        texts.add("".join(render_user_parts(sample.instruction, num_history=1)))
+        texts.add("".join(_user_parts(sample, num_history=1)))
         texts.add("".join(part.text for part in render_target_parts(sample) if not part.closing))
     return sorted(texts)
+
+
+def _user_parts(sample: Sample, *, num_history: int) -> tuple[str, ...]:
+    if sample.user_parts is not None:
+        return sample.user_parts
+    return render_user_parts(sample.instruction, num_history=num_history, four_parts=bool(sample.subinstruction))
+
+
+def _with_turns(user_parts: tuple[str, ...]) -> tuple[str, ...]:
+    first, *rest = user_parts
+    head = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{first}"
+    tail = f"{rest[-1]}<|im_end|>\n<|im_start|>assistant\n"
+    return (head, *rest[:-1], tail)

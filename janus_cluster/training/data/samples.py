@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ACTIONS: tuple[str, ...] = ("STOP", "MOVE_FORWARD", "TURN_LEFT", "TURN_RIGHT")
@@ -14,7 +14,11 @@ CONTROL_TEXT = re.compile(r"<\|[^|<>\s]+\|>")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One decision: what was asked, what was seen (oldest first, current last), what was done."""
+    """One decision: what was asked, what was seen (oldest first, current last), what was done.
+
+    An empty subinstruction or description is not part of the target. `user_parts` is the user's turn as the data set
+    wrote it, cut at the images (one part more than frames); without it the prompt is made of the instruction.
+    """
 
     id: str
     episode: str
@@ -24,23 +28,38 @@ class Sample:
     description_3d: str
     action: int
     frames: tuple[Path, ...]
+    user_parts: tuple[str, ...] | None = None
+
+    def without_oldest_frame(self) -> Sample:
+        """The sample with one frame of history less. Raises: ValueError if it shows the current frame only."""
+        if len(self.frames) < 2:
+            raise ValueError(f"sample {self.id} has no history to shorten")
+        parts = self.user_parts
+        if parts is not None:
+            parts = (parts[0] + parts[1], *parts[2:])
+        return replace(self, frames=self.frames[1:], user_parts=parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A file or folder that could not be used, and why."""
+    """A file, folder or record that could not be used, why, and how many samples were lost by it."""
 
     path: Path
     reason: str
+    lost: int = 0
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
 
 
-def parse_action(text: str) -> int | None:
-    """Return the label of an action's name in any case, None for a name that is no action."""
-    name = text.strip().upper()
-    return ACTIONS.index(name) if name in ACTIONS else None
+def parse_action(value: object) -> int | None:
+    """Return the label of an action's name in any case or of a number 0..3, None for what is no action."""
+    if isinstance(value, str):
+        name = value.strip().upper()
+        return ACTIONS.index(name) if name in ACTIONS else None
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(ACTIONS):
+        return value
+    return None
 
 
 def find_control_text(*texts: str) -> str | None:
@@ -48,4 +67,14 @@ def find_control_text(*texts: str) -> str | None:
     for text in texts:
         if match := CONTROL_TEXT.search(text):
             return match.group()
+    return None
+
+
+def judge_text(*texts: str) -> str | None:
+    """Return why the texts cannot be tokenised as what they are, None where they can."""
+    if control := find_control_text(*texts):
+        return f"holds the control token {control}"
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            return "holds half of a surrogate pair, which is no text"
     return None

@@ -1,42 +1,23 @@
-"""A JanusModel as a job describes it: weights found and checked, VGGT attached, the trainable parts marked."""
+"""A JanusModel as a job describes it: weights in, VGGT attached, adapters in place, the trainable parts marked."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
-from transformers.utils import is_flash_attn_2_available
 
 from janus_cluster.config.schema import Model, Training
 from janus_cluster.errors import UsageError
-from janus_cluster.training.model.checkpoint_files import (
-    CheckpointProblem,
-    StoredTensor,
-    find_problems,
-    read_tensor_index,
-    read_tensors,
-)
-from janus_cluster.training.model.janus import OWN_PREFIXES, JanusConfig, JanusModel
+from janus_cluster.training.model.janus import JanusModel
+from janus_cluster.training.model.load import load_model, load_vggt
+from janus_cluster.training.model.lora import add_adapters, is_adapter
 from janus_cluster.training.model.presets import TokenizerIds, build_config
-from janus_cluster.training.model.vggt import Aggregator, VggtConfig
-from janus_cluster.training.model.vggt_weights import (
-    PREFIX,
-    expected_shapes,
-    is_unneeded_block,
-    load_vggt_state,
-    vggt_state_dict,
-)
-
-VGGT_FILE = "vggt.safetensors"
-VGGT_IN_JANUS_PREFIX = "vggt."
-FAMILY_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+from janus_cluster.training.model.vggt import Aggregator
 
 
 def build_model(
@@ -55,7 +36,7 @@ def build_model(
     Raises: UsageError on missing, misshapen or foreign weights, naming file and key.
     """
     if model_cfg.path is not None:
-        model, aggregator = _load_model(model_cfg, tokenizer_ids=tokenizer_ids, device=device, dtype=dtype, seed=seed)
+        model, aggregator = load_model(model_cfg, tokenizer_ids=tokenizer_ids, device=device, dtype=dtype, seed=seed)
     elif model_cfg.preset == "tiny":
         model, aggregator = _random_model(model_cfg, tokenizer_ids, dtype=dtype, seed=seed)
         if model_cfg.vggt_path is not None:
@@ -63,9 +44,12 @@ def build_model(
     else:
         raise UsageError(f"model.path: preset {model_cfg.preset} needs weights", hint="--set model.path=/path/to/model")
     model.attach_vggt(aggregator.to(device))
+    if training_cfg.lora.enabled:
+        add_adapters(model, training_cfg.lora, seed=seed)
     if not is_deepspeed_zero3_enabled():
         model.to(device)
     mark_trainable(model, training_cfg)
+    set_recompute(model, training_cfg)
     model.train()
     return model
 
@@ -80,182 +64,29 @@ def _random_model(
         return model, Aggregator(model.config.vggt).to(dtype)
 
 
-def _load_model(
-    model_cfg: Model, *, tokenizer_ids: TokenizerIds, device: torch.device | str, dtype: torch.dtype, seed: int
-) -> tuple[JanusModel, Aggregator]:
-    folder = Path(str(model_cfg.path))
-    config = _load_config(model_cfg, folder, tokenizer_ids)
-    index = _index_of(folder, key="model.path")
-    report = _check_weights(folder, index, config)
-    with torch.random.fork_rng(devices=[]):
-        # New modules (merger, action head) are drawn here; under ZeRO rank 0's values are broadcast.
-        torch.manual_seed(seed)
-        model = JanusModel.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=_attention_kind(device), local_files_only=True
-        )
-    aggregator = _load_vggt_for(model_cfg, folder, index, config.vggt, dtype=dtype)
-    print(f"model: {folder}: {report}", flush=True)
-    return model, aggregator
+def set_recompute(model: JanusModel, training_cfg: Training) -> None:
+    """Every n-th language layer recomputes its activations in the backward pass; the vision tower all, where it learns.
 
-
-def _attention_kind(device: torch.device | str) -> str:
-    return "flash_attention_2" if torch.device(device).type == "cuda" and is_flash_attn_2_available() else "sdpa"
-
-
-def _load_config(model_cfg: Model, folder: Path, ids: TokenizerIds) -> JanusConfig:
-    """The folder's configuration with the job's λ and reference frame. Raises: UsageError if it is another network."""
-    try:
-        values, _ = JanusConfig.get_config_dict(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model.path: {folder} has no readable config.json: {error}") from error
-    if values.get("model_type") != JanusConfig.model_type:
-        raise UsageError(
-            f"model.path: {folder}/config.json: model_type is {values.get('model_type')!r}, not 'qwen2_5_vl'",
-            hint="Qwen2.5-VL-3B/7B-Instruct, or a JanusVLN checkpoint made of one",
-        )
-    config: JanusConfig = JanusConfig.from_pretrained(folder, local_files_only=True)
-    wanted = build_config(model_cfg)
-    config.lam, config.reference_frame = model_cfg.lam, model_cfg.reference_frame
-    if config.vggt_config is None:
-        config.vggt_config = wanted.vggt_config
-    problems = []
-    if model_cfg.preset != "tiny":
-        for key in FAMILY_KEYS:
-            has, wants = getattr(config.text_config, key), getattr(wanted.text_config, key)
-            if has != wants:
-                problems.append(f"{folder}/config.json: {key} is {has}, preset {model_cfg.preset} has {wants}")
-    for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-        if getattr(config, key) != getattr(ids, key):
-            problems.append(
-                f"{folder}/config.json: {key} is {getattr(config, key)}, the tokenizer says {getattr(ids, key)}"
-            )
-    if config.text_config.vocab_size < ids.vocab_size:
-        problems.append(
-            f"{folder}/config.json: vocab_size is {config.text_config.vocab_size}, the tokenizer has {ids.vocab_size}"
-        )
-    if problems:
-        raise UsageError.of_many(problems, hint="model.path, model.preset and the tokenizer must belong together")
-    return config
-
-
-def _index_of(path: Path, *, key: str) -> dict[str, StoredTensor]:
-    try:
-        return read_tensor_index(path)
-    except CheckpointProblem as error:
-        raise UsageError(f"{key}: {error}") from error
-
-
-def _name_in_model(name: str) -> str:
-    name = re.sub(r"^visual\.", "model.visual.", name)
-    return re.sub(r"^model\.(?!language_model\.|visual\.)", "model.language_model.", name)
-
-
-def _name_on_disk(name: str) -> str:
-    return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
-
-
-def _check_weights(folder: Path, index: Mapping[str, StoredTensor], config: JanusConfig) -> str:
-    """A line on what is taken, new and ignored. Raises: UsageError if the checkpoint does not fill the network."""
-    with torch.device("meta"), set_zero3_state():
-        expected = {name: tuple(tensor.shape) for name, tensor in JanusModel(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
-    stored = {_name_in_model(name): tensor for name, tensor in index.items()}
-    # A merger or an action head may be new, but not in parts: half a module is a broken checkpoint.
-    new = [p for p in OWN_PREFIXES if not any(name.startswith(p) for name in stored)]
-    needed = {name: shape for name, shape in expected.items() if not name.startswith(tuple(new) or ("\0",))}
-    problems = find_problems(stored, needed, where=folder, name_on_disk=_name_on_disk)
-    if problems:
-        raise UsageError.of_many(
-            [f"model.path: {problem}" for problem in problems], hint="is the download complete, and the right size?"
-        )
-    ignored = sorted(name for name in stored if name not in expected)
-    names = ", ".join(sorted({name.split(".")[0] + ".*" for name in ignored}))
-    return (
-        f"{len(needed)} tensors taken, {len(expected) - len(needed)} newly initialised ({', '.join(new) or 'none'}), "
-        f"{len(ignored)} ignored" + (f" ({names})" if names else "")
-    )
-
-
-def _load_vggt_for(
-    model_cfg: Model, folder: Path, index: Mapping[str, StoredTensor], config: VggtConfig, *, dtype: torch.dtype
-) -> Aggregator:
-    """VGGT from model.vggt_path, else from the checkpoint itself (`vggt.*`), else from the file beside it."""
-    if model_cfg.vggt_path is not None:
-        return load_vggt(Path(model_cfg.vggt_path), config, dtype=dtype)
-    inside = {
-        name.removeprefix(VGGT_IN_JANUS_PREFIX): tensor
-        for name, tensor in index.items()
-        if name.startswith(VGGT_IN_JANUS_PREFIX + PREFIX)
-    }
-    if inside:
-        return _aggregator_from(inside, VGGT_IN_JANUS_PREFIX, folder, config, key="model.path", dtype=dtype)
-    if (folder / VGGT_FILE).is_file():
-        return load_vggt(folder / VGGT_FILE, config, dtype=dtype)
-    raise UsageError(
-        f"model.vggt_path is not set, and {folder} holds neither vggt.aggregator.* nor {VGGT_FILE}",
-        hint="--set model.vggt_path=/path/to/VGGT-1B",
-    )
-
-
-def load_vggt(path: Path, config: VggtConfig, *, dtype: torch.dtype) -> Aggregator:
-    """The frozen aggregator with the weights of `path` (VGGT-1B's names; its other heads are ignored).
-
-    Raises: UsageError on missing or misshapen `aggregator.*`, naming file and key.
+    A frozen vision tower has nothing to recompute: nothing before it learns, so its activations are not kept.
     """
-    index = _index_of(path, key="model.vggt_path")
-    return _aggregator_from(index, "", path, config, key="model.vggt_path", dtype=dtype)
-
-
-def _aggregator_from(
-    index: Mapping[str, StoredTensor],
-    disk_prefix: str,
-    where: Path,
-    config: VggtConfig,
-    *,
-    key: str,
-    dtype: torch.dtype,
-) -> Aggregator:
-    expected = expected_shapes(config)
-    problems = find_problems(index, expected, where=where, name_on_disk=lambda name: disk_prefix + name)
-    if problems:
-        raise UsageError.of_many([f"{key}: {p}" for p in problems], hint="VGGT-1B: facebook/VGGT-1B, aggregator.*")
-    spare = sum(is_unneeded_block(name, config) for name in index)
-    on_disk = {disk_prefix + name: index[name] for name in expected}
-    tensors = {name.removeprefix(disk_prefix): t.to(dtype) for name, t in read_tensors(on_disk, on_disk).items()}
-    with torch.device("meta"):
-        aggregator = Aggregator(config)
-    load_vggt_state(aggregator, tensors)
-    ignored = len(index) - len(expected)
-    print(f"vggt: {where}: {len(expected)} tensors taken, {ignored} ignored ({spare} of the last blocks)", flush=True)
-    return aggregator
-
-
-def write_vggt(model: JanusModel, folder: str | Path) -> Path:
-    """folder/vggt.safetensors holds the attached aggregator under VGGT-1B's names, so that an export stands alone."""
-    path = Path(folder) / VGGT_FILE
-    tensors = {name: t.detach().cpu().contiguous() for name, t in vggt_state_dict(model.vggt).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-    return path
-
-
-def load_exported(
-    folder: str | Path, *, vggt_path: str | Path | None = None, device: torch.device | str, dtype: torch.dtype
-) -> JanusModel:
-    """An exported model on `device`, ready to be evaluated. VGGT comes from `vggt_path` or from the folder itself."""
-    model = JanusModel.from_pretrained(folder, dtype=dtype, attn_implementation=_attention_kind(device))
-    source = Path(vggt_path) if vggt_path is not None else Path(folder) / VGGT_FILE
-    model.attach_vggt(load_vggt(source, model.config.vggt, dtype=dtype).to(device))
-    model.to(device)
-    return model.eval()  # type: ignore[no-any-return]
+    model.activation_checkpointing_disable()
+    if not training_cfg.gradient_checkpointing:
+        return
+    # Each part by itself: transformers would count the vision blocks as the first layers.
+    model.model.language_model.activation_checkpointing_enable(every_n_layers=training_cfg.gradient_checkpointing_every)
+    if training_cfg.tune.vision:
+        model.model.visual.activation_checkpointing_enable()
 
 
 def mark_trainable(model: JanusModel, training_cfg: Training) -> None:
-    """requires_grad is set on exactly the parts that training.tune names."""
+    """requires_grad is set on exactly the parts that training.tune names; with LoRA, on adapters instead of the LLM."""
     model.requires_grad_(False)
     for part, parameters in _parts(model).items():
-        for parameter in parameters.values():
-            parameter.requires_grad_(getattr(training_cfg.tune, part))
+        for name, parameter in parameters.items():
+            learns = getattr(training_cfg.tune, part)
+            if part == "llm" and training_cfg.lora.enabled:
+                learns = learns and is_adapter(name)
+            parameter.requires_grad_(learns)
 
 
 def _parts(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:

@@ -23,12 +23,13 @@ from transformers.conversion_mapping import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from janus_cluster.config.networks import VggtConfig
+from janus_cluster.config.weight_names import OWN_PREFIXES
 from janus_cluster.errors import UsageError
 from janus_cluster.training import loss as losses
 from janus_cluster.training.model import pixels
-from janus_cluster.training.model.vggt import Aggregator, VggtConfig
+from janus_cluster.training.model.vggt import Aggregator
 
-OWN_PREFIXES = ("merger.", "action_head.")
 KEYS_SHOWN = 5
 
 
@@ -163,15 +164,21 @@ class JanusModel(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
         return merged.split([len(memory) for memory in memories])  # type: ignore[no-any-return]
 
     def encode_images(
-        self, pixel_values: Tensor, image_grid_thw: Tensor, vggt_frames: Sequence[Tensor]
+        self,
+        pixel_values: Tensor,
+        image_grid_thw: Tensor,
+        vggt_frames: Sequence[Tensor],
+        memories: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Fused embeddings of every image, in batch order.
+        """Fused embeddings of every image, in batch order; VGGT runs only where `memories` are not given.
 
-        Shapes: [patches, 1176], [ΣS, 3], B × [S, 3, H, W] in [0, 1]; ΣS × [T, H] out.
+        Shapes: [patches, 1176], [ΣS, 3], B × [S, 3, H, W] in [0, 1], B × [T, 4, 2C] as `remember` gives them;
+                ΣS × [T, H] out.
         """
         image_embeds = self.model.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output
-        memories = self.merge_memories([self.remember(frames) for frames in vggt_frames])
-        return self.fuse(image_embeds, memories, [len(frames) for frames in vggt_frames])
+        if memories is None:
+            memories = [self.remember(frames) for frames in vggt_frames]
+        return self.fuse(image_embeds, self.merge_memories(memories), [len(frames) for frames in vggt_frames])
 
     def hidden_states(
         self, image_embeds: Sequence[Tensor], *, input_ids: Tensor, image_grid_thw: Tensor, **inputs: Any
@@ -214,6 +221,7 @@ class JanusModel(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
         frames: Sequence[Tensor] | None = None,
         image_grid_thw: Tensor | None = None,
         position_ids: Tensor | None = None,
+        memories: Sequence[Tensor] | None = None,
         action_loss_weight: float = 1.0,
         loss_denominator: Tensor | None = None,
         **kwargs: Any,
@@ -221,7 +229,8 @@ class JanusModel(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
         """One training or evaluation pass over a batch; without `frames` this is plain Qwen2.5-VL (decoding steps).
 
         Shapes:  text keys [B, L]; actions [B], negative = none; frames B × uint8 [S, 3, H, W], oldest first, current
-                 last; image_grid_thw [ΣS, 3]; loss_denominator [2] fp32 (see loss.combine).
+                 last; image_grid_thw [ΣS, 3]; loss_denominator [2] fp32 (see loss.combine); memories, for evaluation:
+                 B × [T, 4, 2C] from streaming.StreamingMemory and pixels.merge_groups, then VGGT does not run.
         Returns: JanusOutput; without labels only action_logits.
         Raises:  ValueError on a batch that is not consistent.
         """
@@ -238,7 +247,8 @@ class JanusModel(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
             raise ValueError("a batch with frames needs input_ids and image_grid_thw")
         _check_batch(input_ids, frames, image_grid_thw)
         patches = torch.cat([pixels.qwen_patches(sample) for sample in frames])
-        fused = self.encode_images(patches, image_grid_thw, [pixels.unit_frames(sample) for sample in frames])
+        unit_frames = [pixels.unit_frames(sample) for sample in frames]
+        fused = self.encode_images(patches, image_grid_thw, unit_frames, memories)
         hidden = self.hidden_states(fused, input_ids=input_ids, image_grid_thw=image_grid_thw, **text_inputs)
         return self.judge_hidden(
             hidden,

@@ -10,14 +10,15 @@ Source: VGGT (arXiv 2503.11651), JanusVLN (arXiv 2509.22548).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from janus_cluster.config.networks import VggtConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -27,37 +28,6 @@ DINO_NORM_EPS = 1e-6
 ROPE_TABLES_KEPT = 16
 
 RopeTable = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VggtConfig:
-    """The aggregator's dimensions; the defaults are VGGT-1B's."""
-
-    embed_dim: int = 1024
-    depth: int = 24
-    num_heads: int = 16
-    mlp_ratio: int = 4
-    patch_size: int = 14
-    num_register_tokens: int = 4
-    rope_base: float = 100.0
-    dino_depth: int = 24
-    dino_num_heads: int = 16
-    dino_image_size: int = 518
-
-    @property
-    def num_special_tokens(self) -> int:
-        return 1 + self.num_register_tokens
-
-    @property
-    def feature_dim(self) -> int:
-        return 2 * self.embed_dim
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> VggtConfig:
-        return cls(**values)
 
 
 def build_rope_table(config: VggtConfig, *, grid_h: int, grid_w: int, device: torch.device) -> RopeTable:
@@ -98,15 +68,14 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim, eps=BLOCK_NORM_EPS)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_SNC: Tensor, rope: RopeTable, *, over_frames: bool, last_frame_only: bool) -> Tensor:
+    def project(self, x_SNC: Tensor, rope: RopeTable) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [S, H, N, D]; queries and keys normalised and turned."""
         qkv = self.qkv(x_SNC).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        if last_frame_only:
-            q = q[-1:]
-        q = rotate(self.q_norm(q), rope).to(v.dtype)
-        k = rotate(self.k_norm(k), rope).to(v.dtype)
-        mixed = attend_to_earlier_frames(q, k, v) if over_frames else F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return rotate(self.q_norm(q), rope).to(v.dtype), rotate(self.k_norm(k), rope).to(v.dtype), v
+
+    def merge_heads(self, mixed_SHND: Tensor) -> Tensor:
+        return self.proj(mixed_SHND.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 def attend_to_earlier_frames(q_FHND: Tensor, k_SHND: Tensor, v_SHND: Tensor) -> Tensor:
@@ -158,8 +127,15 @@ class Block(nn.Module):
 
     def forward(self, x_SNC: Tensor, rope: RopeTable, *, last_frame_only: bool = False) -> Tensor:
         """Shapes: [S, N, C] in; [S, N, C] out, or [1, N, C] where only the last frame is wanted."""
-        mixed = self.attn(self.norm1(x_SNC), rope, over_frames=self.over_frames, last_frame_only=last_frame_only)
-        x = (x_SNC[-1:] if last_frame_only else x_SNC) + self.ls1(mixed)
+        q, k, v = self.attn.project(self.norm1(x_SNC), rope)
+        if last_frame_only:
+            q, x_SNC = q[-1:], x_SNC[-1:]
+        mixed = attend_to_earlier_frames(q, k, v) if self.over_frames else F.scaled_dot_product_attention(q, k, v)
+        return self.add_to_stream(x_SNC, mixed)
+
+    def add_to_stream(self, x_SNC: Tensor, mixed_SHND: Tensor) -> Tensor:
+        """The residual stream after attention's result and the MLP."""
+        x = x_SNC + self.ls1(self.attn.merge_heads(mixed_SHND))
         return x + self.ls2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
 
 
@@ -199,14 +175,23 @@ class Aggregator(nn.Module):
         Returns: [H / patch, W / patch, 2C] = frame block's output beside the global block's.
         """
         grid_h, grid_w = (side // self.config.patch_size for side in frames_S3HW.shape[-2:])
-        rope = self._rope_table(grid_h, grid_w)
-        x = self._with_special_tokens(self.patch_tokens(frames_S3HW))
+        rope = self.rope_table(grid_h, grid_w)
+        x = self.with_special_tokens(self.patch_tokens(frames_S3HW))
         last = len(self.frame_blocks) - 1
-        for i, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks, strict=True)):
+        for i, (frame_block, global_block) in enumerate(self.block_pairs()):
             in_frame = frame_block(x, rope)
             x = global_block(in_frame, rope, last_frame_only=i == last)
-        features = torch.cat((in_frame[-1], x[-1]), dim=-1)[self.config.num_special_tokens :]
+        return self.feature_map(in_frame[-1], x[-1], grid_h=grid_h, grid_w=grid_w)
+
+    def feature_map(self, in_frame_NC: Tensor, over_frames_NC: Tensor, *, grid_h: int, grid_w: int) -> Tensor:
+        """[grid_h, grid_w, 2C]: the patches of one frame, what both last blocks say of them side by side."""
+        features = torch.cat((in_frame_NC, over_frames_NC), dim=-1)[self.config.num_special_tokens :]
         return features.reshape(grid_h, grid_w, -1)
+
+    def block_pairs(self) -> Iterator[tuple[Block, Block]]:
+        """Frame block and global block of every layer, in order."""
+        for frame_block, global_block in zip(self.frame_blocks, self.global_blocks, strict=True):
+            yield cast(Block, frame_block), cast(Block, global_block)
 
     @torch.no_grad()
     def patch_tokens(self, frames_S3HW: Tensor) -> Tensor:
@@ -216,14 +201,17 @@ class Aggregator(nn.Module):
         tokens = self.patch_embed(((frames_S3HW - mean) / std).to(self.dtype)).last_hidden_state
         return tokens[:, self.config.num_special_tokens :]  # type: ignore[no-any-return]
 
-    def _with_special_tokens(self, patches_SPC: Tensor) -> Tensor:
-        """[S, N, C]: camera and register tokens in front; the first frame has its own, all later ones share theirs."""
-        num_frames = patches_SPC.shape[0]
-        special_2TC = torch.cat((self.camera_token, self.register_token), dim=2)[0]
-        later = special_2TC[1:].expand(num_frames - 1, -1, -1)
-        return torch.cat((torch.cat((special_2TC[:1], later)), patches_SPC), dim=1)
+    def with_special_tokens(self, patches_SPC: Tensor, *, first_index: int = 0) -> Tensor:
+        """[S, N, C]: camera and register tokens in front; frame 0 has its own, all later ones share theirs.
 
-    def _rope_table(self, grid_h: int, grid_w: int) -> RopeTable:
+        `first_index` is the place of patches_SPC[0] in its sequence.
+        """
+        special_2TC = torch.cat((self.camera_token, self.register_token), dim=2)[0]
+        num_first = 1 if first_index == 0 else 0
+        later = special_2TC[1:].expand(patches_SPC.shape[0] - num_first, -1, -1)
+        return torch.cat((torch.cat((special_2TC[:num_first], later)), patches_SPC), dim=1)
+
+    def rope_table(self, grid_h: int, grid_w: int) -> RopeTable:
         """The cached table: computed once per grid, so a step launches no kernels for it and waits for no device."""
         key = (grid_h, grid_w, self.device, self.dtype)
         if key not in self._rope_tables:

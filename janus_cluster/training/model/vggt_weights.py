@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from janus_cluster.training.model.vggt import Aggregator, VggtConfig
+from janus_cluster.config.weight_names import VGGT_PREFIX as PREFIX
+from janus_cluster.config.weight_names import is_unneeded_block
+from janus_cluster.training.model.vggt import Aggregator
 
-PREFIX = "aggregator."
 DINO_PREFIX = "patch_embed."
 QKV_PARTS = ("q_proj", "k_proj", "v_proj")
 
@@ -31,19 +32,6 @@ _DINO_RENAMES = (
 )
 _QKV = re.compile(r"^blocks\.(\d+)\.attn\.qkv\.(weight|bias)$")
 _QKV_PART = re.compile(r"^encoder\.layer\.(\d+)\.attention\.(q_proj|k_proj|v_proj)\.(weight|bias)$")
-_LAST_BLOCKS = re.compile(r"^aggregator\.(?:frame_blocks|global_blocks)\.(\d+)\.")
-
-
-def expected_shapes(config: VggtConfig) -> dict[str, tuple[int, ...]]:
-    """Name (VGGT-1B's) and shape of every tensor that the aggregator needs."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in vggt_state_dict(Aggregator(config)).items()}
-
-
-def is_unneeded_block(name: str, config: VggtConfig) -> bool:
-    """True for a tensor of the last frame or global block, which the memory does not use."""
-    match = _LAST_BLOCKS.match(name)
-    return match is not None and int(match.group(1)) == config.depth - 1
 
 
 def vggt_state_dict(aggregator: Aggregator) -> dict[str, Tensor]:

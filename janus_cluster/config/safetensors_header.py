@@ -1,0 +1,169 @@
+"""Checkpoint files on disk, as far as they can be read without torch: names and shapes from safetensors headers.
+
+A safetensors file begins with 8 bytes (length of the header, little endian) and a JSON header; the data follows without
+gaps. A `.pt` is a zip around a pickle: only its directory is read here.
+Source: the safetensors format, https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+WHOLE_FILES = ("model.safetensors", "model.pt")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+KEYS_SHOWN = 5
+
+
+class CheckpointProblem(ValueError):
+    """A file that cannot be read as a checkpoint; the message names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One tensor on disk."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+def find_weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights of `path`: a file itself, or a folder's shards or whole file.
+
+    Raises: CheckpointProblem if there are none, or the index names a shard that is not there.
+    """
+    if path.is_file():
+        if path.suffix != ".safetensors" and path.suffix not in TORCH_SUFFIXES:
+            raise CheckpointProblem(f"{path}: neither .safetensors nor {', '.join(TORCH_SUFFIXES)}")
+        return [path]
+    if not path.is_dir():
+        raise CheckpointProblem(f"{path}: no such file or folder")
+    index = path / SAFETENSORS_INDEX
+    if index.is_file():
+        return [path / shard for shard in sorted(set(read_weight_map(index).values()))]
+    for name in WHOLE_FILES:
+        if (path / name).is_file():
+            return [path / name]
+    raise CheckpointProblem(f"{path}: holds none of {SAFETENSORS_INDEX}, {', '.join(WHOLE_FILES)}")
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> shard, as `index` says; every shard exists.
+
+    Raises: CheckpointProblem if the index cannot be read, or names a shard that is not there.
+    """
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+        absent = [shard for shard in shards if not (index.parent / shard).is_file()]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointProblem(f"{index}: not an index of shards: {error}") from error
+    if absent:
+        raise CheckpointProblem(f"{index}: names files that are not there: {render_names(absent)}")
+    return dict(weight_map)
+
+
+def read_safetensors_index(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a safetensors file, or of a folder of them, by name; only headers are read.
+
+    Raises: CheckpointProblem naming the file that is missing, truncated or no safetensors, or the tensor that the
+    index promises and its shard does not hold.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in find_weight_files(path):
+        if file.suffix in TORCH_SUFFIXES:
+            raise CheckpointProblem(f"{file}: names and shapes of a {file.suffix} cannot be read without torch")
+        found |= {name: StoredTensor(file=file, shape=shape) for name, shape in read_header(file).items()}
+    check_against_index(path, found)
+    return found
+
+
+def check_against_index(path: Path, found: Mapping[str, StoredTensor]) -> None:
+    """Each shard of a folder holds what its index promises. Raises: CheckpointProblem naming the tensors."""
+    index = path / SAFETENSORS_INDEX
+    if not index.is_file():
+        return
+    absent = [
+        f"{name} ({shard})"
+        for name, shard in read_weight_map(index).items()
+        if name not in found or found[name].file.name != Path(shard).name
+    ]
+    if absent:
+        raise CheckpointProblem(f"{index}: {len(absent)} tensors are not in the file it names: {render_names(absent)}")
+
+
+def read_header(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a safetensors file whose data is all there.
+
+    Raises: CheckpointProblem naming the file: too short, no JSON header, or shorter than its header says.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            prefix = opened.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointProblem(f"{file}: cannot be read: {size} bytes, no whole safetensors header in them")
+            header = json.loads(opened.read(length))
+        tensors = {name: values for name, values in header.items() if name != "__metadata__"}
+        shapes = {name: tuple(int(n) for n in values["shape"]) for name, values in tensors.items()}
+        end = max((int(values["data_offsets"][1]) for values in tensors.values()), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if isinstance(error, CheckpointProblem):
+            raise
+        raise CheckpointProblem(f"{file}: cannot be read: {error}") from error
+    if size < 8 + length + end:
+        raise CheckpointProblem(f"{file}: truncated: {size:,} bytes, its header promises {8 + length + end:,}")
+    return shapes
+
+
+def read_torch_directory(file: Path) -> tuple[int, int]:
+    """How many storages a `.pt` holds, and their bytes; the pickle inside is not opened.
+
+    Raises: CheckpointProblem if it is no zip of torch's (a truncated one has lost its directory, which is at the end).
+    """
+    try:
+        with zipfile.ZipFile(file) as opened:
+            entries = opened.infolist()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise CheckpointProblem(f"{file}: cannot be read as weights: {error}") from error
+    if not any(entry.filename.endswith("/data.pkl") for entry in entries):
+        raise CheckpointProblem(f"{file}: cannot be read as weights: a zip without data.pkl")
+    storages = [entry for entry in entries if "/data/" in entry.filename]
+    return len(storages), sum(entry.file_size for entry in storages)
+
+
+def find_problems(
+    index: Mapping[str, StoredTensor],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    where: Path,
+    name_on_disk: Callable[[str], str],
+) -> list[str]:
+    """One line for the missing tensors and one for the misshapen ones, naming file and key; none if all is well.
+
+    `index` and `expected` have the same names; `name_on_disk` says how the checkpoint itself calls one.
+    """
+    problems = []
+    missing = [name_on_disk(name) for name in expected if name not in index]
+    if missing:
+        problems.append(f"{where}: {len(missing)} of {len(expected)} tensors are missing: {render_names(missing)}")
+    wrong = [
+        f"{name_on_disk(name)} in {index[name].file.name} is {list(index[name].shape)}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in index and index[name].shape != shape
+    ]
+    if wrong:
+        problems.append(f"{where}: {len(wrong)} tensors have another shape: {render_names(wrong)}")
+    return problems
+
+
+def render_names(names: Sequence[str]) -> str:
+    """The first few, and a sign that there are more."""
+    return ", ".join(names[:KEYS_SHOWN]) + (", …" if len(names) > KEYS_SHOWN else "")

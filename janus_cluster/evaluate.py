@@ -1,0 +1,198 @@
+"""eval: start the evaluation of a trained model in a process of its own (it needs torch), and print what it found."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from janus_cluster.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MODULE = "janus_cluster.training.evaluation"
+FILES = ("evaluation.json", "predictions.html", "predictions.jsonl")
+
+
+@click.command(
+    "eval",
+    epilog="""\b
+Examples:
+  janus-cluster eval demo                                  the newest run of that name, its own held-out episodes
+  janus-cluster eval 4711 --generate 200 --out report
+  janus-cluster eval /models/mine --data /data/r2r_val     an exported model on every episode under a folder
+  srun --gres=gpu:1 janus-cluster eval 4711                the same on a GPU node
+""",
+)
+@click.argument("model_or_run")
+@click.option(
+    "--data", "roots", multiple=True, metavar="ROOT", help="Data set; may be repeated. Default: the run's own."
+)
+@click.option(
+    "--samples", type=click.IntRange(min=1), help="Only this many samples, drawn the same way each time. Default: all."
+)
+@click.option(
+    "--generate",
+    type=click.IntRange(min=0),
+    default=50,
+    show_default=True,
+    help="How many of the samples are answered in words too (slow).",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the report. Default: <run>/evaluation, or ./evaluation for an exported model.",
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is a GPU.")
+@click.option("--vggt-path", metavar="PATH", help="VGGT-1B's weights, where neither the model nor its run knows them.")
+@click.option(
+    "--runs-dir",
+    "runs_dirs",
+    multiple=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of run folders; may be repeated. Default: $JANUS_HOME/runs, else ./runs.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print evaluation.json and nothing else.")
+def evaluate(
+    *,
+    model_or_run: str,
+    roots: tuple[str, ...],
+    samples: int | None,
+    generate: int,
+    max_new_tokens: int,
+    out: Path | None,
+    device: str | None,
+    vggt_path: str | None,
+    runs_dirs: tuple[Path, ...],
+    as_json: bool,
+) -> int:
+    """Judge a trained model on episodes it has not seen: actions, F1, perplexity, and samples with their pictures.
+
+    MODEL_OR_RUN is an exported folder (then with --data), or a run: its folder, name or job id.
+    """
+    target, default_out = find_target(model_or_run, runs_dirs)
+    folder = (out or default_out).absolute()
+    options: dict[str, object] = {
+        "--samples": samples,
+        "--generate": generate,
+        "--max-new-tokens": max_new_tokens,
+        "--device": device,
+        "--vggt-path": vggt_path,
+        "--out": folder,
+    }
+    command = [sys.executable, "-m", MODULE, str(target)]
+    command += [f"{name}={value}" for name, value in options.items() if value is not None]
+    command += [f"--data={root}" for root in roots]
+    _require_torch()
+    # What it says on the way goes to stderr: stdout is the result.
+    code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+    if code != 0:
+        return code if code > 0 else 128 - code
+    evaluation = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
+    if as_json:
+        click.echo(json.dumps(evaluation, indent=2, ensure_ascii=False))
+    else:
+        _print_evaluation(evaluation, folder)
+    return 0
+
+
+def find_target(name: str, runs_dirs: tuple[Path, ...]) -> tuple[Path, Path]:
+    """The exported folder or run folder that is meant, and where its report goes by default.
+
+    Raises: JobNotFound, naming near matches.
+    """
+    from janus_cluster.config.home import runs_dir
+    from janus_cluster.observe.find import find_run
+
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return path.absolute(), Path("evaluation")
+    run = find_run(name, list(runs_dirs) or [runs_dir(os.environ, Path.cwd())])
+    return run.path, run.evaluation
+
+
+def _require_torch() -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise UsageError(
+            f"eval needs torch, and {sys.executable} has none",
+            hint="pip install 'janus-cluster[train]', or start it in the environment of the nodes",
+        )
+
+
+def _print_evaluation(evaluation: Mapping[str, Any], folder: Path) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(_summary_table(evaluation))
+    console.print(_action_table("action head", evaluation["actions"], evaluation["head"]))
+    if evaluation["generated"] is not None:
+        console.print(_action_table("in words", evaluation["actions"], evaluation["generated"]))
+    console.print(_confusion_table(evaluation))
+    console.print(_perplexity_table(evaluation))
+    page = folder / FILES[1]
+    console.print(f"report {folder}\npage   {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _summary_table(evaluation: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
+    head, words, majority = evaluation["head"], evaluation["generated"], evaluation["majority"]
+    kind = "held-out " if evaluation["held_out_only"] else ""
+    title = f"{evaluation['num_samples']} {kind}samples of {evaluation['num_episodes']} episodes"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "action head", "in words"):
+        table.add_column(column, justify="left" if not column else "right")
+    given = words or {}
+    table.add_row("samples", str(head["num_samples"]), str(given.get("num_samples", "—")))
+    table.add_row("action accuracy", _number(head["accuracy"]), _number(given.get("accuracy")))
+    table.add_row("macro F1", _number(head["macro_f1"]), _number(given.get("macro_f1")))
+    table.add_row("answers that name no action", "—", str(given.get("num_unparsable", "—")))
+    table.add_row(f"always {majority['action']}", _number(majority["accuracy"]), "—")
+    return table
+
+
+def _perplexity_table(evaluation: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="perplexity of the true text, all samples", title_justify="left")
+    for segment in evaluation["perplexity_by_segment"]:
+        table.add_column(segment, justify="right")
+    table.add_row(*map(_number, evaluation["perplexity_by_segment"].values()))
+    return table
+
+
+def _action_table(title: str, actions: Sequence[str], scores: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in ("", "precision", "recall", "F1", "samples"):
+        table.add_column(column, justify="right" if column else "left")
+    for action in actions:
+        score = scores["by_action"][action]
+        table.add_row(action, *(_number(score[key]) for key in ("precision", "recall", "f1")), str(score["support"]))
+    return table
+
+
+def _confusion_table(evaluation: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="action head: true action by row, given action by column", title_justify="left")
+    table.add_column("")
+    for action in evaluation["actions"]:
+        table.add_column(action, justify="right")
+    for action, row in zip(evaluation["actions"], evaluation["head"]["confusion"], strict=True):
+        table.add_row(action, *map(str, row[: len(evaluation["actions"])]))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3f}"

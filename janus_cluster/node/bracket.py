@@ -1,0 +1,40 @@
+"""The probe between two readings of the error counters: what rose, rose because of our own traffic."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from janus_cluster.rundir import write_json_atomically
+
+
+def run_between_counters(
+    command: Sequence[str], environ: Mapping[str, str], path: Path, *, sysfs_root: str | None
+) -> int:
+    """The command has ended and `path` holds {before, after}. Returns: its exit code, 128 + n for signal n."""
+    before = read_all_counters(sysfs_root)
+    process = subprocess.Popen(list(command), env=dict(environ))
+
+    def pass_on(signum: int, _frame: FrameType | None) -> None:
+        process.send_signal(signum)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, pass_on)
+    code = process.wait()
+    write_json_atomically(path, {"schema_version": 1, "before": before, "after": read_all_counters(sysfs_root)})
+    return code if code >= 0 else 128 - code
+
+
+def read_all_counters(sysfs_root: str | None) -> dict[str, Any]:
+    """Error counters of every HCA port and of every interface with an address."""
+    from janus_cluster.preflight.hca import read_counters
+    from janus_cluster.preflight.interfaces import read_interface_counters, read_interfaces
+    from janus_cluster.preflight.sysfs import NodeRoot
+
+    counters: dict[str, Any] = dict(read_counters(NodeRoot.of(sysfs_root)))
+    of_interfaces = read_interface_counters()
+    return counters | {i["name"]: of_interfaces.get(i["name"], {}) for i in read_interfaces()}

@@ -1,0 +1,47 @@
+"""The variables that torchrun's ranks get on this node beyond env.sh: from the hardware, and for the probe alone."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from janus_cluster.config.schema import EnvVar, ResolvedJob
+from janus_cluster.node.topology import NodeIdentity
+from janus_cluster.rundir import RunDir, read_json
+
+_PROBE = "the preflight's own test"
+
+
+def network_variables(
+    run: RunDir, resolved: ResolvedJob, identity: NodeIdentity, *, attempt: int, master_addr: str
+) -> list[EnvVar]:
+    """NCCL_IB_HCA, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME of this node; a value of the user's own stays.
+
+    The interface is the one whose address speaks to master_addr; on node 0 that is the one which has this address.
+    """
+    from janus_cluster.preflight.hca import read_hcas
+    from janus_cluster.preflight.network_env import derive_network_env
+    from janus_cluster.preflight.route import read_route
+    from janus_cluster.preflight.sysfs import NodeRoot
+
+    root = NodeRoot.of(resolved.job.preflight.sysfs_root)
+    path = run.facts_json(attempt, identity.node)
+    facts: dict[str, Any] = read_json(path) if path.exists() else {"hca": read_hcas(root)}
+    # With one node nothing leaves it, and the interface of some default route has no part in it.
+    facts["route"] = read_route(master_addr, root) if identity.num_nodes > 1 else {}
+    return derive_network_env(facts, resolved.preflight_thresholds, os.environ)
+
+
+def probe_variables(run: RunDir, resolved: ResolvedJob, identity: NodeIdentity, *, attempt: int) -> list[EnvVar]:
+    """What the probe needs from NCCL: its own words in a file, the ring whose figures are known, an early end."""
+    if resolved.job.hardware.device != "cuda":
+        return []
+    log = str(run.nccl_log_pattern(attempt, identity.node))
+    wanted = (
+        ("NCCL_DEBUG", "INFO", "The transport is judged by NCCL's own log."),
+        ("NCCL_DEBUG_SUBSYS", "INIT,NET,GRAPH,ENV", "No more than the judge reads."),
+        ("NCCL_DEBUG_FILE", log, "Apart from the node's log."),
+        ("NCCL_ALGO", "Ring", "The floors are of rings; a tree can exceed the wire."),
+        ("NCCL_IB_TIMEOUT", "18", "7.5 s with 7 retries: a dead link is found soon."),
+    )
+    return [EnvVar(name=name, value=value, reason=reason, origin=_PROBE) for name, value, reason in wanted]

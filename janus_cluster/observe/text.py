@@ -1,0 +1,62 @@
+"""Text that others wrote, made fit for a terminal: it may be read, never obeyed, and it holds no secret of the run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from janus_cluster.rundir import RunDir
+
+# CSI, OSC and the other string sequences (DCS, SOS, PM, APC; in their 8-bit forms too), and two-letter ones.
+_ESCAPE_SEQUENCE = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"
+    r"|\x1b[ -/]*[0-~]"
+)
+# C0 but for the tab, DEL and C1; and what turns the direction of writing, so that a line shows what it does not say.
+_BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_CONTROL = dict.fromkeys((*range(9), *range(10, 32), *range(127, 160), *_BIDI, 0x2028, 0x2029))
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+# json escapes C0 by itself.
+_NOT_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Shorter values would be found by accident.
+_SHORTEST_SECRET = 6
+
+
+def clean(text: str) -> str:
+    """The text without colours and control characters, which could move the reader's cursor or retitle the window."""
+    return _SURROGATE.sub("\ufffd", _ESCAPE_SEQUENCE.sub("", text).translate(_CONTROL))
+
+
+def clean_line(text: str) -> str:
+    """`clean` for a text that must stay on one line: line breaks become spaces."""
+    return clean(re.sub(r"[\r\n]+", " ", text)).strip()
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON, readable as it stands, in which every character that a terminal would act on is escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return _NOT_IN_JSON.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
+
+
+def load_secrets(run: RunDir) -> dict[str, str]:
+    """The run's secrets, where this user may read them; a text that is shown goes through `redact` with them."""
+    if not run.secrets_env.exists():
+        return {}
+    # Imported here, because the job file's schema comes with it and most runs have no secrets.
+    from janus_cluster.render.env import parse_secrets_env
+
+    try:
+        return parse_secrets_env(run.secrets_env.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def redact(text: str, secrets: Mapping[str, str]) -> str:
+    """The text with <NAME> in the place of each secret's value."""
+    for name, value in secrets.items():
+        if len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, f"<{name}>")
+    return text

@@ -1,0 +1,174 @@
+"""The site's memory: a baseline that later runs are judged against, and what each node did in every gate.
+
+    <site>/baseline.json           per profile and number of nodes: test → median, from `preflight --calibrate`
+    <site>/history/<node>.jsonl    one line per gate that was seen: rates, failed checks, partners
+
+Both are written at the desk, from run folders: the nodes need not see the home of the login node. A baseline reaches
+them inside resolved.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from janus_cluster.config.schema import ResolvedJob
+from janus_cluster.errors import GateFailed, GateUndetermined
+from janus_cluster.preflight.all_reduce import busbw_gb_per_s
+from janus_cluster.preflight.bandwidth import rail_rate
+from janus_cluster.rundir import RunDir, read_json, write_json_atomically
+
+_SCHEMA_VERSION = 1
+
+
+def measured_rates(facts: Mapping[str, Any], *, statistic: str) -> dict[str, float]:
+    """Test → rate, from the record of one node's probe. TFLOP/s for gemm, GB/s for the rest."""
+    rates = {
+        "all_reduce": busbw_gb_per_s(
+            facts["times_s"], payload_bytes=facts["payload_bytes"], world_size=facts["world_size"]
+        ),
+        "gemm": min(float(r["tflops"]) for r in facts["gemm"]),
+    }
+    if part := facts.get("intra_node"):
+        rates["intra_node"] = busbw_gb_per_s(
+            part["times_s"], payload_bytes=part["payload_bytes"], world_size=part["num_ranks"]
+        )
+    for rail in facts.get("rails", []):
+        for test, passes in (("rail", ("times_s", "again_s")), ("rails_together", ("together_s",))):
+            rate = rail_rate(rail, *passes, statistic=statistic)
+            if rate is not None:
+                rates[f"{test}.{rail['name']}"] = rate
+    return rates
+
+
+def load_baseline(site: Path, profile: str, *, num_nodes: int) -> dict[str, float]:
+    """Test → rate that this site calibrated; {} where it has not. Raises: ValueError for a damaged file."""
+    path = site / "baseline.json"
+    if not path.exists():
+        return {}
+    found = read_json(path)["profiles"].get(_key(profile, num_nodes), {})
+    return {str(test): float(rate) for test, rate in found.get("measured", {}).items()}
+
+
+def with_baseline(resolved: ResolvedJob, site: Path) -> ResolvedJob:
+    """The job with this site's baseline among its thresholds, so that nodes without the site's folder judge by it."""
+    measured = load_baseline(site, resolved.preflight_profile, num_nodes=resolved.job.nodes)
+    if not measured:
+        return resolved
+    row = {**resolved.preflight_thresholds["baseline"], "measured": measured}
+    return resolved.model_copy(update={"preflight_thresholds": resolved.preflight_thresholds | {"baseline": row}})
+
+
+def write_baseline(site: Path, run: RunDir) -> dict[str, float]:
+    """<site>/baseline.json holds the medians of this run's last gate, beside those of other profiles.
+
+    Raises: GateFailed where the gate did not pass: a faulty pair of nodes must not become the yardstick.
+            GateUndetermined where it measured nothing.
+    """
+    verdict, by_node, profile = _load_gate(run, run.attempts()[-1])
+    if verdict["state"] not in ("PASS", "WARN"):
+        raise GateFailed(f"not calibrated: the preflight is {verdict['state']}", hint=f"less {run.path}/preflight")
+    rates: dict[str, list[float]] = {}
+    for own in by_node.values():
+        for test, rate in own.items():
+            rates.setdefault(test, []).append(rate)
+    if not rates:
+        raise GateUndetermined("not calibrated: nothing was measured", hint="janus-cluster preflight --calibrate")
+    path = site / "baseline.json"
+    site.mkdir(parents=True, exist_ok=True)
+    whole: dict[str, Any] = read_json(path) if path.exists() else {"schema_version": _SCHEMA_VERSION, "profiles": {}}
+    medians = {test: statistics.median(values) for test, values in rates.items()}
+    whole["profiles"][_key(profile, len(verdict["nodes"]))] = {
+        "created_at": time.time(),
+        "run": run.name,
+        "nodes": verdict["nodes"],
+        "measured": medians,
+    }
+    write_json_atomically(path, whole)
+    return medians
+
+
+def append_history(site: Path, run: RunDir) -> list[Path]:
+    """Every judged gate of this run has one line in the file of each of its nodes, however often this is called."""
+    written = []
+    for attempt in run.attempts():
+        try:
+            verdict, by_node, profile = _load_gate(run, attempt)
+        except GateUndetermined:
+            continue
+        for node in verdict["nodes"]:
+            line = {
+                "schema_version": _SCHEMA_VERSION,
+                "time": verdict["created_at"],
+                "run": run.name,
+                "attempt": attempt,
+                "job_id": verdict["job_id"],
+                "profile": profile,
+                "partners": [n for n in verdict["nodes"] if n != node],
+                "state": verdict["state"],
+                "not_passed": [
+                    r["id"]
+                    for r in verdict["results"]
+                    if node in r["node"].split(",") and r["state"] in ("FAIL", "WARN", "ERROR")
+                ],
+                "rates": by_node.get(node, {}),
+            }
+            path = site / "history" / f"{node}.jsonl"
+            if _append_once(path, line):
+                written.append(path)
+    return written
+
+
+def remember_gates(site: Path, runs: Iterable[RunDir]) -> None:
+    """The gates of these runs are in their nodes' history, where the site's folder can be written."""
+    for run in runs:
+        try:
+            append_history(site, run)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a run folder half copied, or a home that is read-only: history is no reason to fail
+
+
+def load_history(site: Path, node: str) -> list[dict[str, Any]]:
+    """What is remembered of the node, oldest first; a torn line is left out."""
+    path = site / "history" / f"{node}.jsonl"
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def _append_once(path: Path, line: Mapping[str, Any]) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if any(
+        (old["run"], old["attempt"]) == (line["run"], line["attempt"])
+        for old in load_history(path.parent.parent, path.stem)
+    ):
+        return False
+    with path.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return True
+
+
+def _load_gate(run: RunDir, attempt: int) -> tuple[dict[str, Any], dict[str, dict[str, float]], str]:
+    """(verdict, node → rates, profile) of one attempt. Raises: GateUndetermined where it has no verdict."""
+    if not run.verdict_json(attempt).exists():
+        raise GateUndetermined(f"attempt {attempt} of {run.name} has no verdict")
+    verdict = read_json(run.verdict_json(attempt))
+    paths = {node: run.all_reduce_json(attempt, node) for node in verdict["nodes"]}
+    resolved = read_json(run.resolved_json)
+    statistic = str(resolved["preflight_thresholds"]["rails"]["statistic"])
+    by_node = {
+        node: measured_rates(read_json(path), statistic=statistic) for node, path in paths.items() if path.exists()
+    }
+    return verdict, by_node, str(resolved["preflight_profile"])
+
+
+def _key(profile: str, num_nodes: int) -> str:
+    return f"{profile}, {num_nodes} node{'s' * (num_nodes > 1)}"

@@ -1,0 +1,90 @@
+"""What the node lets a process have: locked memory, open files, /dev/shm, free memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from typing import Any
+
+from janus_cluster.preflight.model import Check, CheckResult, State
+from janus_cluster.preflight.sysfs import NodeRoot, read_text
+
+GIB = 2**30
+
+
+def read_limits(root: NodeRoot) -> dict[str, Any]:
+    """Facts. Units: bytes, files; None for no limit (memlock, nofile) or not told (the others)."""
+    shm: dict[str, Any] = {"path": str(root.shm), "total_bytes": None, "free_bytes": None}
+    try:
+        told = os.statvfs(root.shm)
+        shm |= {"total_bytes": told.f_blocks * told.f_frsize, "free_bytes": told.f_bavail * told.f_frsize}
+    except OSError as e:
+        shm["error"] = e.strerror
+    return {
+        "memlock_bytes": _soft(resource.RLIMIT_MEMLOCK),
+        "nofile": _soft(resource.RLIMIT_NOFILE),
+        "shm": shm,
+        "memory_available_bytes": parse_available(read_text(root.proc / "meminfo") or ""),
+    }
+
+
+def _soft(which: int) -> int | None:
+    soft, _ = resource.getrlimit(which)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def parse_available(meminfo: str) -> int | None:
+    """MemAvailable in bytes; None where the kernel does not tell it."""
+    match = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE | re.ASCII)
+    return int(match[1]) * 1024 if match else None
+
+
+def judge_limits(fact: dict[str, Any], profile: dict[str, Any], *, node: str) -> list[CheckResult]:
+    """Each against `warn_below` and `fail_below` of the profile; no limit is more than any number."""
+    shm = fact["shm"]
+    shm_fix = f"on {node}: mount -o remount,size=64G {shm['path']}; in a container: --shm-size=64g"
+    return [
+        _judge(
+            "limits.memlock", fact["memlock_bytes"], profile["memlock_gib"], node, unlimited_is_none=True,
+            fix=f"on {node}: ulimit -l unlimited (limits.conf; slurm.conf: PropagateResourceLimitsExcept=MEMLOCK)",
+        ),
+        _judge(
+            "limits.nofile", fact["nofile"], profile["nofile"], node, unlimited_is_none=True, divisor=1, unit="files",
+            fix=f"on {node}: ulimit -n 1048576 (limits.conf)",
+        ),
+        _judge("limits.shm", shm["total_bytes"], profile["shm_gib"], node, fix=shm_fix),
+        _judge(
+            "limits.shm_free", shm["free_bytes"], profile["shm_free_gib"], node,
+            fix=f"on {node}: ls -l {shm['path']}; remove what dead jobs left",
+        ),
+        _judge(
+            "limits.memory", fact["memory_available_bytes"], profile["memory_gib"], node,
+            fix=f"on {node}: ps aux --sort=-rss | head; another job or a leftover process holds the memory",
+        ),
+    ]  # fmt: skip
+
+
+def _judge(
+    check_id: str,
+    value: int | None,
+    threshold: dict[str, Any],
+    node: str,
+    *,
+    fix: str,
+    unlimited_is_none: bool = False,
+    divisor: int = GIB,
+    unit: str = "GiB",
+) -> CheckResult:
+    warn, fail = threshold.get("warn_below"), threshold.get("fail_below")
+    floors = [f"warn below {warn:g}"] if warn else []
+    floors += [f"fail below {fail:g}"] if fail else []
+    expected = f"{', '.join(floors)} {unit}" if floors else "no floor in this profile"
+    check = Check(id=check_id, node=node, expected=expected, source=threshold["source"], unit=unit)
+    if value is None:
+        if unlimited_is_none:
+            return check.judged("PASS", "unlimited")
+        return check.judged("ERROR" if floors else "SKIP", "not told", fix=fix)
+    amount = value / divisor
+    state: State = "FAIL" if fail and amount < fail else "WARN" if warn and amount < warn else "PASS"
+    return check.judged(state, f"{amount:.3g} {unit}" if divisor > 1 else f"{value} {unit}", fix=fix)

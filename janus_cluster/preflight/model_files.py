@@ -1,0 +1,68 @@
+"""The model's and VGGT's files as training will open them: configuration, every shard, tokenizer. Headers only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from janus_cluster.config.check_weights import check_weights, judge_vggt_weights, load_config_values
+from janus_cluster.config.networks import PRESETS, VggtConfig
+from janus_cluster.config.safetensors_header import (
+    TORCH_SUFFIXES,
+    CheckpointProblem,
+    find_weight_files,
+    read_safetensors_index,
+    read_torch_directory,
+)
+from janus_cluster.config.schema import Model
+from janus_cluster.errors import UsageError
+
+# One of each line; without a tokenizer no sample can be encoded.
+_TOKENIZER = (("tokenizer.json", "vocab.json"), ("tokenizer_config.json",))
+_PROCESSOR = (("preprocessor_config.json", "processor_config.json"),)
+
+
+def scan_model(model: Model) -> dict[str, Any]:
+    """`told`: what the headers say; `problems`: what would stop training; `doubts`: what would not."""
+    folder = Path(str(model.path))
+    problems = [f"{' or '.join(names)} is missing" for names in _TOKENIZER if not _any_of(folder, names)]
+    doubts = [f"{' or '.join(names)} is missing" for names in _PROCESSOR if not _any_of(folder, names)]
+    try:
+        lines = check_weights(model)
+    except UsageError as e:
+        if "model.vggt_path" not in e.message.split(":")[0]:
+            problems.append(_flat(e.message))
+        lines = []
+    return {"told": lines[0] if lines else "", "problems": problems, "doubts": doubts}
+
+
+def scan_vggt(model: Model) -> dict[str, Any]:
+    """`told` and `problems` of VGGT's own file; a .pt shows its directory only, because its names stand in a pickle."""
+    path = Path(str(model.vggt_path))
+    try:
+        config = _vggt_config(model)
+        files = find_weight_files(path)
+        if files[0].suffix in TORCH_SUFFIXES:
+            count, size = read_torch_directory(files[0])
+            told = f"{files[0].name}: {count} storages, {size / 1e9:.2f} GB"
+        else:
+            told = judge_vggt_weights(read_safetensors_index(path), config, where=path, key="model.vggt_path")
+    except CheckpointProblem as e:
+        return {"told": "", "problems": [_flat(str(e))], "doubts": []}
+    except UsageError as e:
+        return {"told": "", "problems": [_flat(e.message)], "doubts": []}
+    return {"told": told, "problems": [], "doubts": []}
+
+
+def _vggt_config(model: Model) -> VggtConfig:
+    """As the checkpoint says, else as the preset does."""
+    values = load_config_values(Path(model.path)) if model.path else {}
+    return VggtConfig.from_dict(values.get("vggt_config") or PRESETS[model.preset].vggt.to_dict())
+
+
+def _any_of(folder: Path, names: tuple[str, ...]) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())[:600]

@@ -1,0 +1,114 @@
+"""`janus-cluster resume`: the same run folder, sent once more; training goes on from its newest complete checkpoint."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from janus_cluster.config.home import site_dir
+from janus_cluster.config.schema import ResolvedJob
+from janus_cluster.errors import SlurmUnavailable, UsageError
+from janus_cluster.observe.checkpoints import CheckpointFound, find_newest_checkpoint
+from janus_cluster.observe.harvest import remember_bad_nodes
+from janus_cluster.observe.status import add_card, collect_status
+from janus_cluster.rundir import RunDir
+from janus_cluster.send import Cluster, run_locked, send, signals_held
+from janus_cluster.slurm.recorded import load_submission
+from janus_cluster.slurm.state import NOBODY, JobState
+from janus_cluster.submit import exclude_bad_nodes, sandbox_conf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """What became of it."""
+
+    run: RunDir
+    job_id: str
+    cluster: Cluster
+    checkpoint: CheckpointFound | None
+    notes: tuple[str, ...] = ()
+
+
+def resume(run: RunDir, *, environ: Mapping[str, str]) -> Resumed:
+    """The run is queued or running again, in its own folder and with its own script.
+
+    Raises: UsageError while it is live, has completed, or cannot go on; SlurmUnavailable when nobody knows.
+    """
+    resolved = _load_resolved(run)
+    with run_locked(run):
+        # Asked inside the lock: another resume could have sent it a moment ago.
+        status = collect_status([run])[0]
+        require_ended(status.state, run=run, ref=status.ref)
+        _require_resumable(resolved, run)
+        remember_bad_nodes(add_card(status))
+        sent = load_submission(run)
+        cluster: Cluster = sent.cluster if sent else resolved.cluster
+        slurm_conf = sandbox_conf(environ) if cluster == "sandbox" else sent.slurm_conf if sent else None
+        if cluster != "local":
+            from janus_cluster.slurm.executor import require_slurm
+
+            require_slurm()
+        resolved = resolved.model_copy(update={"cluster": cluster})
+        exclusion = exclude_bad_nodes(resolved, slurm_conf=slurm_conf, site=site_dir(environ), now=time.time())
+        options = [f"--exclude={exclusion.option}"] if exclusion.added else []
+        with signals_held("the job is being handed over") as came:
+            job_id = send(run, cluster, slurm_conf=slurm_conf, options=options)
+            if came:
+                print(f"submitted as job {job_id} all the same; janus-cluster cancel {job_id} ends it", file=sys.stderr)
+    return Resumed(
+        run=run,
+        job_id=job_id,
+        cluster=cluster,
+        checkpoint=find_newest_checkpoint(run),
+        notes=exclusion.notes,
+    )
+
+
+def require_ended(state: JobState, *, run: RunDir, ref: str) -> None:
+    """Nothing, for a run that nobody writes to. Raises: UsageError, SlurmUnavailable."""
+    if state.state == "NOT_SUBMITTED":
+        return
+    if state.state == "COMPLETED":
+        raise UsageError(
+            f"{run.name} has completed: there is nothing to go on with", hint=f"janus-cluster submit {run.job_yaml}"
+        )
+    if state.source == NOBODY or (state.reason or "").startswith("not confirmed"):
+        raise SlurmUnavailable(
+            f"{run.name} may still run: {state.reason}", hint=f"janus-cluster status {ref}, once Slurm answers"
+        )
+    if not state.is_final and state.state != "UNKNOWN":
+        raise UsageError(
+            f"{run.name} is {state.state} (says {state.source}): two jobs would write into one run folder",
+            hint=f"janus-cluster tail {ref} follows it; janus-cluster cancel {ref} ends it first",
+        )
+
+
+def _require_resumable(resolved: ResolvedJob, run: RunDir) -> None:
+    if resolved.job.kind == "train" and resolved.job.checkpoint.resume == "never":
+        raise UsageError(
+            f"{run.name} has checkpoint.resume: never: it would begin at step 0 over its own results",
+            hint=f"janus-cluster submit {run.job_yaml} makes a run of its own",
+        )
+    if not run.job_sbatch.is_file():
+        raise UsageError(f"{run.path} holds no {run.job_sbatch.name}: it is no run folder of ours, or was emptied")
+
+
+def _load_resolved(run: RunDir) -> ResolvedJob:
+    try:
+        return ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UsageError(
+            f"{run.resolved_json} cannot be read by this version: {e}".split("\n", maxsplit=1)[0],
+            hint=f"janus-cluster submit {run.job_yaml}",
+        ) from e
+
+
+def describe_resumed(done: Resumed) -> str:
+    """What runs again, from where, and what to type next."""
+    found = done.checkpoint
+    at = f"checkpoint-{found.step}" if found else "step 0: there is no complete checkpoint"
+    rows = [("run folder", str(done.run.path)), ("goes on from", at), *(("nodes", note) for note in done.notes)]
+    rows += [("job id", done.job_id), ("next", f"janus-cluster tail {done.job_id}")]
+    return "\n".join(f"{label:<13} {text}" for label, text in rows)

@@ -1,0 +1,97 @@
+"""Records that are samples with all four texts.
+
+    {"id", "instruction", "subinstruction", "2D_description", "3D_description", "action", "images": [..., current]}
+
+The other names of each field are in the tables below. `images` are oldest first, the current frame last.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from janus_cluster.training.data.formats.source import (
+    BadUnitError,
+    Record,
+    Source,
+    first_text,
+    parse_image_paths,
+    parse_name,
+)
+from janus_cluster.training.data.samples import ACTIONS, parse_action
+from janus_cluster.training.data.store import Collector
+
+INSTRUCTION_NAMES = ("instruction", "instruction_text", "full_instruction", "instructions")
+SUBINSTRUCTION_NAMES = ("subinstruction", "sub_instruction", "sub_instruction_text")
+NAMES_2D = ("2D_description", "2d_description", "description_2d")
+NAMES_3D = ("3D_description", "3d_description", "description_3d")
+ACTION_NAMES = ("action", "action_label", "actions")
+IMAGE_NAMES = ("images", "image", "current_image")
+EPISODE_NAMES = ("episode", "episode_id")
+
+
+def claims(record: Record) -> bool:
+    """Has it a frame and an action?"""
+    return any(name in record for name in IMAGE_NAMES) and any(name in record for name in ACTION_NAMES)
+
+
+def read_record(source: Source, record: Record, label: str, collector: Collector) -> None:
+    """The record is one sample. Raises: BadUnitError."""
+    images = record_images(source, record)
+    instruction = first_text(record, *INSTRUCTION_NAMES)
+    texts = [first_text(record, *names) for names in (SUBINSTRUCTION_NAMES, NAMES_2D, NAMES_3D)]
+    action = _parse_record_action(record)
+    name = record_name(record, label)
+    collector.sample(
+        id=name,
+        episode=collector.episode(episode_name(record, name, images[-1])),
+        instruction=instruction,
+        action=action,
+        sequence=collector.sequence(images),
+        position=len(images) - 1,
+        texts=texts,
+    )
+
+
+def record_images(source: Source, record: Record) -> list[Path]:
+    """The frames of a record. Relative paths lie under the root's `images`, the record's data_path, or the file."""
+    root = source.images or source.path.parent
+    own = record.get("data_path")
+    if source.images is None and own is not None:
+        root = parse_image_paths(own, root)[0]
+    for name in ("images", "image"):
+        if record.get(name) is not None:
+            return parse_image_paths(record[name], root)
+    if record.get("current_image") is None:
+        raise BadUnitError("images is missing")
+    history = record.get("history_images") or []
+    earlier = parse_image_paths(history, root) if history else []
+    return [*earlier, *parse_image_paths(record["current_image"], root)]
+
+
+def record_name(record: Record, label: str) -> str:
+    """The record's own id, or file and number."""
+    if record.get("id") is None:
+        return label
+    name = parse_name(record["id"])
+    if name is None:
+        raise BadUnitError("id is no text and no number")
+    return name
+
+
+def episode_name(record: Record, name: str, current: Path) -> str:
+    """The record's episode, for the split: its own field, what stands in its id before the last /, or its folder."""
+    for field in EPISODE_NAMES:
+        if found := parse_name(record.get(field)):
+            return found
+    return name.rpartition("/")[0] or str(current.parent)
+
+
+def _parse_record_action(record: Record) -> int:
+    value = next((record[name] for name in ACTION_NAMES if record.get(name) is not None), None)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    action = parse_action(value)
+    if action is None:
+        shown = repr(value)[:60]
+        raise BadUnitError(f"unknown action {shown}, expected one of {', '.join(ACTIONS)} or 0..3")
+    return action

@@ -1,0 +1,57 @@
+"""Which format lies at a path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from janus_cluster.config.schema import Root
+from janus_cluster.errors import UsageError
+from janus_cluster.training.data.formats.episodes import EpisodeFolders
+from janus_cluster.training.data.formats.records import RecordFile
+from janus_cluster.training.data.formats.source import Format, Source
+
+FORMATS: dict[str, Format] = {
+    "episodes": EpisodeFolders(),
+    "json": RecordFile(),
+    "annotation": RecordFile(),
+    "trajectories": RecordFile(),
+    "auto": RecordFile(),
+}
+# The files that make a folder a data set of records, in this order.
+RECORD_FILES = ("annotations.json", "train.json.gz", "train_guide.json.gz", "train.json")
+RECORD_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+
+SEE_DOCS = "docs/data.md shows every format"
+
+
+def resolve_source(root: Root, *, decode_images: bool) -> Source:
+    """The root of the job file with its format decided; files of records keep `auto`, their records tell.
+
+    Raises: UsageError if nothing of a known format lies there.
+    """
+    path = Path(root.path)
+    if not path.exists():
+        raise UsageError(
+            f"data.roots: {path} does not exist", hint="data.roots names folders or files; see docs/data.md"
+        )
+    images = None if root.images is None else Path(root.images)
+    if images is not None and not images.is_dir():
+        raise UsageError(f"data.roots: images of {path}: {images} is not a folder")
+    kind = root.format
+    if path.is_dir():
+        record_file = next((path / name for name in RECORD_FILES if (path / name).is_file()), None)
+        if kind == "episodes" or record_file is None:
+            _refuse_kind(path, kind, allowed=("auto", "episodes"), found=f"no {', '.join(RECORD_FILES)} in it")
+            return Source(path=path, format="episodes", decode_images=decode_images)
+        path = record_file
+    elif not path.name.endswith(RECORD_SUFFIXES):
+        raise UsageError(f"data.roots: {path} is no folder and no {', '.join(RECORD_SUFFIXES)} file")
+    _refuse_kind(path, kind, allowed=("auto", "json", "annotation", "trajectories"), found="it is a file of records")
+    return Source(path=path, format=kind, images=images, decode_images=decode_images)
+
+
+def _refuse_kind(path: Path, kind: str, *, allowed: tuple[str, ...], found: str) -> None:
+    if kind not in allowed:
+        raise UsageError(
+            f"data.roots: {path} cannot be of format {kind}: {found}", hint="leave format out, or see docs/data.md"
+        )

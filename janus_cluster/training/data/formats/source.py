@@ -1,0 +1,137 @@
+"""A root of the job file as the formats see it, and fields of JSON that may be of any type."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from janus_cluster.training.data.samples import judge_text
+from janus_cluster.training.data.store import Collector
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One data set: where it lies, the format's name, the root of relative image paths, how images are checked."""
+
+    path: Path
+    format: str
+    images: Path | None = None
+    decode_images: bool = False
+
+
+class Format(Protocol):
+    """One kind of data set. A unit is what is read at one go (an episode, a record); units are sent to processes."""
+
+    def list_units(self, source: Source, collector: Collector) -> Sequence[Any]:
+        """Everything to be read, in order. Raises: UsageError if the data set cannot be read at all."""
+
+    def read_unit(self, source: Source, unit: Any, collector: Collector) -> None:
+        """The unit's samples and problems are in the collector."""
+
+
+class BadUnitError(Exception):
+    """A unit of which nothing can be used, and why. It never leaves the formats: it becomes a listed problem."""
+
+
+def load_json(path: Path) -> Any:
+    """The JSON value of a file, gzipped or not. Raises: BadUnitError saying why there is none."""
+    try:
+        raw = path.read_bytes()
+        if path.suffix == ".gz":
+            raw = gzip.decompress(raw)
+        return json.loads(raw.decode("utf-8-sig"))
+    except FileNotFoundError as error:
+        raise BadUnitError("is missing") from error
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise BadUnitError(f"cannot be read as JSON ({error})") from error
+
+
+def load_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file. Raises: BadUnitError saying why there is none."""
+    value = load_json(path)
+    if not isinstance(value, dict):
+        raise BadUnitError(f"holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def first_text(record: Record, *names: str) -> str:
+    """The first of the fields that is there, as text without blanks around it; of a list its first text.
+
+    Raises: BadUnitError if there is none, it is empty, or it is no text.
+    """
+    value = find_text(record, *names)
+    if not value:
+        raise BadUnitError(f"{names[0]} is missing or empty")
+    return value
+
+
+def find_text(record: Record, *names: str) -> str:
+    """Like first_text, but empty where there is none. Raises: BadUnitError if it is there and no text."""
+    name, value = next(((n, record[n]) for n in names if record.get(n) is not None), (names[0], ""))
+    if isinstance(value, list):
+        value = value[0] if value else ""
+    if not isinstance(value, str):
+        raise BadUnitError(f"{name} holds a {type(value).__name__}, expected text")
+    text = value.strip()
+    if reason := judge_text(text):
+        raise BadUnitError(f"{name} {reason}")
+    return text
+
+
+def parse_name(value: object) -> str | None:
+    """An identifier as text: a text that is not empty, or a whole number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str) and value.strip() and judge_text(value) is None:
+        return value.strip()
+    return None
+
+
+def parse_image_paths(value: object, root: Path) -> list[Path]:
+    """Paths of frames, relative ones under `root`. Raises: BadUnitError if they are none."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names:
+        raise BadUnitError("images must be a list of one or more paths")
+    for position, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip() or "\0" in name or judge_text(name):
+            raise BadUnitError(f"images[{position}] is no path")
+    return [root / name for name in names]
+
+
+def file_stamp(path: Path) -> str:
+    """Size and time of change of one file or folder; empty where there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return ""
+    return f"{facts.st_size}:{facts.st_mtime_ns}"
+
+
+def folder_stamps(folder: Path) -> Iterable[str]:
+    """Name, size and time of change of every file in a folder, in the order of the names."""
+    try:
+        with os.scandir(folder) as entries:
+            found = []
+            for entry in entries:
+                facts = entry.stat()
+                found.append(f"{entry.name}:{facts.st_size}:{facts.st_mtime_ns}")
+    except OSError:
+        return []
+    return sorted(found)
+
+
+def digest(lines: Iterable[str]) -> str:
+    """One hash over lines."""
+    sha = hashlib.sha256()
+    for line in lines:
+        sha.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    return sha.hexdigest()

@@ -1,0 +1,144 @@
+"""How many tokens each sample has, counted without decoding an image; samples that have too many."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from janus_cluster.config.schema import Data
+from janus_cluster.errors import UsageError
+from janus_cluster.training.data.indexing import Share
+from janus_cluster.training.data.prompt import render_conversation, render_prompt_parts, render_target_parts
+from janus_cluster.training.data.samples import Sample
+from janus_cluster.training.data.store import Store
+from janus_cluster.training.data.table import Indices, SampleTable
+from janus_cluster.training.data.usable import count_image_tokens
+
+SAMPLES_AT_ONCE = 8_192
+TOO_LONG_SHOWN = 5
+
+
+def load_token_counts(table: SampleTable, *, tokenizer: Any, data: Data, share: Share | None = None) -> Indices:
+    """The number of tokens of each sample as NavigationDataset gives it, history shortened where the policy says so.
+
+    Text is counted once for each index, tokenizer and history, and kept beside the index. With `share` only one rank
+    counts. Shapes: [N].
+    Raises: UsageError if samples are too long and may not, or cannot, be shortened.
+    """
+    outcome: Any = None
+    if share is None or share.is_builder:
+        try:
+            outcome = _count(table, tokenizer, data)
+        except UsageError as error:
+            outcome = error
+    if share is not None:
+        outcome = share.broadcast(outcome)
+    if isinstance(outcome, UsageError):
+        raise outcome
+    return np.asarray(outcome, dtype=np.int64)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of everything that decides what a text's ids are."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def _count(table: SampleTable, tokenizer: Any, data: Data) -> Indices:
+    counts = count_image_tokens(table, data)
+    for root, store in enumerate(table.stores):
+        own = table.root_index == root
+        counts[own] += _load_text_counts(store, table, tokenizer)[table.rows[own]]
+    too_long = np.flatnonzero(counts > data.max_length)
+    if len(too_long) and data.on_too_long == "fail":
+        raise _too_long_error(table, counts, too_long, data)
+    for i in too_long:
+        counts[i] = _shortened_count(table[int(i)], int(counts[i]), tokenizer, data)
+    still = np.flatnonzero(counts > data.max_length)
+    if len(still):
+        raise _too_long_error(table, counts, still, data)
+    return counts
+
+
+def _load_text_counts(store: Store, table: SampleTable, tokenizer: Any) -> Indices:
+    """Tokens of text of every sample of the index; from the file beside it where that was counted before."""
+    key = [tokenizer_fingerprint(tokenizer), str(table.max_history), str(table.pad_history)]
+    key += [repr(render_prompt_parts("?", num_history=n, four_parts=f)) for n in (0, 1) for f in (True, False)]
+    name = f"tokens-{hashlib.sha256(''.join(key).encode()).hexdigest()[:16]}.npy"
+    if store.folder is not None:
+        try:
+            kept = np.load(store.folder / name, allow_pickle=False)
+            if kept.shape == (len(store),):
+                return np.asarray(kept, dtype=np.int64)
+        except (OSError, ValueError):
+            pass  # not counted yet, or half a file: it is counted and written below
+    counts = _count_texts(store, table, tokenizer)
+    if store.folder is not None:
+        _write_array(store.folder / name, counts)
+    return counts
+
+
+def _count_texts(store: Store, table: SampleTable, tokenizer: Any) -> Indices:
+    everything = SampleTable(
+        stores=(store,),
+        root_index=np.zeros(len(store), dtype=np.int64),
+        rows=np.arange(len(store), dtype=np.int64),
+        max_history=table.max_history,
+        pad_history=table.pad_history,
+    )
+    counts = np.zeros(len(store), dtype=np.int64)
+    for start in range(0, len(store), SAMPLES_AT_ONCE):
+        texts = [sample_pieces(sample) for sample in everything[start : start + SAMPLES_AT_ONCE].outlines()]
+        lengths = _piece_lengths((piece for pieces in texts for piece in pieces), tokenizer)
+        counts[start : start + len(texts)] = [sum(lengths[piece] for piece in pieces) for pieces in texts]
+    return counts
+
+
+def sample_pieces(sample: Sample) -> list[str]:
+    """The stretches of text that the encoder tokenises one by one."""
+    pieces = [*render_conversation(sample), *(part.text for part in render_target_parts(sample))]
+    return [piece for piece in pieces if piece]
+
+
+def _piece_lengths(pieces: Iterable[str], tokenizer: Any) -> dict[str, int]:
+    distinct = list(dict.fromkeys(pieces))
+    # The batch call of the tokenizer's own library: no arrays, no masks, all cores.
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast(distinct, add_special_tokens=False)
+    return {piece: len(found.ids) for piece, found in zip(distinct, encoded, strict=True)}
+
+
+def _shortened_count(sample: Sample, count: int, tokenizer: Any, data: Data) -> int:
+    """What is left after the dataset has dropped the oldest frames until the sample fits."""
+    image_tokens = count - sum(_piece_lengths(sample_pieces(sample), tokenizer)[p] for p in sample_pieces(sample))
+    per_frame = image_tokens // len(sample.frames)
+    while count > data.max_length and len(sample.frames) > 1:
+        sample = sample.without_oldest_frame()
+        pieces = sample_pieces(sample)
+        lengths = _piece_lengths(pieces, tokenizer)
+        count = sum(lengths[piece] for piece in pieces) + per_frame * len(sample.frames)
+    return count
+
+
+def _too_long_error(table: SampleTable, counts: Indices, too_long: Indices, data: Data) -> UsageError:
+    lines = [f"{len(too_long)} of {len(table)} samples have more tokens than data.max_length ({data.max_length})"]
+    lines += [f"  {table[int(i)].id}: {counts[i]} tokens" for i in too_long[:TOO_LONG_SHOWN]]
+    hint = f"--set data.max_length={int(counts.max())}, or lower data.history or image_width; a sample is never cut"
+    if data.on_too_long == "fail":
+        hint += "; --set data.on_too_long=shorten_history drops the oldest frames"
+    return UsageError("\n".join(lines), hint=hint)
+
+
+def _write_array(path: Path, values: Indices) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.save(file, values, allow_pickle=False)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

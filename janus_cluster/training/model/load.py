@@ -1,0 +1,166 @@
+"""Weights on disk -> the network: found, judged by their headers, taken. Nothing is filled with noise silently."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers.modeling_utils import set_zero3_state
+from transformers.utils import is_flash_attn_2_available
+
+from janus_cluster.config.check_weights import (
+    VGGT_FILE,
+    VGGT_IN_JANUS_PREFIX,
+    check_family,
+    judge_model_weights,
+    judge_vggt_weights,
+    load_config_values,
+    no_vggt,
+    vggt_inside,
+)
+from janus_cluster.config.networks import PRESETS, VggtConfig
+from janus_cluster.config.safetensors_header import CheckpointProblem, StoredTensor
+from janus_cluster.config.schema import Model
+from janus_cluster.config.weight_names import Shapes, vggt_shapes
+from janus_cluster.errors import UsageError
+from janus_cluster.training.model.checkpoint_files import read_tensor_index, read_tensors
+from janus_cluster.training.model.janus import JanusConfig, JanusModel
+from janus_cluster.training.model.presets import TokenizerIds
+from janus_cluster.training.model.vggt import Aggregator
+from janus_cluster.training.model.vggt_weights import load_vggt_state, vggt_state_dict
+
+
+def load_model(
+    model_cfg: Model, *, tokenizer_ids: TokenizerIds, device: torch.device | str, dtype: torch.dtype, seed: int
+) -> tuple[JanusModel, Aggregator]:
+    """The network and the aggregator of model.path; what was taken, drawn anew and ignored is printed.
+
+    Raises: UsageError on missing, misshapen or foreign weights, naming file and key.
+    """
+    folder = Path(str(model_cfg.path))
+    config = _load_config(model_cfg, folder, tokenizer_ids)
+    index = _index_of(folder, key="model.path")
+    report = judge_model_weights(index, model_shapes(config), where=folder)
+    with torch.random.fork_rng(devices=[]):
+        # New modules (merger, action head) are drawn here; under ZeRO rank 0's values are broadcast.
+        torch.manual_seed(seed)
+        model = JanusModel.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=_attention_kind(device, dtype),
+            local_files_only=True,
+        )
+    aggregator = _load_vggt_for(model_cfg, folder, index, config.vggt, dtype=dtype)
+    print(f"model: {folder}: {report}", flush=True)
+    return model, aggregator
+
+
+def model_shapes(config: JanusConfig) -> Shapes:
+    """Name and shape of every weight that a checkpoint of this configuration must fill, from the network itself."""
+    with torch.device("meta"), set_zero3_state():
+        shapes = {name: tuple(tensor.shape) for name, tensor in JanusModel(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
+def load_vggt(path: Path, config: VggtConfig, *, dtype: torch.dtype) -> Aggregator:
+    """The frozen aggregator with the weights of `path` (VGGT-1B's names; its other heads are ignored).
+
+    Raises: UsageError on missing or misshapen `aggregator.*`, naming file and key.
+    """
+    index = _index_of(path, key="model.vggt_path")
+    return _aggregator_from(index, "", path, config, key="model.vggt_path", dtype=dtype)
+
+
+def load_exported(
+    folder: str | Path, *, vggt_path: str | Path | None = None, device: torch.device | str, dtype: torch.dtype
+) -> JanusModel:
+    """An exported model on `device`, ready to be evaluated. VGGT comes from `vggt_path` or from the folder itself."""
+    model = JanusModel.from_pretrained(folder, dtype=dtype, attn_implementation=_attention_kind(device, dtype))
+    source = Path(vggt_path) if vggt_path is not None else Path(folder) / VGGT_FILE
+    model.attach_vggt(load_vggt(source, model.config.vggt, dtype=dtype).to(device))
+    model.to(device)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def write_vggt(model: JanusModel, folder: str | Path) -> Path:
+    """folder/vggt.safetensors holds the attached aggregator under VGGT-1B's names, so that an export stands alone."""
+    path = Path(folder) / VGGT_FILE
+    tensors = {name: t.detach().cpu().contiguous() for name, t in vggt_state_dict(model.vggt).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return path
+
+
+def _attention_kind(device: torch.device | str, dtype: torch.dtype) -> str:
+    """Flash attention where it is installed and can compute: on a GPU, in 16 bits."""
+    can_flash = torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return "flash_attention_2" if can_flash and is_flash_attn_2_available() else "sdpa"
+
+
+def _load_config(model_cfg: Model, folder: Path, ids: TokenizerIds) -> JanusConfig:
+    """The folder's configuration with the job's λ and reference frame. Raises: UsageError if it is another network."""
+    values = load_config_values(folder)
+    check_family(values, model_cfg, folder)
+    try:
+        config: JanusConfig = JanusConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"model.path: {folder}/config.json: {error}") from error
+    config.lam, config.reference_frame = model_cfg.lam, model_cfg.reference_frame
+    if config.vggt_config is None:
+        config.vggt_config = PRESETS[model_cfg.preset].vggt.to_dict()
+    problems = [
+        f"{folder}/config.json: {key} is {getattr(config, key)}, the tokenizer says {getattr(ids, key)}"
+        for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        if getattr(config, key) != getattr(ids, key)
+    ]
+    if config.text_config.vocab_size < ids.vocab_size:
+        problems.append(
+            f"{folder}/config.json: vocab_size is {config.text_config.vocab_size}, the tokenizer has {ids.vocab_size}"
+        )
+    if problems:
+        raise UsageError.of_many(problems, hint="model.path, model.preset and the tokenizer must belong together")
+    return config
+
+
+def _index_of(path: Path, *, key: str) -> dict[str, StoredTensor]:
+    try:
+        return read_tensor_index(path)
+    except CheckpointProblem as error:
+        raise UsageError(f"{key}: {error}") from error
+
+
+def _load_vggt_for(
+    model_cfg: Model, folder: Path, index: Mapping[str, StoredTensor], config: VggtConfig, *, dtype: torch.dtype
+) -> Aggregator:
+    """VGGT from model.vggt_path, else from the checkpoint itself (`vggt.*`), else from the file beside it."""
+    if model_cfg.vggt_path is not None:
+        return load_vggt(Path(model_cfg.vggt_path), config, dtype=dtype)
+    inside = vggt_inside(index)
+    if inside:
+        return _aggregator_from(inside, VGGT_IN_JANUS_PREFIX, folder, config, key="model.path", dtype=dtype)
+    if (folder / VGGT_FILE).is_file():
+        return load_vggt(folder / VGGT_FILE, config, dtype=dtype)
+    raise no_vggt(folder)
+
+
+def _aggregator_from(
+    index: Mapping[str, StoredTensor],
+    disk_prefix: str,
+    where: Path,
+    config: VggtConfig,
+    *,
+    key: str,
+    dtype: torch.dtype,
+) -> Aggregator:
+    report = judge_vggt_weights(index, config, where=where, key=key, disk_prefix=disk_prefix)
+    on_disk = {disk_prefix + name: index[name] for name in vggt_shapes(config)}
+    tensors = {name.removeprefix(disk_prefix): t.to(dtype) for name, t in read_tensors(on_disk, on_disk).items()}
+    with torch.device("meta"):
+        aggregator = Aggregator(config)
+    load_vggt_state(aggregator, tensors)
+    print(report, flush=True)
+    return aggregator

@@ -1,0 +1,161 @@
+"""What is evaluated: a trained model, and the episodes it is shown, prepared as they were for training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from janus_cluster.config.check_weights import VGGT_FILE
+from janus_cluster.config.schema import Data, JobConfig, ResolvedJob
+from janus_cluster.errors import UsageError
+from janus_cluster.rundir import RunDir, read_json, write_json_atomically
+from janus_cluster.training.data.index import load_samples
+from janus_cluster.training.data.samples import Sample
+
+# Beside the weights, since nothing else in an exported folder says how frames were resized or how long the history is.
+RECORD_NAME = "janus_data.json"
+_PREPARATION_KEYS = {
+    "history", "image_mode", "image_width", "max_pixels", "min_pixels", "max_length", "on_too_long",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model folder and its data. `vggt_path` is None where VGGT lies in the folder itself.
+
+    `index_dir` is where training kept the index of the same data: it need not be read again.
+    """
+
+    model: Path
+    vggt_path: Path | None
+    data: Data
+    pad_history: bool
+    held_out_only: bool
+    seed: int
+    index_dir: Path | None = None
+
+    def load_samples(self) -> Sequence[Sample]:
+        """The held-out samples of a run's own data, or every sample of data that was named.
+
+        Raises: UsageError if there are none.
+        """
+        split = load_samples(
+            self.data, seed=self.seed, pad_history=self.pad_history, index_dir=self.index_dir, report=_say
+        )
+        samples = split.held_out if self.held_out_only else split.train
+        if not len(samples):
+            raise UsageError(
+                f"nothing is held out: data.validation_fraction is {self.data.validation_fraction:g}",
+                hint="name episodes that were not trained on: --data ROOT",
+            )
+        return samples
+
+
+def write_record(folder: Path, job: JobConfig) -> None:
+    """`folder` says how the model's data was prepared, so that it is never evaluated on data prepared otherwise."""
+    record = {
+        "schema_version": 1,
+        "compat": job.compat,
+        "vggt_path": job.model.vggt_path,
+        "data": job.data.model_dump(mode="json", include=_PREPARATION_KEYS),
+    }
+    write_json_atomically(folder / RECORD_NAME, record)
+
+
+def load_subject(target: Path, *, roots: Sequence[str] = (), vggt_path: str | None = None) -> Subject:
+    """The model of a run folder with its held-out episodes, or an exported folder with the episodes under `roots`.
+
+    Raises: UsageError naming what is missing.
+    """
+    run = RunDir(target)
+    if run.resolved_json.is_file():
+        job = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8")).job
+        if not (run.export / "config.json").is_file():
+            raise UsageError(
+                f"{run.path} has no export: training has not finished, or checkpoint.export was false",
+                hint=f"janus-cluster status {run.name}",
+            )
+        return Subject(
+            model=run.export,
+            vggt_path=_choose_vggt(run.export, vggt_path, job.model.vggt_path),
+            data=_with_roots(job.data, roots),
+            pad_history=job.compat == "predecessor",
+            held_out_only=not roots,
+            seed=job.training.seed,
+            index_dir=run.data_index if not roots and job.data.index_dir is None else None,
+        )
+    if not (target / "config.json").is_file():
+        raise UsageError(
+            f"{target} is neither a run folder nor an exported model (no config.json in it)",
+            hint="janus-cluster list shows the runs",
+        )
+    if not roots:
+        raise UsageError(
+            f"{target} is an exported model: which episodes are to be shown to it?",
+            hint=f"janus-cluster eval {target} --data ROOT; a run's own held-out episodes: janus-cluster eval RUN",
+        )
+    record = _load_record(target)
+    return Subject(
+        model=target,
+        vggt_path=_choose_vggt(target, vggt_path, record["vggt_path"]),
+        data=_with_roots(Data.model_validate(record["data"]), roots),
+        pad_history=record["compat"] == "predecessor",
+        held_out_only=False,
+        seed=0,
+    )
+
+
+def draw_indices(count: int, wanted: int) -> list[int]:
+    """`wanted` of range(count), ascending, the same ones every time; all of them where there are not more.
+
+    Drawn, not evenly spaced: a stride that fits the length of the episodes would meet the same step of each.
+    """
+    return sorted(random.Random(0).sample(range(count), min(count, wanted)))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _with_roots(data: Data, roots: Sequence[str]) -> Data:
+    """`data` of other roots, nothing of them held out; the same data where no root is given."""
+    if not roots:
+        return data
+    return Data.model_validate(data.model_dump() | {"roots": list(roots), "validation_fraction": 0.0})
+
+
+def _choose_vggt(folder: Path, given: str | None, recorded: str | None) -> Path | None:
+    """Where VGGT's weights lie: what the user says, else the folder's own, else where training took them from."""
+    if given is None and (folder / VGGT_FILE).is_file():
+        return None
+    source = given or recorded
+    if source is None:
+        raise UsageError(
+            f"{folder} holds no VGGT weights ({VGGT_FILE}), and nothing says where they are",
+            hint="--vggt-path /path/to/VGGT-1B",
+        )
+    if not Path(source).exists():
+        origin = "--vggt-path" if given else "the VGGT weights that the model was trained with"
+        raise UsageError(f"{origin}: {source} does not exist", hint="--vggt-path /path/to/VGGT-1B")
+    return Path(source)
+
+
+def _load_record(folder: Path) -> dict[str, Any]:
+    """The folder's own record, or the defaults of a job file with a word about it."""
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        _say(f"{path} is not there: history and image size are a job file's defaults")
+        return {"compat": "none", "vggt_path": None, "data": {}}
+    try:
+        record = read_json(path)
+        if record["schema_version"] != 1:
+            raise ValueError(f"schema_version is {record['schema_version']}, known is 1")
+        Data.model_validate(record["data"])
+        return {key: record[key] for key in ("compat", "vggt_path", "data")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path} cannot be used: {error}", hint="remove it to evaluate with a job file's defaults"
+        ) from error

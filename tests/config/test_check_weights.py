@@ -1,0 +1,230 @@
+"""The dry check of checkpoints: headers only, without torch; what is wrong is named by file and key."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from janus_cluster.config.check_weights import check_weights
+from janus_cluster.config.networks import PRESETS, VggtConfig
+from janus_cluster.config.safetensors_header import CheckpointProblem, read_header
+from janus_cluster.config.schema import Model
+from janus_cluster.config.weight_names import OWN_PREFIXES, janus_shapes, name_on_disk, vggt_shapes
+from janus_cluster.errors import UsageError
+
+Shapes = dict[str, tuple[int, ...]]
+SEVEN_B = "qwen2.5-vl-7b"
+
+
+def write_safetensors(file: Path, shapes: Shapes) -> Path:
+    """A bf16 file of the right size with a real header; its data are holes, so that 16 GB take no room."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        size = 2
+        for n in shape:
+            size *= n
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.truncate(8 + len(text) + end)
+    return file
+
+
+def config_values(preset: str = SEVEN_B) -> dict[str, Any]:
+    """config.json as on the hub: the language model's numbers at the top."""
+    p = PRESETS[preset]
+    return {
+        "model_type": "qwen2_5_vl", "tie_word_embeddings": p.tie_word_embeddings, "vocab_size": 600,
+        **p.text, "vision_config": {**p.vision},
+    }  # fmt: skip
+
+
+def qwen_shapes(values: dict[str, Any]) -> Shapes:
+    return {
+        name_on_disk(name): shape for name, shape in janus_shapes(values).items() if not name.startswith(OWN_PREFIXES)
+    }
+
+
+def write_qwen(
+    folder: Path, shapes: Shapes | None = None, *, preset: str = SEVEN_B, shards: int = 4, **changed: Any
+) -> Path:
+    """A Qwen2.5-VL folder as on the hub, sharded, with an index."""
+    values = config_values(preset) | changed
+    names = list((shapes or qwen_shapes(values)).items())
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(values))
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        write_safetensors(folder / file, dict(names[i::shards]))
+        weight_map |= {name: file for name, _ in names[i::shards]}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.fixture
+def vggt(tmp_path: Path) -> Path:
+    folder = tmp_path / "VGGT-1B"
+    folder.mkdir()
+    spare = vggt_shapes(VggtConfig(depth=25)) | {"camera_head.token": (1,), "depth_head.norm.weight": (2048,)}
+    write_safetensors(folder / "model.safetensors", spare)
+    return folder
+
+
+def check(path: Path, vggt: Path | None, *, preset: str = SEVEN_B) -> list[str]:
+    return check_weights(Model(preset=preset, path=str(path), vggt_path=None if vggt is None else str(vggt)))
+
+
+def refusal(path: Path, vggt: Path | None, *, preset: str = SEVEN_B) -> str:
+    with pytest.raises(UsageError) as caught:
+        check(path, vggt, preset=preset)
+    return str(caught.value)
+
+
+def test_seven_b_from_the_hub_and_vggt_1b_are_told_tensor_by_tensor(tmp_path: Path, vggt: Path) -> None:
+    folder = write_qwen(tmp_path / "qwen")
+    model_line, vggt_line = check(folder, vggt)
+    assert model_line == f"model: {folder}: 729 tensors taken, 11 newly initialised (merger., action_head.), 0 ignored"
+    assert vggt_line == f"vggt: {vggt}: 1174 tensors taken, 38 ignored (36 of the last blocks)"
+
+
+def test_three_b_ties_its_embeddings_and_needs_no_lm_head(tmp_path: Path, vggt: Path) -> None:
+    folder = write_qwen(tmp_path / "qwen", preset="qwen2.5-vl-3b", shards=2)
+    assert "824 tensors taken" in check(folder, vggt, preset="qwen2.5-vl-3b")[0]
+    assert "lm_head.weight" not in read_header(folder / "model-00001-of-00002.safetensors")
+
+
+def test_a_janusvln_checkpoint_brings_everything_and_its_other_heads_are_ignored(tmp_path: Path) -> None:
+    values = config_values()
+    everything = {name_on_disk(name): shape for name, shape in janus_shapes(values).items()}
+    everything |= {"vggt." + name: shape for name, shape in vggt_shapes(VggtConfig(depth=25)).items()}
+    everything["vggt.point_head.norm.weight"] = (2048,)
+    folder = write_qwen(tmp_path / "janus", everything)
+    model_line, vggt_line = check(folder, None)
+    assert "740 tensors taken, 0 newly initialised (none), 1211 ignored (vggt.*)" in model_line
+    assert "1174 tensors taken, 36 ignored (36 of the last blocks)" in vggt_line
+
+
+def test_tiny_needs_no_weights_and_a_real_preset_does() -> None:
+    assert check_weights(Model(preset="tiny")) == [
+        "model: preset tiny: random weights, the same for the same training.seed"
+    ]
+    with pytest.raises(UsageError, match=r"model\.path"):
+        check_weights(Model(preset=SEVEN_B))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', not 'qwen2_5_vl'"),
+        ({"hidden_size": 2048}, f"hidden_size is 2048, preset {SEVEN_B} has 3584"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is None"),
+    ],
+)
+def test_another_family_or_size_is_named(changed: dict[str, Any], said: str, tmp_path: Path, vggt: Path) -> None:
+    folder = write_qwen(tmp_path / "qwen", {"x": (1,)}, shards=1, **changed)
+    message = refusal(folder, vggt)
+    assert f"{folder}/config.json" in message
+    assert said in message
+
+
+def test_missing_and_misshapen_weights_are_named(tmp_path: Path, vggt: Path) -> None:
+    shapes = qwen_shapes(config_values())
+    lost = {name: shape for name, shape in shapes.items() if name != "model.layers.27.mlp.up_proj.weight"}
+    assert "model.layers.27.mlp.up_proj.weight" in refusal(write_qwen(tmp_path / "lost", lost), vggt)
+    wrong = shapes | {"visual.merger.ln_q.weight": (1281,)}
+    message = refusal(write_qwen(tmp_path / "wrong", wrong, shards=1), vggt)
+    assert "visual.merger.ln_q.weight in model-00001-of-00001.safetensors is [1281], not [1280]" in message
+    half = shapes | {"merger.ln_q.weight": (2048,)}
+    assert "merger.mlp.0.weight" in refusal(write_qwen(tmp_path / "half", half), vggt)
+
+
+def test_absent_cut_and_empty_shards_are_named(tmp_path: Path, vggt: Path) -> None:
+    folder = write_qwen(tmp_path / "qwen")
+    shard = folder / "model-00003-of-00004.safetensors"
+    whole = shard.stat().st_size
+    with shard.open("r+b") as out:
+        out.truncate(whole - 1)
+    assert f"{shard}: truncated: {whole - 1:,} bytes, its header promises {whole:,}" in refusal(folder, vggt)
+    for size in (0, 7, 100):
+        with shard.open("r+b") as out:
+            out.truncate(size)
+        assert f"{shard}: cannot be read: {size} bytes" in refusal(folder, vggt)
+    shard.unlink()
+    assert f"names files that are not there: {shard.name}" in refusal(folder, vggt)
+
+
+def test_a_shard_without_what_the_index_promises_is_named(tmp_path: Path, vggt: Path) -> None:
+    folder = write_qwen(tmp_path / "qwen", shards=2)
+    write_safetensors(folder / "model-00002-of-00002.safetensors", {"other": (1,)})
+    message = refusal(folder, vggt)
+    assert "model.safetensors.index.json" in message
+    assert "(model-00002-of-00002.safetensors)" in message
+
+
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": {"a": 1}}'])
+def test_a_broken_index_is_named(index: str, tmp_path: Path, vggt: Path) -> None:
+    folder = write_qwen(tmp_path / "qwen", {"x": (1,)})
+    (folder / "model.safetensors.index.json").write_text(index)
+    assert "model.safetensors.index.json: not an index of shards" in refusal(folder, vggt)
+
+
+@pytest.mark.parametrize("header", [b"{", b"[]", b'{"a": 3}', b'{"a": {"shape": [1]}}'])
+def test_a_broken_header_is_named(header: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 64)
+    with pytest.raises(CheckpointProblem, match=r"model\.safetensors: cannot be read"):
+        read_header(file)
+
+
+def test_vggt_that_is_not_whole_is_named(tmp_path: Path, vggt: Path) -> None:
+    folder = write_qwen(tmp_path / "qwen")
+    assert "model.vggt_path is not set" in refusal(folder, None)
+    assert "model.vggt_path: " in refusal(folder, tmp_path / "nowhere")
+    lost = {name: shape for name, shape in vggt_shapes(VggtConfig()).items() if name != "aggregator.camera_token"}
+    write_safetensors(vggt / "model.safetensors", lost)
+    assert "1 of 1174 tensors are missing: aggregator.camera_token" in refusal(folder, vggt)
+
+
+def test_a_pt_file_is_judged_by_its_size_and_its_names_are_left_to_training(tmp_path: Path) -> None:
+    folder, file = write_qwen(tmp_path / "qwen"), tmp_path / "model.pt"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as out:
+        out.writestr("model/data.pkl", b"not opened")
+        out.writestr("model/data/0", b"\0" * 1000)
+    message = refusal(folder, file)
+    assert f"{file}: 1,000 bytes of weights, the aggregator has " in message
+    whole = file.read_bytes()
+    for broken in (b"", b"not weights", whole[:-30]):
+        file.write_bytes(broken)
+        assert f"model.vggt_path: {file}: cannot be read as weights" in refusal(folder, file)
+
+
+def test_config_check_prints_the_lines_and_ends_with_2_where_weights_are_missing(tmp_path: Path, vggt: Path) -> None:
+    folder = write_qwen(tmp_path / "qwen")
+
+    def call(*argv: str) -> subprocess.CompletedProcess[str]:
+        # As on a login node: an import of any of these fails.
+        heavy = ["torch", "transformers", "deepspeed", "safetensors", "peft"]
+        code = f"import sys; sys.modules.update(dict.fromkeys({heavy})); from janus_cluster.cli import main; main()"
+        command = [sys.executable, "-c", code, "config", "check", "train_1node", *argv]
+        sets = [f"model.path={folder}", f"model.vggt_path={vggt}", f"data.roots=[{tmp_path}]"]
+        command += [part for value in sets for part in ("--set", value)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+
+    done = call()
+    assert done.returncode == 0, done.stderr
+    assert "729 tensors taken, 11 newly initialised (merger., action_head.)" in done.stdout
+    (folder / "model-00001-of-00004.safetensors").unlink()
+    done = call()
+    assert done.returncode == 2
+    assert "model-00001-of-00004.safetensors" in done.stderr
+    assert list(tmp_path.glob("runs")) == []

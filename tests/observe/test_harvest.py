@@ -1,0 +1,79 @@
+"""Whose fault it was: a node is remembered only for what the node did."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from janus_cluster.observe.card import FailureCard
+from janus_cluster.observe.failure import Failure
+from janus_cluster.observe.harvest import blamed_nodes
+from janus_cluster.observe.status import RunStatus
+from janus_cluster.rundir import RunDir, write_json_atomically
+from janus_cluster.slurm.state import JobState
+
+
+def status_of(folder: Path, failure: Failure, *, cluster: str = "slurm", results: list[Any] | None = None) -> RunStatus:
+    run = RunDir(folder / "demo-1")
+    run.path.mkdir()
+    run.begin_attempt()
+    write_json_atomically(run.submission_json, {"cluster": cluster, "job_id": "7", "submitted_at": time.time()})
+    nodes = sorted({node for node, _, _ in results or []})
+    write_json_atomically(
+        run.verdict_json(1),
+        {
+            "created_at": 1.0,
+            "nodes": nodes,
+            "exclude": sorted({node for node, _, state in results or [] if state == "FAIL"}),
+            "results": [{"node": n, "id": i, "state": s, "measured": "bad"} for n, i, s in results or []],
+        },
+    )
+    state = JobState(state="FAILED", source="status.json", exit_code=10, attempt=1, nodes=tuple(nodes))
+    card = FailureCard(failure=failure, checkpoint=None, ended_at=1.0, next_steps=())
+    return RunStatus(run=run, job_id="7", state=state, card=card)
+
+
+@pytest.mark.parametrize(
+    ("results", "blamed"),
+    [
+        ([("a", "gpu.count", "PASS"), ("b", "gpu.count", "FAIL")], ["b"]),
+        ([("a", "paths.data", "PASS"), ("b", "paths.data", "FAIL")], ["b"]),
+        # The same everywhere: the job asks for what no node has.
+        ([("a", "paths.data", "FAIL"), ("b", "paths.data", "FAIL")], []),
+        ([("a", "gpu.model", "FAIL"), ("b", "gpu.model", "FAIL")], []),
+        ([("a", "paths.data", "FAIL"), ("b", "gpu.xid", "FAIL")], ["b"]),
+        # One node alone: only its hardware is surely its own.
+        ([("a", "paths.data", "FAIL")], []),
+        ([("a", "gpu.nvlink", "FAIL")], ["a"]),
+        ([("a", "rail.mlx5_0", "WARN"), ("b", "rail.mlx5_0", "ERROR")], []),
+    ],
+)
+def test_the_gate_blames_a_node_only_for_what_is_its_own(tmp_path: Path, results: list[Any], blamed: list[str]) -> None:
+    found = blamed_nodes(status_of(tmp_path, Failure(kind="preflight"), results=results))
+    assert [r.node for r in found] == blamed
+    assert all((r.kind, r.run, r.attempt, r.time) == ("preflight", "demo-1", 1, 1.0) for r in found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "blamed"),
+    [("xid", ["b"]), ("node_lost", ["b"]), ("exception", []), ("signal", []), ("nccl_timeout", []), ("disk_full", [])],
+)
+def test_a_crash_blames_a_node_only_where_the_node_broke(tmp_path: Path, kind: Any, blamed: list[str]) -> None:
+    status = status_of(tmp_path, Failure(kind=kind, node="b", message="words"))
+    assert [r.node for r in blamed_nodes(status)] == blamed
+
+
+def test_a_machine_without_slurm_has_no_nodes_to_remember(tmp_path: Path) -> None:
+    assert blamed_nodes(status_of(tmp_path, Failure(kind="xid", node="b"), cluster="local")) == []
+
+
+def test_a_node_that_the_gate_refused_before_a_retry_that_went_well_is_remembered(tmp_path: Path) -> None:
+    status = status_of(
+        tmp_path, Failure(kind="preflight"), results=[("a", "gpu.count", "PASS"), ("b", "gpu.xid", "FAIL")]
+    )
+    status.run.begin_attempt()
+    went_well = RunStatus(run=status.run, job_id="7", state=JobState(state="COMPLETED", source="x", attempt=2))
+    assert [(r.node, r.attempt) for r in blamed_nodes(went_well)] == [("b", 1)]

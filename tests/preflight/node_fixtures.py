@@ -1,0 +1,244 @@
+"""A pretend H800 node: what its programs print, its sysfs tree, and programs that print it. Own values, true shapes."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from janus_cluster.config.load import load_job
+from janus_cluster.config.resolve import resolve_job
+from janus_cluster.config.schema import ResolvedJob
+from janus_cluster.preflight.facts import read_facts
+from janus_cluster.preflight.model import CheckResult
+from janus_cluster.preflight.static import judge_static
+from janus_cluster.resources import jobs_dir
+from janus_cluster.rundir import RunDir, write_text_atomically
+
+NUM = 8
+
+
+def uuid(i: int) -> str:
+    return f"GPU-{i:08x}-aaaa-bbbb-cccc-{i:012x}"
+
+
+def gpu_rows(num: int = NUM, *, name: str = "NVIDIA H800", memory: str = "81559") -> list[str]:
+    return [f"{i}, {uuid(i)}, {name}, {memory}, 570.158.01, 00000000:{0x1B + i:02X}:00.0" for i in range(num)]
+
+
+def smi_texts() -> dict[str, str]:
+    """What a sound node's nvidia-smi prints, family by family, header first."""
+    each = range(NUM)
+    return {
+        "identity": "index, uuid, name, memory.total [MiB], driver_version, pci.bus_id\n"
+        + "\n".join(gpu_rows())
+        + "\n",
+        "ecc": "index, ecc.errors.uncorrected.volatile.total, ecc.errors.uncorrected.aggregate.total\n"
+        + "".join(f"{i}, 0, 0\n" for i in each),
+        "throttle": "index, clocks_event_reasons.active\n" + "".join(f"{i}, 0x0000000000000001\n" for i in each),
+        "pcie": "index, pcie.link.width.current, pcie.link.width.max, pcie.link.gen.current\n"
+        + "".join(f"{i}, 16, 16, 1\n" for i in each),
+        "persistence": "index, persistence_mode\n" + "".join(f"{i}, Enabled\n" for i in each),
+        "fabric": "index, fabric.state, fabric.status\n" + "".join(f"{i}, Completed, Success\n" for i in each),
+        "remapped": "gpu_uuid, remapped_rows.correctable, remapped_rows.uncorrectable, remapped_rows.pending, "
+        "remapped_rows.failure\n" + "".join(f"{uuid(i)}, 0, 0, 0, 0\n" for i in each),
+        "nvlink": "".join(
+            f"GPU {i}: NVIDIA H800 (UUID: {uuid(i)})\n" + "".join(f"\t Link {k}: 26.562 GB/s\n" for k in range(8))
+            for i in each
+        ),
+    }
+
+
+KERNEL_STATES = {"Active": "4: ACTIVE", "Down": "1: DOWN", "Initializing": "2: INIT"}
+
+
+KERNEL_PHYS = {"LinkUp": "5: LinkUp", "Polling": "2: Polling", "Disabled": "3: Disabled"}
+
+
+SPEEDS = {400: "4X NDR", 200: "4X HDR", 100: "4X EDR", 40: "4X QDR", 10: "4X SDR"}
+
+
+@dataclass
+class FakePort:
+    """One port, as both sysfs and ibstat will tell it."""
+
+    device: str
+    state: str = "Active"
+    phys: str = "LinkUp"
+    rate: int = 400
+    layer: str = "InfiniBand"
+    ca_type: str = "MT4129"
+    width: str | None = "16"
+
+    def write(self, infiniband: Path) -> None:
+        port = infiniband / self.device / "ports" / "1"
+        (port / "counters").mkdir(parents=True)
+        for name, value in (
+            ("state", KERNEL_STATES[self.state]),
+            ("phys_state", KERNEL_PHYS[self.phys]),
+            ("rate", f"{self.rate} Gb/sec ({SPEEDS[self.rate]})"),
+            ("link_layer", self.layer),
+            ("counters/symbol_error", "0"),
+        ):
+            (port / name).write_text(value + "\n")
+        (infiniband / self.device / "fw_ver").write_text("28.41.1000\n")
+        (infiniband / self.device / "hca_type").write_text(self.ca_type + "\n")
+        if self.width:
+            (infiniband / self.device / "device").mkdir()
+            (infiniband / self.device / "device" / "current_link_width").write_text(self.width + "\n")
+
+    def ibstat(self) -> str:
+        lines = [
+            f"CA '{self.device}'",
+            f"\tCA type: {self.ca_type}",
+            "\tNumber of ports: 1",
+            "\tFirmware version: 28.41.1000",
+            "\tHardware version: 0",
+            "\tNode GUID: 0x0000000000000001",
+            "\tSystem image GUID: 0x0000000000000001",
+            "\tPort 1:",
+            f"\t\tState: {self.state}",
+            f"\t\tPhysical state: {self.phys}",
+            f"\t\tRate: {self.rate}",
+            "\t\tBase lid: 7",
+            "\t\tLMC: 0",
+            "\t\tSM lid: 1",
+            "\t\tCapability mask: 0xa751e848",
+            "\t\tPort GUID: 0x0000000000000001",
+            f"\t\tLink layer: {self.layer}",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def sound_ports() -> list[FakePort]:
+    """Eight rails, a bonded Ethernet port and an Ethernet port that is down, as on a healthy node."""
+    return [
+        *(FakePort(f"mlx5_{i}") for i in range(NUM)),
+        FakePort("mlx5_8", state="Down", phys="Disabled", rate=40, layer="Ethernet", ca_type="MT4127"),
+        FakePort("mlx5_bond_0", rate=200, layer="Ethernet", ca_type="MT41692"),
+    ]
+
+
+def verbs_text(devices: list[str]) -> str:
+    head = "    device          \t   node GUID\n    ------          \t----------------\n"
+    return head + "".join(f"    {name:<16}\t{i + 1:016x}\n" for i, name in enumerate(devices))
+
+
+_SMI = """#!/bin/sh
+here=$(dirname "$0")/smi
+case "$1" in
+    --query-gpu=index,uuid*) f=identity ;;
+    --query-gpu=index,ecc*) f=ecc ;;
+    --query-gpu=index,clocks_event*) f=throttle ;;
+    --query-gpu=index,pcie*) f=pcie ;;
+    --query-gpu=index,persistence*) f=persistence ;;
+    --query-gpu=index,fabric*) f=fabric ;;
+    --query-remapped-rows=*) f=remapped ;;
+    nvlink) f=nvlink ;;
+    *) echo "Invalid combination of input arguments."; exit 6 ;;
+esac
+cat "$here/$f"
+exit "$(cat "$here/rc")"
+"""
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@dataclass
+class FakeNode:
+    """Build with `write`; change `smi`, `ports`, … before."""
+
+    folder: Path
+    name: str = "h800-01"
+    sets: tuple[str, ...] = ()
+    job: str = "preflight"
+    smi: dict[str, str] = field(default_factory=smi_texts)
+    smi_rc: int = 0
+    ports: list[FakePort] = field(default_factory=sound_ports)
+    ibstat_tail: str = ""
+    ibstat_rc: int = 0
+    peermem: bool = True
+    programs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bin(self) -> Path:
+        return self.folder / "bin"
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "root"
+
+    def write(self) -> FakeNode:
+        (self.bin / "smi").mkdir(parents=True)
+        for family, text in self.smi.items():
+            (self.bin / "smi" / family).write_text(text)
+        (self.bin / "smi" / "rc").write_text(f"{self.smi_rc}\n")
+        infiniband = self.root / "sys" / "class" / "infiniband"
+        infiniband.mkdir(parents=True)
+        for port in self.ports:
+            port.write(infiniband)
+        if self.peermem:
+            (self.root / "sys" / "module" / "nvidia_peermem").mkdir(parents=True)
+            (self.root / "sys" / "module" / "nvidia_peermem" / "version").write_text("570.158.01\n")
+        (self.bin / "ibstat.txt").write_text("".join(p.ibstat() for p in self.ports))
+        (self.bin / "ibv.txt").write_text(verbs_text([p.device for p in self.ports]))
+        here = 'here=$(dirname "$0")\n'
+        programs = {
+            "nvidia-smi": _SMI,
+            "ibstat": f'#!/bin/sh\n{here}cat "$here/ibstat.txt"\n{self.ibstat_tail}\nexit {self.ibstat_rc}\n',
+            "ibv_devices": f'#!/bin/sh\n{here}cat "$here/ibv.txt"\n',
+            "dmesg": "#!/bin/sh\necho '[    1.0] nothing to see'\n",
+        } | self.programs
+        for name, text in programs.items():
+            write_program(self.bin / name, text)
+        return self
+
+    def resolve(self) -> ResolvedJob:
+        run_dir = self.folder / "run"
+        run_dir.mkdir(exist_ok=True)
+        sets = ["nodes=1", *self.sets]
+        loaded = load_job(jobs_dir() / f"{self.job}.yaml", sets=sets, environ={})
+        return resolve_job(loaded, run_dir=run_dir, cluster="local", environ={}, cwd=self.folder, python=sys.executable)
+
+    def environ(self) -> dict[str, str]:
+        return os.environ | {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}"}
+
+    def facts(self, resolved: ResolvedJob) -> dict[str, Any]:
+        """What this node says about itself with its programs first on PATH."""
+        before = os.environ["PATH"]
+        os.environ["PATH"] = self.environ()["PATH"]
+        try:
+            return read_facts(resolved, node=self.name)
+        finally:
+            os.environ["PATH"] = before
+
+    def facts_of_process(self, resolved: ResolvedJob) -> dict[str, Any]:
+        """What `node.task --phase facts` wrote for this node."""
+        run = RunDir(Path(resolved.run_dir))
+        write_text_atomically(run.resolved_json, resolved.model_dump_json())
+        run.preflight(1).mkdir(parents=True, exist_ok=True)
+        argv = [sys.executable, "-m", "janus_cluster.node.task", str(run.path), "--attempt", "1", "--phase", "facts"]
+        identity = {"JANUS_NODE": self.name, "JANUS_NODE_RANK": "0", "JANUS_NUM_NODES": "1"}
+        subprocess.run(argv, env=self.environ() | identity, check=True, timeout=60, capture_output=True)
+        value: dict[str, Any] = json.loads(run.facts_json(1, self.name).read_text())
+        return value
+
+    def judge(self) -> dict[str, CheckResult]:
+        """Check id → result, after the real facts phase."""
+        resolved = self.resolve()
+        results = judge_static({self.name: self.facts(resolved)}, resolved)
+        return {r.id: r for r in results}
+
+
+def h800_node(folder: Path, **changes: Any) -> FakeNode:
+    """A node whose job is judged as h800-ib, with its sysfs under preflight.sysfs_root."""
+    sets = (*changes.pop("sets", ()), f"preflight.sysfs_root={folder / 'root'}")
+    return FakeNode(folder, sets=sets, **changes)

@@ -1,0 +1,213 @@
+"""No damage to what a program prints crashes its parser, or turns a node that is not sound into a pass.
+
+The judge of a family may say PASS for damaged text only where a second, much simpler reading finds every fact that a
+sound node shows. The faults are seeded; the damage is random, the same in every run.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from node_fixtures import KERNEL_PHYS, KERNEL_STATES, gpu_rows, smi_texts, sound_ports, uuid
+
+from janus_cluster.preflight.gpu import judge_gpus
+from janus_cluster.preflight.gpu_health import judge_gpu_health
+from janus_cluster.preflight.gpu_query import FAMILIES, REMAPPED, parse_table
+from janus_cluster.preflight.hca import port_name
+from janus_cluster.preflight.hca_judge import judge_hcas
+from janus_cluster.preflight.ibstat import parse_ibstat
+from janus_cluster.preflight.model import worst
+from janus_cluster.preflight.nvlink import judge_nvlink
+from janus_cluster.preflight.profile import load_profile
+from janus_cluster.preflight.xid import judge_xids
+from janus_cluster.resources import templates_dir
+
+H800 = load_profile(templates_dir(), "h800-ib")
+ROUNDS = 150
+GARBAGE = [
+    "",
+    "\0",
+    "[Unknown Error]",
+    "[N/A]",
+    "Zustand: Aktiv",
+    "\ufffd\ufffd",
+    "ibpanic: x",
+    ",,,,",
+    "CA ''",
+    "9" * 400,
+    "²",
+]
+
+
+def damage(text: str, rng: random.Random) -> str:
+    """One of: cut, lines lost, lines swapped, a line doubled, a line replaced, characters replaced."""
+    lines = text.splitlines(keepends=True)
+    if not lines:
+        return rng.choice(GARBAGE)
+    i = rng.randrange(len(lines))
+    kind = rng.randrange(7)
+    if kind == 0:
+        return text[: rng.randrange(len(text) + 1)]
+    if kind == 1:
+        j = min(len(lines), i + rng.randrange(1, 4))
+        return "".join(lines[:i] + lines[j:])
+    if kind == 2:
+        j = rng.randrange(len(lines))
+        lines[i], lines[j] = lines[j], lines[i]
+    elif kind == 3:
+        lines.insert(rng.randrange(len(lines) + 1), lines[i])
+    elif kind == 4:
+        lines[i] = rng.choice(GARBAGE) + "\n"
+    elif kind == 5:
+        rng.shuffle(lines)
+    else:
+        at = rng.randrange(len(text))
+        return text[:at] + rng.choice(["x", "\t", " ", "0", "\n", "é", ","]) + text[at + rng.randrange(3) :]
+    return "".join(lines)
+
+
+def tables(family: str, text: str) -> dict[str, Any]:
+    """A sound node's answers, but for one family's text."""
+    found = {}
+    for name, sound in smi_texts().items():
+        told = text if name == family else sound
+        if name == "nvlink":
+            found[name] = {"text": told, "problem": None, "error": None}
+        else:
+            fields = REMAPPED if name == "remapped" else FAMILIES[name][0]
+            found[name] = {**parse_table(told, fields), "problem": None, "error": None}
+    return found
+
+
+def judge_smi(family: str, text: str) -> str:
+    told = tables(family, text)
+    results = [
+        *judge_gpus(told, H800["gpu"], node="n", gpus_per_node=8),
+        *judge_gpu_health(told, H800["gpu"], node="n", gpus_per_node=8),
+        *judge_nvlink(told["nvlink"], H800["gpu"], node="n", gpus_per_node=8),
+    ]
+    return worst([r.state for r in results])
+
+
+def judge_ibstat(text: str) -> str:
+    ports = [
+        {
+            "device": p.device, "port": "1", "state": KERNEL_STATES[p.state], "phys_state": KERNEL_PHYS[p.phys],
+            "rate": f"{p.rate} Gb/sec (4X NDR)", "link_layer": p.layer, "ca_type": p.ca_type, "pcie_width": "16",
+        }
+        for p in sound_ports()
+    ]  # fmt: skip
+    facts = {
+        "hca": {"ports": ports, "folder": "/sys"},
+        "ibstat": {"text": text, "stderr": "", "problem": None, "error": None},
+        "verbs": {"text": "".join(f"  {p['device']}  {1:016x}\n" for p in ports), "problem": None, "error": None},
+        "peermem": {"module": "nvidia_peermem", "version": "1"},
+    }
+    results = judge_hcas(facts, H800["hca"], node="n")
+    return worst([r.state for r in results if r.id in ("hca.ibstat", "hca.agree")])
+
+
+def sees_eight(pattern: Callable[[int], str], text: str) -> bool:
+    """Each of eight GPUs or rails has its sound line somewhere."""
+    return all(re.search(pattern(i), text, re.MULTILINE) for i in range(8))
+
+
+SMI_FACTS: dict[str, Callable[[int], str]] = {
+    "identity": lambda i: rf"^\s*{i}\s*,.*NVIDIA H800, [89]\d{{4,}}",
+    "ecc": lambda i: rf"^\s*{i}\s*,\s*0+[ .]?.*,\s*0+",
+    "throttle": lambda i: rf"^\s*{i}\s*,\s*0x0*[0145]\s*$",
+    "pcie": lambda i: rf"^\s*{i}\s*,\s*0*(1[6-9]|[2-9]\d|\d{{3,}})",
+    "persistence": lambda i: rf"^\s*{i}\s*,\s*Enabled\s*$",
+    "fabric": lambda i: rf"^\s*{i}\s*,\s*Completed,\s*Success\s*$",
+    "remapped": lambda i: r"^\s*\S*\w{6,}\S*,\s*0",
+    "nvlink": lambda i: rf"^\s*GPU {i}:",
+}
+SMI_FAULTS = {
+    "identity": (gpu_rows()[5], gpu_rows(name="NVIDIA H800 PCIe")[5]),
+    "ecc": ("5, 0, 0", "5, 3, 3"),
+    "throttle": ("5, 0x0000000000000001", "5, 0x0000000000000040"),
+    "pcie": ("5, 16, 16", "5, 8, 16"),
+    "persistence": ("5, Enabled", "5, Disabled"),
+    "fabric": ("5, Completed", "5, In Progress"),
+    "remapped": (f"{uuid(5)}, 0, 0, 0, 0", f"{uuid(5)}, 0, 0, 1, 1"),
+    "nvlink": (
+        f"{uuid(5)})\n\t Link 0: 26.562 GB/s",
+        f"{uuid(5)})\n\t Link 0: <inactive>",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SMI_FAULTS)
+def test_a_pass_of_damaged_nvidia_smi_still_holds_every_wanted_fact(family: str) -> None:
+    rng = random.Random(f"1 {family}")
+    sound = smi_texts()[family]
+    assert judge_smi(family, sound) == "PASS"
+    for _ in range(ROUNDS):
+        text = sound
+        for _ in range(rng.randrange(1, 4)):
+            text = damage(text, rng)
+        if judge_smi(family, text) == "PASS":
+            assert sees_eight(SMI_FACTS[family], text), text
+
+
+@pytest.mark.parametrize("family", SMI_FAULTS)
+def test_lost_lines_never_turn_a_faulty_gpu_into_a_pass(family: str) -> None:
+    rng = random.Random(f"2 {family}")
+    sound, fault = SMI_FAULTS[family]
+    faulty = smi_texts()[family].replace(sound, fault)
+    assert faulty != smi_texts()[family]
+    assert judge_smi(family, faulty) != "PASS"
+    lines = faulty.splitlines(keepends=True)
+    for _ in range(ROUNDS):
+        kept = [line if rng.random() < 0.8 else rng.choice(["", "", rng.choice(GARBAGE) + "\n"]) for line in lines]
+        if rng.random() < 0.3 and family != "nvlink":
+            rng.shuffle(kept)
+        assert judge_smi(family, "".join(kept)) != "PASS", "".join(kept)
+
+
+def test_a_pass_of_damaged_ibstat_still_holds_every_wanted_fact() -> None:
+    rng = random.Random(3)
+    sound = "".join(p.ibstat() for p in sound_ports())
+    assert judge_ibstat(sound) == "PASS"
+    for _ in range(2 * ROUNDS):
+        text = sound
+        for _ in range(rng.randrange(1, 4)):
+            text = damage(text, rng)
+        if judge_ibstat(text) == "PASS":
+            assert sees_eight(lambda i: rf"^\s*CA 'mlx5_{i}'", text)
+            assert len(re.findall(r"State: Active", text)) >= 9
+            assert len(re.findall(r"Rate: 400", text)) >= 8
+
+
+@pytest.mark.parametrize("fault", ["Rate: 200", "State: Down", "Physical state: Polling", "Link layer: Ethernet"])
+def test_lost_lines_never_turn_a_faulty_rail_into_a_pass(fault: str) -> None:
+    rng = random.Random(fault)
+    blocks = [p.ibstat() for p in sound_ports()]
+    key = fault.partition(":")[0]
+    blocks[4] = re.sub(rf"(?m)^(\s*){key}: .*$", rf"\g<1>{fault}", blocks[4])
+    lines = "".join(blocks).splitlines(keepends=True)
+    assert judge_ibstat("".join(lines)) != "PASS"
+    for _ in range(ROUNDS):
+        kept = [line if rng.random() < 0.9 else rng.choice(["", rng.choice(GARBAGE) + "\n"]) for line in lines]
+        assert judge_ibstat("".join(kept)) != "PASS", "".join(kept)
+
+
+def test_garbage_of_any_kind_crashes_nothing() -> None:
+    rng = random.Random(4)
+    alphabet = "CAPort:'\n\t ,0123456789GPULinkxXid()[]State²é\0"
+    for _ in range(150):
+        text = "".join(rng.choice(alphabet) for _ in range(rng.randrange(300)))
+        parse_ibstat(text)
+        assert judge_ibstat(text) != "PASS"
+        for family in SMI_FAULTS:
+            assert judge_smi(family, text) != "PASS"
+        (result,) = judge_xids({"lines": text.splitlines(), "problem": "rc 1"}, H800["gpu"], node="n")
+        assert result.state != "PASS"
+
+
+def test_port_names_are_nccls() -> None:
+    assert port_name({"device": "mlx5_0", "port": "1"}) == "mlx5_0:1"

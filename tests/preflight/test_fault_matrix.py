@@ -1,0 +1,337 @@
+"""Faults of a node, put there as programs on PATH and a sysfs tree: each is found, named and not called a pass.
+
+The programs are real processes that the facts phase starts; only the hardware is pretended.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from node_fixtures import NUM, FakeNode, FakePort, gpu_rows, h800_node, smi_texts, sound_ports, uuid, verbs_text
+
+from janus_cluster.preflight.model import CheckResult, worst
+from janus_cluster.preflight.static import judge_static
+
+HARDWARE = ("gpu", "hca")
+
+
+def test_a_sound_node_has_no_fault_in_gpus_and_rails(tmp_path: Path) -> None:
+    judged = h800_node(tmp_path).write().judge()
+    faults = {i: (r.state, r.measured) for i, r in judged.items() if i.startswith(HARDWARE) and r.state != "PASS"}
+    assert faults == {}
+    assert {i for i in judged if i.startswith(HARDWARE)} == {
+        "gpu.count", "gpu.model", "gpu.memory", "gpu.ecc", "gpu.remapped_rows", "gpu.throttle", "gpu.pcie_width",
+        "gpu.persistence", "gpu.fabric", "gpu.nvlink", "gpu.xid", "hca.rails", "hca.ibstat", "hca.agree", "hca.verbs",
+        "hca.pcie_width", "hca.firmware", "hca.peermem",
+    }  # fmt: skip
+
+
+def with_port(index: int, **changes: Any) -> list[FakePort]:
+    ports = sound_ports()
+    ports[index] = FakePort(f"mlx5_{index}", **changes)
+    return ports
+
+
+def smi(**changes: str) -> dict[str, str]:
+    return smi_texts() | changes
+
+
+def replaced(family: str, old: str, new: str) -> dict[str, str]:
+    text = smi_texts()[family]
+    assert old in text
+    return smi(**{family: text.replace(old, new, 1)})
+
+
+LOST = "Unable to determine the device handle for GPU0000:20:00.0: Unknown Error\n" + smi_texts()["identity"].replace(
+    gpu_rows()[5], f"5, {uuid(5)}, [Unknown Error], [Unknown Error]"
+)
+IDENTITY_HEADER = smi_texts()["identity"].splitlines()[0]
+
+FAULTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
+    "rail down": ({"ports": with_port(3, state="Down", phys="Polling", rate=10)}, "hca.rails", "FAIL", "mlx5_3:1"),
+    "rail without a subnet manager": ({"ports": with_port(3, state="Initializing")}, "hca.rails", "FAIL", "2: INIT"),
+    "rail at half rate": ({"ports": with_port(6, rate=200)}, "hca.rails", "FAIL", "mlx5_6:1 200 Gb/sec"),
+    "rail on half the lanes": ({"ports": with_port(2, width="8")}, "hca.pcie_width", "FAIL", "mlx5_2:1 x8"),
+    "one rail missing": ({"ports": sound_ports()[1:]}, "hca.rails", "FAIL", "7 of 8"),
+    "RoCE instead of InfiniBand": (
+        {"ports": [FakePort(f"mlx5_{i}", layer="Ethernet") for i in range(NUM)]},
+        "hca.rails",
+        "FAIL",
+        "RoCE",
+    ),
+    "no adapter at all": ({"ports": []}, "hca.rails", "FAIL", "no port"),
+    "ibpanic after valid blocks": (
+        {
+            "ibstat_tail": "echo \"ibpanic: [9] main: stat of IB device 'mlx5_8' failed\" >&2",
+            "ibstat_rc": 255,
+        },
+        "hca.ibstat",
+        "FAIL",
+        "ibpanic",
+    ),
+    "ibstat prints nothing and ends with 0": (
+        {"programs": {"ibstat": "#!/bin/sh\nexit 0\n"}},
+        "hca.ibstat",
+        "FAIL",
+        "no adapter",
+    ),
+    "ibstat sees another state than the kernel": (
+        {"programs": {"ibstat": '#!/bin/sh\nsed \'s/Rate: 400/Rate: 100/\' "$(dirname "$0")/ibstat.txt"\n'}},
+        "hca.agree",
+        "FAIL",
+        "mlx5_0:1: rate",
+    ),
+    "ibv_devices with its header only": (
+        {"programs": {"ibv_devices": f"#!/bin/sh\ncat <<'X'\n{verbs_text([])}X\n"}},
+        "hca.verbs",
+        "FAIL",
+        "0 devices",
+    ),
+    "no peermem": ({"peermem": False}, "hca.peermem", "FAIL", "not loaded"),
+    "lost GPU": (
+        {"smi": smi(identity=LOST), "smi_rc": 15},
+        "gpu.count",
+        "FAIL",
+        "Unable to determine the device handle",
+    ),
+    "7 of 8 GPUs": (
+        {"smi": smi(identity=IDENTITY_HEADER + "\n" + "\n".join(gpu_rows(7)) + "\n")},
+        "gpu.count",
+        "FAIL",
+        "7 of 8",
+    ),
+    "wrong SKU": (
+        {"smi": smi(identity="\n".join([IDENTITY_HEADER, *gpu_rows(name="NVIDIA H800 PCIe")]))},
+        "gpu.model",
+        "FAIL",
+        "NVIDIA H800 PCIe",
+    ),
+    "MIG or a smaller part": (
+        {"smi": replaced("identity", "81559", "40000")},
+        "gpu.memory",
+        "FAIL",
+        "GPU 0: 40000",
+    ),
+    "ECC": ({"smi": replaced("ecc", "4, 0, 0", "4, 2, 2")}, "gpu.ecc", "FAIL", "GPU 4: 2 uncorrected"),
+    "ECC not told": ({"smi": replaced("ecc", "4, 0, 0", "4, [N/A], [N/A]")}, "gpu.ecc", "ERROR", "GPU 4"),
+    "remap failed": (
+        {"smi": replaced("remapped", ", 0, 0, 0, 0", ", 0, 1, 0, 1")},
+        "gpu.remapped_rows",
+        "FAIL",
+        "failure 1",
+    ),
+    "remap pending": (
+        {"smi": replaced("remapped", ", 0, 0, 0, 0", ", 0, 0, Yes, No")},
+        "gpu.remapped_rows",
+        "FAIL",
+        "pending Yes",
+    ),
+    "thermal throttle": (
+        {"smi": replaced("throttle", "0x0000000000000001", "0x0000000000000060")},
+        "gpu.throttle",
+        "FAIL",
+        "thermal",
+    ),
+    "GPU on half the lanes": (
+        {"smi": replaced("pcie", "0, 16, 16", "0, 8, 16")},
+        "gpu.pcie_width",
+        "FAIL",
+        "GPU 0: x8",
+    ),
+    "no persistence": ({"smi": replaced("persistence", "Enabled", "Disabled")}, "gpu.persistence", "WARN", "Disabled"),
+    "fabric manager stuck": (
+        {"smi": replaced("fabric", "Completed, Success", "In Progress, N/A")},
+        "gpu.fabric",
+        "FAIL",
+        "In Progress",
+    ),
+    "NVLink down": (
+        {"smi": replaced("nvlink", "Link 3: 26.562 GB/s", "Link 3: <inactive>")},
+        "gpu.nvlink",
+        "FAIL",
+        "down: 3",
+    ),
+    "XID 79": (
+        {"programs": {"dmesg": "#!/bin/sh\necho '[9.1] NVRM: Xid (PCI:0000:5d:00): 79, pid=1, fallen off.'\n"}},
+        "gpu.xid",
+        "FAIL",
+        "XID 79",
+    ),
+    "dmesg refused": (
+        {"programs": {"dmesg": "#!/bin/sh\necho 'dmesg: read: Operation not permitted' >&2\nexit 1\n"}},
+        "gpu.xid",
+        "SKIP",
+        "not permitted",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_and_named(tmp_path: Path, fault: str) -> None:
+    changes, check_id, state, word = FAULTS[fault]
+    result = h800_node(tmp_path, **changes).write().judge()[check_id]
+    assert (result.state, result.node) == (state, "h800-01"), result
+    assert word in result.measured
+    assert result.measured
+    assert result.expected
+    assert result.threshold_source
+    if state != "SKIP":
+        assert "h800-01" in result.fix or result.fix.startswith("as root") or "nvidia-smi" in result.fix
+
+
+HANGS = {
+    "sleeps for ever": "#!/bin/sh\nexec sleep 600\n",
+    "ignores SIGTERM": "#!/bin/sh\ntrap '' TERM INT HUP\nwhile :; do sleep 600; done\n",
+    "leaves a child that holds the output": "#!/bin/sh\nsleep 600 &\nwait\n",
+}
+
+
+@pytest.mark.parametrize("how", HANGS)
+def test_a_hung_nvidia_smi_is_an_error_within_its_time_limit(tmp_path: Path, how: str) -> None:
+    node = h800_node(tmp_path, programs={"nvidia-smi": HANGS[how]}, sets=("preflight.command_timeout_s=1.5",)).write()
+    begun = time.monotonic()
+    judged = node.judge()
+    assert time.monotonic() - begun < 15
+    assert judged["gpu.count"].state == "ERROR"
+    assert "did not answer within 1.5 s" in judged["gpu.count"].measured
+    assert [i for i, r in judged.items() if i.startswith("gpu") and r.state == "PASS"] == ["gpu.xid"]
+
+
+def test_missing_programs_are_never_a_pass(tmp_path: Path) -> None:
+    node = h800_node(tmp_path).write()
+    for name in ("nvidia-smi", "ibstat", "ibv_devices"):
+        (node.bin / name).unlink()
+    judged = node.judge()
+    states = {i: judged[i].state for i in ("gpu.count", "hca.ibstat", "hca.verbs")}
+    assert states == {"gpu.count": "ERROR", "hca.ibstat": "WARN", "hca.verbs": "WARN"}
+    assert worst([r.state for r in judged.values()]) in ("ERROR", "FAIL")
+
+
+def test_the_same_node_is_skipped_with_a_reason_under_profile_cpu(tmp_path: Path) -> None:
+    node = h800_node(
+        tmp_path, sets=("preflight.profile=cpu", "hardware.device=cpu", "environment.profile=cpu"), ports=[]
+    ).write()
+    judged = node.judge()
+    assert {i: r.state for i, r in judged.items() if i.startswith(HARDWARE)} == {"gpu": "SKIP", "hca": "SKIP"}
+    assert all("wants no" in judged[i].measured for i in HARDWARE)
+
+
+def test_a_class_folder_alone_serves_as_the_root(tmp_path: Path) -> None:
+    node = h800_node(tmp_path).write()
+    for root in (node.root / "sys", node.root / "sys" / "class" / "infiniband"):
+        node.sets = (f"preflight.sysfs_root={root}",)
+        assert node.judge()["hca.rails"].state == "PASS"
+
+
+def test_a_small_dev_shm_is_found(tmp_path: Path) -> None:
+    node = h800_node(tmp_path).write()
+    shm = node.root / "dev" / "shm"
+    shm.mkdir(parents=True)
+    small_tmpfs(shm, "64m")
+    try:
+        result = node.judge()["limits.shm"]
+    finally:
+        unmount(shm)
+    assert (result.state, result.unit) == ("FAIL", "GiB")
+    assert result.measured.startswith("0.0625")
+
+
+def small_tmpfs(folder: Path, size: str, *options: str) -> None:
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        pytest.skip(f"needs root to mount a small tmpfs: {done.stderr.strip()}")
+
+
+def unmount(folder: Path) -> None:
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("kind", ["full", "read-only"])
+def test_an_output_that_cannot_hold_the_run_is_found(tmp_path: Path, kind: str) -> None:
+    from janus_cluster.preflight.paths import judge_output, read_output
+
+    folder = tmp_path / "out"
+    folder.mkdir()
+    small_tmpfs(folder, "600k", *(["ro"] if kind == "read-only" else []))
+    try:
+        fact = read_output(folder)
+    finally:
+        unmount(folder)
+    (result, *_) = judge_output(fact, node="h800-02", min_free_gb=0, room_bytes=0)
+    assert (result.state, result.node) == ("FAIL", "h800-02")
+    assert ("no space left" if kind == "full" else "Read-only") in result.measured
+    assert "df -h" in result.fix
+
+
+def test_a_low_memlock_is_found(tmp_path: Path) -> None:
+    node = h800_node(tmp_path).write()
+    code = (
+        "import resource, runpy, sys\n"
+        "resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))\n"
+        "from janus_cluster.preflight.limits import read_limits, judge_limits\n"
+        "from janus_cluster.preflight.sysfs import NodeRoot\n"
+        "print(read_limits(NodeRoot.of(None))['memlock_bytes'])\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(said) == 65536
+    resolved = node.resolve()
+    facts = node.facts(resolved)
+    facts["limits"]["memlock_bytes"] = int(said)
+    result = next(r for r in judge_static({"h800-01": facts}, resolved) if r.id == "limits.memlock")
+    assert result.state == "WARN"
+    assert "ulimit -l" in result.fix
+
+
+def two_nodes(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> list[CheckResult]:
+    """h800-02's facts are h800-01's but for `change`."""
+    node = h800_node(tmp_path).write()
+    resolved = node.resolve()
+    facts = node.facts(resolved)
+    other = {**facts, "node": "h800-02", "versions": dict(facts["versions"])}
+    change(other)
+    return judge_static({"h800-01": facts, "h800-02": other}, resolved)
+
+
+def test_other_versions_on_node_2_are_attributed_to_it(tmp_path: Path) -> None:
+    results = two_nodes(tmp_path, lambda facts: facts["versions"].update(torch="2.6.0", nccl="2.21.5"))
+    bad = [r for r in results if r.id == "versions.same" and r.state == "FAIL"]
+    assert [r.node for r in bad] == ["h800-02"]
+    assert "torch 2.6.0 ≠" in bad[0].measured
+    assert "nccl 2.21.5 ≠" in bad[0].measured
+
+
+def test_an_absent_node_is_a_failure_of_that_node(tmp_path: Path) -> None:
+    node = h800_node(tmp_path).write()
+    resolved = node.resolve()
+    results = judge_static({"h800-01": node.facts(resolved), "h800-02": None}, resolved)
+    assert [(r.node, r.state) for r in results if r.id == "reported"] == [("h800-01", "PASS"), ("h800-02", "FAIL")]
+    assert {r.id for r in results if r.node == "h800-02"} == {"reported"}
+
+
+def test_the_facts_phase_of_a_node_is_a_process_of_under_five_seconds(tmp_path: Path) -> None:
+    node: FakeNode = h800_node(tmp_path, ports=with_port(3, state="Down", phys="Polling", rate=10)).write()
+    resolved = node.resolve()
+    facts = node.facts_of_process(resolved)
+    assert facts["duration_s"] < 5
+    bad = next(r for r in judge_static({"h800-01": facts}, resolved) if r.id == "hca.rails")
+    assert (bad.state, "mlx5_3:1" in bad.measured) == ("FAIL", True)
+
+
+def test_limits_of_this_process_are_the_kernels() -> None:
+    from janus_cluster.preflight.limits import read_limits
+    from janus_cluster.preflight.sysfs import NodeRoot
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert read_limits(NodeRoot.of(None))["nofile"] == soft

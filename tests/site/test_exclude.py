@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import pytest
+
+from janus_cluster.site.exclude import decide_exclusion, merge_hosts
+from janus_cluster.site.nodes import NodeRecord
+
+NOW = 1_795_000_000.0
+
+
+def bad(node: str, age_s: float = 3600) -> NodeRecord:
+    return NodeRecord(node=node, cluster="slurm", kind="node_lost", reason="was lost", time=NOW - age_s)
+
+
+@pytest.mark.parametrize(
+    ("lists", "merged"),
+    [
+        ((None, None), None),
+        (("", "h1"), "h1"),
+        (("h1", "h1"), "h1"),
+        (("h-[01-03]", "h-02"), "h-[01-03]"),
+        (("h-[01-02]", "h-[02-03]"), "h-[01-02],h-03"),
+        (("h1,h2", None, "h3"), "h1,h2,h3"),
+    ],
+)
+def test_host_lists_are_merged(lists: tuple[str | None, ...], merged: str | None) -> None:
+    assert merge_hosts(*lists) == merged
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "site", "option", "added"),
+    [
+        (None, None, {"h1", "h2", "h3"}, "h1", ("h1",)),
+        ("h3", None, {"h1", "h2", "h3", "h4"}, "h3,h1", ("h1",)),
+        ("h1", None, {"h1", "h2", "h3"}, "h1", ()),
+        # Nobody knows the site: what is remembered counts.
+        (None, None, None, "h1", ("h1",)),
+        # Just enough nodes, and one too few.
+        (None, None, {"h1", "h2", "h3"}, "h1", ("h1",)),
+        (None, None, {"h1", "h2"}, None, ()),
+        ("h3", None, {"h1", "h2", "h3"}, "h3", ()),
+        # A node that is gone from the site cannot be excluded.
+        (None, None, {"h2", "h3", "h4"}, None, ()),
+        # Asked for by name.
+        (None, "h1,h2", {"h1", "h2", "h3"}, None, ()),
+        # sbatch reads a path as a file of names.
+        ("/etc/bad-nodes", None, {"h1", "h2", "h3"}, "/etc/bad-nodes", ()),
+    ],
+)
+def test_remembered_nodes_join_the_users_own_list(
+    given: str | None, wanted: str | None, site: Collection[str] | None, option: str | None, added: tuple[str, ...]
+) -> None:
+    found = decide_exclusion(given, [bad("h1")], num_nodes=2, site_nodes=site, now=NOW, wanted=wanted)
+    assert (found.option, found.added) == (option, added)
+
+
+def test_where_nodes_are_short_the_one_remembered_longest_is_used_again_and_the_user_is_told() -> None:
+    remembered = [bad("h1", age_s=86400 * 3), bad("h2", age_s=60)]
+    found = decide_exclusion(None, remembered, num_nodes=2, site_nodes={"h1", "h2", "h3"}, now=NOW)
+    assert found.added == ("h2",)
+    assert found.notes == (
+        "h2 is left out: node_lost: was lost, 1 min ago",
+        "h1 is remembered as bad (node_lost: was lost, 3 d ago), but without it fewer than 2 nodes are left: not left "
+        "out, the gate judges it again",
+        "janus-cluster nodes forgive h2 h1 lifts it",
+    )
+
+
+def test_without_a_gate_nobody_judges_it() -> None:
+    found = decide_exclusion(None, [bad("h1")], num_nodes=2, site_nodes={"h1", "h2"}, now=NOW, is_gated=False)
+    assert "no gate will judge it" in found.notes[0]

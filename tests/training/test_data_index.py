@@ -1,0 +1,182 @@
+"""The index: built once by one rank, kept, renewed when the data changes, small, and the same for every reader."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_files import FRAME, write_episodes, write_json, write_r2r
+
+from janus_cluster.config.schema import Data
+from janus_cluster.errors import UsageError
+from janus_cluster.training.data.index import SampleSplit, load_samples
+from janus_cluster.training.data.indexing import Share
+from janus_cluster.training.data.store import load_store
+
+
+def load(root: Path, index_dir: Path | None, said: list[str] | None = None, **keys: Any) -> SampleSplit:
+    data = Data(roots=[str(root)], validation_fraction=0, max_bad_fraction=1)
+    report = None if said is None else said.append
+    return load_samples(data.model_copy(update=keys), seed=0, index_dir=index_dir, report=report)
+
+
+def was_read(said: list[str]) -> bool:
+    """Did the last loading read the data, or check the index only?"""
+    assert " read in " in said[-1] or "index checked in" in said[-1]
+    return " read in " in said[-1]
+
+
+def test_the_second_loading_reads_the_index_and_gives_the_same_samples(tmp_path):
+    root = write_episodes(tmp_path / "data")
+    said: list[str] = []
+    first, second = (load(root, tmp_path / "index", said) for _ in range(2))
+    assert ["by 1 process" in line for line in said] == [True, False]
+    assert "12 samples, index checked" in said[1]
+    assert list(first.train) == list(second.train) == list(load(root, None).train)
+    assert list(load(root, tmp_path / "index", history=1).train) == list(load(root, None, history=1).train)
+
+
+def edit_description(root: Path) -> None:
+    path = next((root / "ep_1").glob("step_0001_*.json"))
+    path.write_text(path.read_text().replace("sofa", "rug"))
+
+
+def add_episode(root: Path) -> None:
+    shutil.copytree(root / "ep_0", root / "ep_9")
+
+
+def remove_frame(root: Path) -> None:
+    next((root / "ep_2").glob("step_0003_*.png")).unlink()
+
+
+def touch_frame(root: Path) -> None:
+    os.utime(next((root / "ep_2").glob("step_0003_*.png")), ns=(1, 1))
+
+
+@pytest.mark.parametrize("change", [edit_description, add_episode, remove_frame, touch_frame])
+def test_the_index_is_made_anew_when_an_episode_changes(tmp_path, change):
+    root = write_episodes(tmp_path / "data")
+    said: list[str] = []
+    load(root, tmp_path / "index", said)
+    change(root)
+    split = load(root, tmp_path / "index", said)
+    assert was_read(said)
+    assert list(split.train) == list(load(root, None).train)
+    load(root, tmp_path / "index", said)
+    assert not was_read(said)
+
+
+def test_the_index_of_a_file_is_made_anew_when_it_or_a_folder_of_frames_changes(tmp_path):
+    root = write_r2r(tmp_path / "data")
+    said: list[str] = []
+    load(root, tmp_path / "index", said)
+    time.sleep(0.01)  # folders' times of change have the clock's grain
+    (root / "1" / "step_9_STOP.png").write_bytes(FRAME)
+    assert len(load(root, tmp_path / "index", said).train) == 13 and was_read(said)
+    records = [{"episode_id": 0, "instruction": {"instruction_text": "Go."}}]
+    write_json(root / "train.json.gz", {"episodes": records})
+    assert len(load(root, tmp_path / "index", said).train) == 4 and was_read(said)
+
+
+def test_a_damaged_index_is_made_anew(tmp_path):
+    root = write_episodes(tmp_path / "data")
+    said: list[str] = []
+    load(root, tmp_path / "index", said)
+    (folder,) = (tmp_path / "index").iterdir()
+    (folder / "text_blob.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="is empty"):
+        load_store(folder)
+    assert len(load(root, tmp_path / "index", said).train) == 12
+    assert was_read(said)
+
+
+def test_one_rank_reads_and_the_others_open_what_it_wrote(tmp_path):
+    root = write_episodes(tmp_path / "data")
+    sent: list[Any] = []
+
+    def send(value: Any) -> Any:
+        sent.append(value)
+        return value
+
+    data = Data(roots=[str(root)], validation_fraction=0)
+    keys: dict[str, Any] = {"seed": 0, "index_dir": tmp_path / "index"}
+    builder = load_samples(data, **keys, share=Share(True, send))
+    said: list[str] = []
+    other = load_samples(data, **keys, share=Share(False, lambda _: sent[0]), report=said.append)
+    assert list(builder.train) == list(other.train)
+    assert said == [], "nothing was read"
+
+
+def test_a_failure_of_the_builder_is_every_ranks_error(tmp_path):
+    (tmp_path / "data.json").write_text("{")
+    data = Data(roots=[str(tmp_path / "data.json")])
+    sent: list[Any] = []
+
+    def broadcast(value: Any) -> Any:
+        sent.append(value)
+        return pickle.loads(pickle.dumps(sent[0]))
+
+    for is_builder in (True, False):
+        with pytest.raises(UsageError, match="cannot be read as JSON") as caught:
+            load_samples(data, seed=0, index_dir=tmp_path / "index", share=Share(is_builder, broadcast))
+        assert caught.value.hint
+
+
+def test_an_index_that_another_node_cannot_see_says_what_to_set(tmp_path):
+    data = Data(roots=[str(write_episodes(tmp_path / "data"))])
+    share = Share(False, lambda _: [str(tmp_path / "elsewhere")])
+    with pytest.raises(UsageError, match="not readable here") as caught:
+        load_samples(data, seed=0, index_dir=tmp_path / "index", share=share)
+    assert "data.index_dir" in str(caught.value.hint)
+
+
+def test_a_table_is_pickled_by_its_folder(tmp_path):
+    root = write_episodes(tmp_path / "data", episodes=40, steps=8)
+    kept = load(root, tmp_path / "index").train
+    loose = load(root, None).train
+    assert len(pickle.dumps(kept)) < len(pickle.dumps(loose)) / 3
+    for table in (kept, loose):
+        assert list(pickle.loads(pickle.dumps(table))) == list(table)
+
+
+def test_a_table_is_a_sequence(tmp_path):
+    table = load(write_episodes(tmp_path), None).train
+    assert [s.id for s in table[2:9:3]] == [table[i].id for i in (2, 5, 8)]
+    assert table[-1] == table[len(table) - 1] == list(table)[-1]
+    with pytest.raises(IndexError):
+        table[len(table)]
+    assert table.root_index.tolist() == [0] * 12
+
+
+def test_roots_are_numbered_in_the_jobs_order(tmp_path):
+    write_episodes(tmp_path / "b", episodes=1, prefix="b")
+    write_r2r(tmp_path / "a", episodes=2)
+    roots = [{"path": str(tmp_path / "b"), "weight": 3}, {"path": str(tmp_path / "a")}]
+    split = load_samples(Data(roots=roots, validation_fraction=0.34), seed=0)
+    for table in (split.train, split.held_out):
+        assert [0 if s.episode.startswith("b") else 1 for s in table] == table.root_index.tolist()
+    assert len(split.train) + len(split.held_out) == 12
+
+
+def test_many_tiny_episodes_are_read_by_several_processes_in_the_same_order(tmp_path):
+    root = tmp_path / "data"
+    write_episodes(root, episodes=1, steps=1)
+    for i in range(1, 2_400):
+        folder = root / f"ep_{i}"
+        folder.mkdir()
+        for file in (root / "ep_0").iterdir():
+            os.link(file, folder / file.name)
+    (root / "ep_77" / "milestones_result.json").unlink()
+    said: list[str] = []
+    split = load(root, tmp_path / "index", said)
+    processes = min(2, len(os.sched_getaffinity(0)))
+    assert f"by {processes} process" in said[-1]
+    assert [s.episode for s in split.train] == sorted(f"ep_{i}" for i in range(2_400) if i != 77)
+    assert split.num_bad == 1
+    size = sum(file.stat().st_size for file in (tmp_path / "index").rglob("*"))
+    assert size / len(split.train) < 600, "bytes a sample"

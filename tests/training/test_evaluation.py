@@ -1,0 +1,269 @@
+"""A tiny model is judged: by its head, in words, on one rank or several, and from the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_run import resolve
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from janus_cluster.config.schema import JobConfig
+from janus_cluster.errors import UsageError
+from janus_cluster.training.data.dataset import NavigationDataset, collate
+from janus_cluster.training.data.demo import write_demo_episodes
+from janus_cluster.training.data.index import load_samples
+from janus_cluster.training.data.samples import ACTIONS, Sample
+from janus_cluster.training.data.tokenizer import write_processing_files
+from janus_cluster.training.entry import load_job_tokenizer, tokenizer_ids
+from janus_cluster.training.held_out import ScoreSums, predict_batches, share_batches
+from janus_cluster.training.loss import SEGMENT_NAMES
+from janus_cluster.training.model import pixels
+from janus_cluster.training.model.build import build_model
+from janus_cluster.training.model.generate import generate_greedy
+from janus_cluster.training.model.janus import JanusModel
+from janus_cluster.training.model.load import write_vggt
+from janus_cluster.training.predictions import Prediction
+from janus_cluster.training.report import ShownSample, render_page
+from janus_cluster.training.subject import draw_indices, load_subject, write_record
+
+pytestmark = pytest.mark.train
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A random model, its tokenizer, its job and some samples."""
+
+    job: JobConfig
+    model: JanusModel
+    tokenizer: Any
+    samples: tuple[Sample, ...]
+    episodes: Path
+
+    def dataset(self, samples: tuple[Sample, ...]) -> NavigationDataset:
+        return NavigationDataset(
+            samples, tokenizer=self.tokenizer, data=self.job.data, segment_weights=self.job.training.segment_weights
+        )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Loss weights are unequal and one is 0: none of that may be seen in a perplexity."""
+    folder = tmp_path_factory.mktemp("tiny")
+    episodes = folder / "demo"
+    write_demo_episodes(episodes, num_episodes=2, seed=3, image_size=(160, 120))
+    data = {"roots": [str(episodes)], "history": 2, "image_width": 84, "min_pixels": 784, "num_workers": 0}
+    settings = {
+        "nodes": 1,
+        "model": {"preset": "tiny"},
+        "data": data | {"validation_fraction": 0},
+        "training": {"precision": "fp32", "segment_weights": {"subinstruction": 0, "action": 3}},
+    }
+    job = resolve(settings, run_dir=folder / "run").job
+    split = load_samples(job.data, seed=0)
+    tokenizer = load_job_tokenizer(job, split)
+    model = build_model(
+        job.model, job.training, tokenizer_ids=tokenizer_ids(tokenizer), device="cpu", dtype=torch.float32, seed=0
+    )
+    return Tiny(job, model.eval(), tokenizer, tuple(split.train), episodes)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    tiny.model.save_pretrained(folder)
+    write_vggt(tiny.model, folder)
+    write_processing_files(folder, tokenizer=tiny.tokenizer, data=tiny.job.data)
+    write_record(folder, tiny.job)
+    return folder
+
+
+def judge(tiny: Tiny, samples: tuple[Sample, ...], *, rows: int, world_size: int) -> Any:
+    """Scores of all ranks' shares, added up in this one process."""
+    sums = ScoreSums(CPU)
+    for rank in range(world_size):
+        for result in predict_batches(
+            tiny.model,
+            tiny.dataset(samples),
+            num_samples=len(samples),
+            collate=partial(collate, pad_token_id=tiny.tokenizer.pad_token_id),
+            device=CPU,
+            rows=rows,
+            num_workers=0,
+            rank=rank,
+            world_size=world_size,
+        ):
+            sums.add(result)
+    return sums.scores()
+
+
+@pytest.mark.parametrize(("num_samples", "world_size", "rows"), [(7, 2, 2), (8, 2, 2), (1, 4, 3), (5, 2, 2), (9, 4, 1)])
+def test_every_rank_has_as_many_batches_and_every_sample_counts_once(
+    num_samples: int, world_size: int, rows: int
+) -> None:
+    shares = [share_batches(num_samples, rank=rank, world_size=world_size, rows=rows) for rank in range(world_size)]
+    assert len({len(batches) for batches, _ in shares}) == 1
+    counted = [index for batches, num_counted in shares for batch in batches[:num_counted] for index in batch]
+    assert sorted(counted) == list(range(num_samples))
+    assert all(batch for batches, _ in shares for batch in batches)
+
+
+def test_scores_do_not_depend_on_how_the_samples_are_shared_out(tiny: Tiny) -> None:
+    samples = tiny.samples[:5]
+    alone = judge(tiny, samples, rows=1, world_size=1)
+    shared = judge(tiny, samples, rows=2, world_size=2)
+    assert shared.head == alone.head and alone.head.num_samples == 5
+    assert shared.perplexity_by_segment == pytest.approx(alone.perplexity_by_segment, rel=1e-5)
+
+
+def test_perplexity_is_that_of_the_unweighted_cross_entropy(tiny: Tiny) -> None:
+    samples = tiny.samples[:2]
+    found = judge(tiny, samples, rows=2, world_size=1).perplexity_by_segment
+    losses: dict[int, list[torch.Tensor]] = {segment: [] for segment in range(1, 5)}
+    for sample in samples:
+        batch = collate([tiny.dataset((sample,))[0]], pad_token_id=tiny.tokenizer.pad_token_id)
+        logits = naive_logits(tiny.model, batch["input_ids"], batch)
+        for position in range(1, batch["labels"].shape[1]):
+            if batch["labels"][0, position] != -100:
+                loss = -logits[0, position - 1].log_softmax(-1)[batch["labels"][0, position]]
+                losses[int(batch["segment_ids"][0, position])].append(loss)
+    for number, name in enumerate(SEGMENT_NAMES, 1):
+        assert found[name] == pytest.approx(float(torch.stack(losses[number]).mean().exp()), rel=1e-4), name
+
+
+@torch.no_grad()
+def naive_logits(model: JanusModel, input_ids: torch.Tensor, item: dict[str, Any]) -> torch.Tensor:
+    """Everything computed anew: images, memory, all positions."""
+    frames = item["frames"][0]
+    fused = model.encode_images(pixels.qwen_patches(frames), item["image_grid_thw"], [pixels.unit_frames(frames)])
+    out = model.model(
+        input_ids=input_ids,
+        mm_token_type_ids=(input_ids == model.config.image_token_id).long(),
+        image_grid_thw=item["image_grid_thw"],
+        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=fused)},
+        use_cache=False,
+    )
+    return model.lm_head(out.last_hidden_state)
+
+
+def greedy(tiny: Tiny, item: dict[str, Any], **options: Any) -> list[int]:
+    length = int((item["labels"] != -100).int().argmax())
+    return generate_greedy(
+        tiny.model,
+        input_ids_L=item["input_ids"][:length],
+        mm_token_type_ids_L=item["mm_token_type_ids"][:length],
+        frames_S3HW=item["frames"],
+        image_grid_thw=item["image_grid_thw"],
+        **options,
+    )
+
+
+def test_decoding_with_the_cache_gives_what_reading_everything_again_gives(tiny: Tiny) -> None:
+    # Three frames: text goes on after images at other positions than the count of tokens.
+    sample = next(sample for sample in tiny.samples if len(sample.frames) == 3)
+    item = tiny.dataset((sample,))[0]
+    batch = collate([item], pad_token_id=tiny.tokenizer.pad_token_id)
+    ids = item["input_ids"][: int((item["labels"] != -100).int().argmax())][None]
+    expected: list[int] = []
+    for _ in range(12):
+        expected.append(int(naive_logits(tiny.model, ids, batch)[0, -1].argmax()))
+        ids = torch.cat((ids, torch.tensor([[expected[-1]]])), dim=1)
+    assert greedy(tiny, item, max_new_tokens=12, stop_ids=()) == expected
+    assert len(set(expected)) > 2, "a model that says one word over and over would hide a wrong position"
+    first_stop = expected.index(expected[5])
+    assert greedy(tiny, item, max_new_tokens=12, stop_ids={expected[5]}) == expected[:first_stop]
+
+
+def test_the_answer_depends_on_the_spatial_memory(tiny: Tiny) -> None:
+    item = tiny.dataset(tiny.samples[-1:])[0]
+    with_memory = greedy(tiny, item, max_new_tokens=24, stop_ids=())
+    lam = tiny.model.config.lam
+    try:
+        tiny.model.config.lam = 20.0
+        changed = greedy(tiny, item, max_new_tokens=24, stop_ids=())
+    finally:
+        tiny.model.config.lam = lam
+    assert with_memory != changed
+
+
+def run_eval(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "janus_cluster.cli", "eval", *argv],
+        cwd=cwd, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+
+def test_an_export_is_judged_from_the_command_line(tiny: Tiny, exported: Path, tmp_path: Path) -> None:
+    options = ("--data", str(tiny.episodes), "--samples", "4", "--generate", "2", "--max-new-tokens", "8")
+    done = run_eval(str(exported), *options, "--device", "cpu", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    evaluation = json.loads(done.stdout)
+    assert evaluation == json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    lines = (tmp_path / "evaluation" / "predictions.jsonl").read_text().splitlines()
+    predictions = [json.loads(line) for line in lines]
+    chosen = tuple(tiny.samples[i] for i in draw_indices(len(tiny.samples), 4))
+    assert [p["id"] for p in predictions] == [sample.id for sample in chosen]
+    asked = draw_indices(4, 2)
+    assert [i for i, p in enumerate(predictions) if p["generated"] is not None] == asked
+    right = sum(p["head_action"] == p["action"] for p in predictions)
+    assert evaluation["head"]["accuracy"] == pytest.approx(right / 4)
+    assert evaluation["generated"]["num_samples"] == 2
+    expected = judge(tiny, chosen, rows=1, world_size=1)
+    assert evaluation["head"] == json.loads(json.dumps(expected.head.to_json()))
+    assert evaluation["perplexity_by_segment"] == pytest.approx(dict(expected.perplexity_by_segment), rel=1e-4)
+    page = (tmp_path / "evaluation" / "predictions.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == sum(len(chosen[i].frames) for i in asked)
+
+
+def test_an_export_needs_data_and_vggt(exported: Path, tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="which episodes") as missing:
+        load_subject(exported)
+    assert "--data ROOT" in str(missing.value.hint)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"vggt\.safetensors") as nowhere:
+        load_subject(bare, roots=[str(tiny.episodes)])
+    assert "--vggt-path" in str(nowhere.value.hint)
+    with pytest.raises(UsageError, match="does not exist"):
+        load_subject(bare, roots=[str(tiny.episodes)], vggt_path=str(tmp_path / "no"))
+
+
+def test_an_export_is_prepared_as_it_was_for_training(exported: Path, tiny: Tiny) -> None:
+    subject = load_subject(exported, roots=[str(tiny.episodes)])
+    prepared = tiny.job.data
+    assert (subject.data.history, subject.data.image_width) == (prepared.history, prepared.image_width)
+    assert len(subject.load_samples()) == len(tiny.samples), "nothing of named data is left out"
+
+
+def test_nothing_in_the_page_is_markup_but_its_own(tiny: Tiny) -> None:
+    nasty = "<script>alert(1)</script>\"'&<img src=x onerror=alert(1)>"
+    prediction = Prediction(
+        id=nasty, episode=nasty, instruction=nasty, frames=(nasty,), action="STOP", target=nasty,
+        head_action="STOP", head_probabilities=dict.fromkeys(ACTIONS, 0.25), generated=nasty, stopped=False,
+    )  # fmt: skip
+    page = render_page(nasty, [nasty], [ShownSample(prediction=prediction, pictures=("data:image/jpeg;base64,AA",))])
+    assert "<script" not in page and "<img src=x" not in page
+    assert page.count("&lt;script&gt;") == 7
+    assert "no action named" in page and "cut off" in page
+    foreign = replace(prediction, id="name\udcff")
+    assert "name\\udcff" in render_page("t", [], [ShownSample(prediction=foreign, pictures=())])
+    silent = replace(prediction, generated=None, stopped=None)
+    assert "in words" not in render_page("t", [], [ShownSample(prediction=silent, pictures=())])
+
+
+def test_the_same_samples_are_drawn_every_time_and_each_once() -> None:
+    drawn = draw_indices(100, 40)
+    assert drawn == draw_indices(100, 40) == sorted(set(drawn))
+    assert len(drawn) == 40
+    assert draw_indices(3, 5) == [0, 1, 2]
+    assert draw_indices(3, 0) == []
