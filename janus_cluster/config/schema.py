@@ -162,7 +162,8 @@ class Data(Section):
         "header", description="How frames are checked once, for the index: first and last bytes, or every pixel"
     )
     index_dir: OptionalPath = Field(
-        None, description="Where the index of the data is kept, on a disk that all nodes share; default: beside the runs"
+        None,
+        description="Where the index of the data is kept, on a disk that all nodes share; default: beside the runs",
     )
     on_too_long: Literal["fail", "shorten_history"] = Field(
         "fail", description="A sample of more than max_length tokens; image tokens are never cut"

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from janus_cluster.errors import JanusError
+from janus_cluster.observe.evidence import read_tail
 from janus_cluster.observe.find import list_runs
 from janus_cluster.observe.status import RunStatus, add_card, collect_status
 from janus_cluster.observe.text import clean_line
 from janus_cluster.rundir import RunDir, read_json
 from janus_cluster.site.nodes import NodeRecord, remember_nodes
+from janus_cluster.slurm.commands import parse_time
 from janus_cluster.slurm.recorded import load_status, load_submission
 
+# As srun and slurmstepd of Slurm 22.05 write them, and as node.attempt begins.
+_NODE_FAILURE = re.compile(r"srun: error: Node failure on ([\w.-]+)$")
+_CANCELLED_AT = re.compile(r"CANCELLED AT (\S+) DUE TO NODE FAILURE")
+_ATTEMPT_BEGINS = re.compile(r"attempt (\d+) of ")
 # `submit` looks back over this many of the newest runs.
 _RECENT_RUNS = 20
 # Checks of the machine itself. A path or a package that is missing everywhere is the job's fault, not the nodes'.
@@ -39,7 +47,7 @@ def remember_recent(runs_dir: Path) -> None:
 
 def _may_teach(run: RunDir) -> bool:
     sent, status = load_submission(run), load_status(run)
-    is_good = status is not None and status.state == "COMPLETED" and not run.retry_json.exists()
+    is_good = status is not None and status.state == "COMPLETED" and len(run.attempts()) < 2
     return sent is not None and sent.cluster != "local" and not is_good
 
 
@@ -52,6 +60,7 @@ def blamed_nodes(status: RunStatus) -> list[NodeRecord]:
     if sent is None or sent.cluster == "local":
         return []
     records = [record for attempt in run.attempts() for record in _refused_nodes(run, attempt, sent.cluster)]
+    records += _lost_nodes(run, sent.cluster)
     if status.card is None or not status.card.failure.blames_node:
         return records
     failure = status.card.failure
@@ -64,7 +73,23 @@ def blamed_nodes(status: RunStatus) -> list[NodeRecord]:
         run=run.name,
         attempt=status.state.attempt,
     )
-    return [*records, broken]
+    return records if broken.key in {r.key for r in records} else [*records, broken]
+
+
+def _lost_nodes(run: RunDir, cluster: str) -> list[NodeRecord]:
+    """Nodes that srun reported as failed. Slurm queues such a job again at once: there is no end to judge."""
+    found: dict[tuple[str, int | None], NodeRecord] = {}
+    attempt, when = None, _changed_at(run)
+    for line in read_tail(run.batch_log, secrets={}).split("\n"):
+        if begun := _ATTEMPT_BEGINS.match(line):
+            attempt = int(begun[1])
+        elif (lost := _NODE_FAILURE.match(line)) and (lost[1], attempt) not in found:
+            found[lost[1], attempt] = NodeRecord(
+                node=lost[1], cluster=cluster, kind="node_lost", reason=line, time=when, run=run.name, attempt=attempt
+            )
+        elif (ended := _CANCELLED_AT.search(line)) and (at := parse_time(ended[1])) is not None:
+            found = {k: replace(r, time=at) if k[1] == attempt else r for k, r in found.items()}
+    return list(found.values())
 
 
 def _refused_nodes(run: RunDir, attempt: int, cluster: str) -> list[NodeRecord]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,24 @@ def test_a_node_that_the_gate_refused_before_a_retry_that_went_well_is_remembere
     status.run.begin_attempt()
     went_well = RunStatus(run=status.run, job_id="7", state=JobState(state="COMPLETED", source="x", attempt=2))
     assert [(r.node, r.attempt) for r in blamed_nodes(went_well)] == [("b", 1)]
+
+
+# Captured: slurmd of h800-02 was killed during attempt 1, and Slurm 22.05 queued the job again by itself.
+NODE_FAILURE = """\
+attempt 1 of demo-1: job 2 on h800-01, h800-02
+srun: error: Node failure on h800-02
+slurmstepd-h800-01: error: *** JOB 2 ON h800-01 CANCELLED AT 2026-11-21T05:55:36 DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***
+srun: Job step aborted: Waiting up to 7 seconds for job step to finish.
+slurmstepd-h800-01: error: *** STEP 2.0 ON h800-01 CANCELLED AT 2026-11-21T05:55:36 DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***
+srun: error: h800-01: task 0: Terminated
+attempt 2 of demo-1: job 2 on h800-01, h800-03
+"""  # noqa: E501
+
+
+def test_a_lost_node_is_remembered_though_the_job_was_queued_again(tmp_path: Path) -> None:
+    status = status_of(tmp_path, Failure(kind="unknown"))
+    status.run.batch_log.write_text(NODE_FAILURE)
+    waiting = RunStatus(run=status.run, job_id="7", state=JobState(state="PENDING", source="squeue"))
+    (found,) = blamed_nodes(waiting)
+    assert (found.node, found.attempt, found.kind) == ("h800-02", 1, "node_lost")
+    assert found.time == datetime(2026, 11, 21, 5, 55, 36).astimezone().timestamp()
