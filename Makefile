@@ -56,7 +56,7 @@ slurm:  # The Debian packages of the sandbox and of the shell tests, where this 
 	[ "$${REQUIRE_SLURM:-0}" != 1 ]
 
 test: $(STAMP) slurm  ## All tests, the real-Slurm ones too (REQUIRE_SLURM=1: no Slurm is a failure)
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(STAMP)  ## The tests that need neither torch nor Slurm (under a minute)
 	@$(BIN)/python -m pytest -q -n 2 -m "not slurm and not train and not slow" $(PYTEST_ARGS)

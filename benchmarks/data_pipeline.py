@@ -61,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=12, help="samples that each way prepares")
     parser.add_argument("--episodes", type=int, default=100_000, help="episodes that are indexed; 0: none")
+    parser.add_argument("--episodes-dir", type=Path, help="kept, and used again where it is there already")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=2, metavar=("WHAT", "DIR"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -72,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="data-pipeline-") as name:
         lines += compare_samples(Path(name), arguments.samples)
         if arguments.episodes:
-            lines += measure_index(Path(name), arguments.episodes)
+            lines += measure_index(Path(name), arguments.episodes_dir or Path(name) / "episodes", arguments.episodes)
     text = "\n".join(lines) + "\n"
     print(text, end="")
     if arguments.out is not None:
@@ -86,7 +87,7 @@ def describe_machine() -> str:
     return (
         f"{cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GB, local disk; "
         f"Python {platform.python_version()}, numpy {np.__version__}, Pillow {Image.__version__}; "
-        f"{time.strftime('%Y-%m-%d')}"
+        f"{time.strftime('%Y-%m-%d')}; load average {os.getloadavg()[0]:.0f}"
     )
 
 
@@ -208,10 +209,10 @@ def build_tokenizer() -> Any:
     return Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token=EOS, pad_token=PAD, extra_special_tokens=extra)
 
 
-def measure_index(folder: Path, episodes: int) -> list[str]:
+def measure_index(folder: Path, root: Path, episodes: int) -> list[str]:
     """Making it, checking it, opening it on another rank, counting tokens."""
-    root = folder / "episodes"
-    write_tiny_episodes(root, episodes)
+    if not root.is_dir():
+        write_tiny_episodes(root, episodes)
     data = Data(roots=[str(root)])
     told: list[str] = []
     times = []
@@ -226,7 +227,7 @@ def measure_index(folder: Path, episodes: int) -> list[str]:
     shared = f"(and {size / 1e6:.0f} MB mapped, shared by a node's ranks)"
     files = episodes * (2 * STEPS + 1)
     return [
-        f"\nindex of {episodes:,} episodes, {num:,} samples, {files:,} files (just written)",
+        f"\nindex of {episodes:,} episodes, {num:,} samples, {files:,} files",
         f"{'made by ' + str(cores) + ' processes':<44}{times[0]:8.1f} s   {num / times[0]:,.0f} samples/s",
         f"{'checked and opened again (every file)':<44}{times[1]:8.1f} s",
         f"{'opened on another rank':<44}{rank['open_s']:8.1f} s",
@@ -241,8 +242,8 @@ def measure_rank(folder: Path) -> dict[str, float]:
     """A rank that did not make the index: opens it, makes samples, counts tokens."""
     from janus_cluster.training.data.lengths import load_token_counts
 
-    data = Data(roots=[str(folder / "episodes")], max_length=100_000)
     (index,) = (folder / "index").iterdir()
+    data = Data(roots=[str(folder)], max_length=100_000)  # the root's files are not looked at
     before = _own_memory_mb()
     begun = time.perf_counter()
     split = load_samples(data, seed=0, index_dir=folder, share=Share(False, lambda _: [str(index)]))

@@ -89,7 +89,7 @@ class Preflight(Section):
     enabled: bool = Field(True, description="false trains without the gate (the same as --no-preflight)")
     profile: Literal["auto", "h800-ib", "h800-ethernet", "cpu"] = Field(
         "auto",
-        description="Thresholds (templates/preflight/<profile>.yaml); auto: as hardware.device and environment.profile say",
+        description="Thresholds (templates/preflight/<profile>.yaml); auto: as device and environment say",
     )
     on_fail: Literal["stop", "exclude-and-retry"] = Field(
         "stop", description="exclude-and-retry: when one node is to blame, submit once more without it"

@@ -16,7 +16,7 @@ import pytest
 from janus_cluster.rundir import RunDir
 from janus_cluster.sandbox import SandboxInfo
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 
 Janus = Callable[..., subprocess.CompletedProcess[str]]
 ROOM = ("--set", "preflight.min_free_gb=0.1")

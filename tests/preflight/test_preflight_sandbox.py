@@ -14,7 +14,7 @@ from node_fixtures import FakeNode, h800_node, sound_ports, write_program
 
 from janus_cluster.sandbox import SandboxInfo
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 
 
 def preflight_job(sandbox: SandboxInfo, node: FakeNode, *argv: str) -> tuple[dict[str, Any], str]:

@@ -23,7 +23,7 @@ from janus_cluster.sandbox.network import find_namespaces, find_pids
 from janus_cluster.sandbox.programs import find_missing, namespaces_problem
 from tests.conftest import require_slurm
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 
 # A connection from node 2 to node 1 over one rail, and how long 1 MB took.
 EXCHANGE = """

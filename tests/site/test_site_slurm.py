@@ -17,7 +17,7 @@ import pytest
 from janus_cluster.rundir import RunDir, read_json
 from janus_cluster.sandbox import SandboxInfo
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -14,9 +14,11 @@ from data_files import FRAME, write_episodes, write_json, write_r2r
 
 from janus_cluster.config.schema import Data
 from janus_cluster.errors import UsageError
+from janus_cluster.training.data.formats.source import Source
 from janus_cluster.training.data.index import SampleSplit, load_samples
-from janus_cluster.training.data.indexing import Share
-from janus_cluster.training.data.store import load_store
+from janus_cluster.training.data.index_tasks import ReadTask, StampTask
+from janus_cluster.training.data.indexing import Share, run_tasks
+from janus_cluster.training.data.store import Store, load_store
 
 
 def load(root: Path, index_dir: Path | None, said: list[str] | None = None, **keys: Any) -> SampleSplit:
@@ -161,6 +163,17 @@ def test_roots_are_numbered_in_the_jobs_order(tmp_path):
     for table in (split.train, split.held_out):
         assert [0 if s.episode.startswith("b") else 1 for s in table] == table.root_index.tolist()
     assert len(split.train) + len(split.held_out) == 12
+
+
+def test_processes_give_what_this_process_gives(tmp_path):
+    root = write_episodes(tmp_path / "data", episodes=8)
+    names = sorted(folder.name for folder in root.iterdir())
+    stamps = [StampTask(root, names[i : i + 2]) for i in range(0, 8, 2)]
+    assert list(run_tasks(stamps, 2)) == list(run_tasks(stamps, 1))
+    source = Source(path=root, format="episodes")
+    reads = [ReadTask(source, names[i : i + 2]) for i in range(0, 8, 2)]
+    here, there = ([list(Store(columns).text(0)) for _, columns in run_tasks(reads, n)] for n in (1, 2))
+    assert here == there
 
 
 def test_many_tiny_episodes_are_read_by_several_processes_in_the_same_order(tmp_path):

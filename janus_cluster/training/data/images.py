@@ -99,7 +99,8 @@ def _decode(path: Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise TrainingFailed(
-            f"{path}: cannot be decoded ({error})", hint="replace the file, or move its episode out of data.roots"
+            f"{path}: cannot be decoded ({error})",
+            hint="replace the file; --set data.verify_images=decode finds all like it before training, for data.on_bad",
         ) from error
 
 

@@ -20,7 +20,7 @@ from janus_cluster.errors import JanusError, TrainingFailed, UsageError
 from janus_cluster.rundir import read_json
 from janus_cluster.training.data.formats.registry import FORMATS
 from janus_cluster.training.data.formats.source import Source, digest, file_stamp
-from janus_cluster.training.data.index_worker import ReadTask, StampTask, run_task
+from janus_cluster.training.data.index_tasks import ReadTask, StampTask, run_task
 from janus_cluster.training.data.store import (
     Collector,
     Columns,
@@ -126,7 +126,7 @@ def _stamp_before(source: Source) -> str:
     tasks = [StampTask(source.path, names[i : i + UNITS_PER_TASK]) for i in range(0, len(names), UNITS_PER_TASK)]
     # A stat takes a hundredth of what reading takes: more processes than these would only wait for each other.
     processes = _num_processes(len(names) // 10)
-    return digest(str(result) for _, result in _run_tasks(tasks, processes))
+    return digest(str(result) for _, result in run_tasks(tasks, processes))
 
 
 def _stamp_after(before: str, watched: Sequence[str], source: Source) -> str:
@@ -147,7 +147,7 @@ def _read_columns(source: Source, report: Report) -> Columns:
     what = "episodes" if source.format == "episodes" else "records"
     parts: dict[int, Columns] = {}
     processes = _num_processes(len(units))
-    for number, result in _run_tasks(tasks, processes):
+    for number, result in run_tasks(tasks, processes):
         if not isinstance(result, Columns):
             raise TrainingFailed(f"the index of {source.path} got a {type(result).__name__} from its reader")
         parts[number] = result
@@ -166,7 +166,7 @@ def _num_processes(num_units: int) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), MAX_PROCESSES, num_units // UNITS_PER_PROCESS))
 
 
-def _run_tasks(tasks: Sequence[ReadTask | StampTask], processes: int) -> Iterator[tuple[int, Columns | str]]:
+def run_tasks(tasks: Sequence[ReadTask | StampTask], processes: int) -> Iterator[tuple[int, Columns | str]]:
     """(number, result) of each task: here and in order with one process, else as they come."""
     if processes == 1:
         yield from ((number, run_task(task)) for number, task in enumerate(tasks))
@@ -187,17 +187,12 @@ def _run_tasks(tasks: Sequence[ReadTask | StampTask], processes: int) -> Iterato
 
 @contextmanager
 def _worker() -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", index_worker_name()]
+    command = [sys.executable, "-m", f"{__package__}.index_worker"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             yield process
         finally:
             process.kill()
-
-
-def index_worker_name() -> str:
-    """The module that a reading process runs."""
-    return run_task.__module__
 
 
 def _ask_worker(idle: queue.SimpleQueue[subprocess.Popen[bytes]], task: ReadTask | StampTask) -> Columns | str:

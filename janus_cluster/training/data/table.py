@@ -23,7 +23,7 @@ Indices = NDArray[np.int64]
 ROWS_AT_ONCE = 65_536
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SampleTable(Sequence[Sample]):
     """N samples: `root_index` [N] into data.roots (and `stores`), `rows` [N] into that root's index."""
 
