@@ -61,7 +61,8 @@ EPILOG = """\
 \b
 JOB is a job id, a run name or a run folder.
 Exit codes: 0 done · 1 error · 2 wrong input, nothing written · 10 preflight failed · 11 preflight undetermined ·
-12 training failed · 13 stopped on purpose · 21 no Slurm · 22 no such job · 23 sandbox · 130 interrupted.
+12 training failed · 13 stopped on purpose · 14 rehearsal failed · 21 no Slurm · 22 no such job · 23 sandbox ·
+130 interrupted.
 """
 
 

@@ -40,12 +40,18 @@ Examples:
   janus-cluster submit my.yaml --set training.num_epochs=3 --follow
   janus-cluster submit demo --cluster local --follow      the whole flow on this machine, no Slurm
   janus-cluster submit --nodes 1 --dry-run                write the run folder, queue nothing
+  janus-cluster submit my.yaml --rehearse                 a few steps, stopped on purpose: does it go on?
 """
 )
 @job_options
 @click.option("--cluster", type=CLUSTERS, default="slurm", show_default=True, help="Where it runs.")
 @click.option("--dry-run", is_flag=True, help="Write the run folder and stop; needs no Slurm and no torch.")
 @click.option("--follow", is_flag=True, help="Follow the log to the end and end with the job's exit code.")
+@click.option(
+    "--rehearse",
+    is_flag=True,
+    help="Run a few steps only, stop them on purpose, and see that they go on at the exact next step.",
+)
 @click.option("--no-preflight", is_flag=True, help="Train without the gate.")
 @click.option("--exclude", metavar="NODES", help="Nodes to keep away from, as sbatch --exclude takes them.")
 @click.option("--name", help="Name of the run; default: the job file's.")
@@ -58,6 +64,7 @@ def submit(
     cluster: Cluster,
     dry_run: bool,
     follow: bool,
+    rehearse: bool,
     no_preflight: bool,
     exclude: str | None,
     name: str | None,
@@ -76,6 +83,12 @@ def submit(
         exclude=exclude,
         name=name,
     )
+    if rehearse:
+        from janus_cluster.rehearse import run_rehearsal
+
+        if dry_run or follow:
+            raise click.UsageError("--rehearse runs and follows a job of its own: not with --dry-run or --follow")
+        return run_rehearsal(request, as_json=as_json)
     done = submit_run(request, environ=os.environ, cwd=Path.cwd())
     if as_json:
         click.echo(json.dumps(done.to_json(), indent=2, ensure_ascii=False))
@@ -109,9 +122,19 @@ def _follow(done: Submission, *, out_is_stderr: bool) -> int:
 Examples:
   janus-cluster resume 4711                               a job that was preempted, cancelled or broke
   janus-cluster resume demo --follow                      the newest run of that name
+  janus-cluster resume 4711 --nodes 1                     on one node instead of two, the effective batch kept
+  janus-cluster resume 4711 --set deepspeed.profile=zero2 --set slurm.time=12:00:00
 """
 )
 @click.argument("run")
+@click.option("--nodes", type=int, metavar="1|2", help="Number of nodes from now on; accumulation follows.")
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one key from now on; only keys that leave alone what is learnt.",
+)
 @click.option("--follow", is_flag=True, help="Follow the log to the end and end with the job's exit code.")
 @click.option(
     "--runs-dir",
@@ -120,10 +143,11 @@ Examples:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of run folders; may be repeated. Default: $JANUS_HOME/runs, else ./runs.",
 )
-def resume(*, run: str, follow: bool, runs_dirs: tuple[Path, ...]) -> int:
+def resume(*, run: str, nodes: int | None, sets: tuple[str, ...], follow: bool, runs_dirs: tuple[Path, ...]) -> int:
     """Send RUN once more: same folder, same script, on from its newest complete checkpoint. Refused while it is live.
 
-    RUN is a job id, a run name, a job name (its newest run) or a run folder.
+    RUN is a job id, a run name, a job name (its newest run) or a run folder. With --nodes or --set its script is
+    written anew and the old one kept in history/; the effective batch stays as it is.
     """
     from janus_cluster.config.home import runs_dir
     from janus_cluster.observe.cli import print_status
@@ -133,7 +157,7 @@ def resume(*, run: str, follow: bool, runs_dirs: tuple[Path, ...]) -> int:
     from janus_cluster.resume import resume as resume_run
 
     found = find_run(run, list(runs_dirs) or [runs_dir(os.environ, Path.cwd())])
-    done = resume_run(found, environ=os.environ)
+    done = resume_run(found, environ=os.environ, nodes=nodes, sets=sets, cwd=Path.cwd())
     click.echo(describe_resumed(done))
     if not follow:
         return 0

@@ -7,6 +7,7 @@
     ├── GateUndetermined     11   preflight could not be judged (a node did not report, a verdict is stale)
     ├── TrainingFailed       12   training ran and ended with an error
     ├── StoppedOnPurpose     13   a stop signal ended the attempt
+    ├── RehearsalFailed      14   a rehearsal ran, and something that it was to prove does not hold
     ├── SlurmUnavailable     21   there is no Slurm here, or it does not answer
     ├── JobNotFound          22   no run or job of that name
     └── SandboxFailed        23   the sandbox Slurm could not be started or stopped
@@ -65,6 +66,10 @@ class TrainingFailed(JanusError):
 
 class StoppedOnPurpose(JanusError):
     exit_code = 13
+
+
+class RehearsalFailed(JanusError):
+    exit_code = 14
 
 
 class SlurmUnavailable(JanusError):

@@ -1,18 +1,26 @@
-"""`janus-cluster resume`: the same run folder, sent once more; training goes on from its newest complete checkpoint."""
+"""`janus-cluster resume`: the same run folder, sent once more; training goes on from its newest complete checkpoint.
+
+With --nodes or --set it goes on elsewhere or otherwise; what may change, and what follows from it, says amend.py.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from janus_cluster.amend import Amended, amend
 from janus_cluster.config.home import site_dir
 from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.errors import SlurmUnavailable, UsageError
 from janus_cluster.observe.checkpoints import CheckpointFound, find_newest_checkpoint
 from janus_cluster.observe.harvest import remember_bad_nodes
 from janus_cluster.observe.status import add_card, collect_status
+from janus_cluster.preflight.calibration import with_baseline
+from janus_cluster.render.bundle import bundle_replaced, restore_interrupted
 from janus_cluster.rundir import RunDir
 from janus_cluster.send import Cluster, run_locked, send, signals_held
 from janus_cluster.slurm.recorded import load_submission
@@ -29,18 +37,36 @@ class Resumed:
     cluster: Cluster
     checkpoint: CheckpointFound | None
     notes: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
 
-def resume(run: RunDir, *, environ: Mapping[str, str]) -> Resumed:
-    """The run is queued or running again, in its own folder and with its own script.
+def resume(
+    run: RunDir,
+    *,
+    environ: Mapping[str, str],
+    nodes: int | None = None,
+    sets: Sequence[str] = (),
+    cwd: Path | None = None,
+) -> Resumed:
+    """The run is queued or running again, in its own folder; without `nodes` and `sets` with its own script.
 
-    Raises: UsageError while it is live, has completed, or cannot go on; SlurmUnavailable when nobody knows.
+    Raises: UsageError while it is live, has completed, or cannot go on; SlurmUnavailable when nobody knows;
+            SubmitFailed. In all of them the run folder holds what it held.
     """
     resolved = _load_resolved(run)
     with run_locked(run):
         # Asked inside the lock: another resume could have sent it a moment ago.
         status = collect_status([run])[0]
-        require_ended(status.state, run=run, ref=status.ref)
+        require_ended(status.state, run=run, ref=status.ref, may_have_completed=True)
+        if restore_interrupted(run):
+            resolved = _load_resolved(run)
+        amended = None
+        if nodes is not None or sets:
+            amended = amend(run, resolved, nodes=nodes, sets=sets, environ=environ, cwd=cwd or Path.cwd())
+            resolved = with_baseline(amended.resolved, site_dir(environ))
+        # A run that has done all its steps goes on only where it was given more of them.
+        is_longer = amended is not None and amended.is_longer
+        require_ended(status.state, run=run, ref=status.ref, may_have_completed=is_longer)
         _require_resumable(resolved, run)
         remember_bad_nodes(add_card(status))
         sent = load_submission(run)
@@ -50,11 +76,16 @@ def resume(run: RunDir, *, environ: Mapping[str, str]) -> Resumed:
             from janus_cluster.slurm.executor import require_slurm
 
             require_slurm()
-        resolved = resolved.model_copy(update={"cluster": cluster})
-        exclusion = exclude_bad_nodes(resolved, slurm_conf=slurm_conf, site=site_dir(environ), now=time.time())
+        exclusion = exclude_bad_nodes(
+            resolved.model_copy(update={"cluster": cluster}),
+            slurm_conf=slurm_conf,
+            site=site_dir(environ),
+            now=time.time(),
+        )
         options = [f"--exclude={exclusion.option}"] if exclusion.added else []
         with signals_held("the job is being handed over") as came:
-            job_id = send(run, cluster, slurm_conf=slurm_conf, options=options)
+            with _bundle_of(amended, resolved):
+                job_id = send(run, cluster, slurm_conf=slurm_conf, options=options)
             if came:
                 print(f"submitted as job {job_id} all the same; janus-cluster cancel {job_id} ends it", file=sys.stderr)
     return Resumed(
@@ -63,16 +94,25 @@ def resume(run: RunDir, *, environ: Mapping[str, str]) -> Resumed:
         cluster=cluster,
         checkpoint=find_newest_checkpoint(run),
         notes=exclusion.notes,
+        changes=amended.changes if amended else (),
     )
 
 
-def require_ended(state: JobState, *, run: RunDir, ref: str) -> None:
+def _bundle_of(amended: Amended | None, resolved: ResolvedJob) -> contextlib.AbstractContextManager[None]:
+    """The run folder holds the job as it goes on; nothing is written where nothing was changed."""
+    if amended is None:
+        return contextlib.nullcontext()
+    return bundle_replaced(resolved, job_yaml_text=amended.job_yaml_text, secrets=amended.secrets)
+
+
+def require_ended(state: JobState, *, run: RunDir, ref: str, may_have_completed: bool = False) -> None:
     """Nothing, for a run that nobody writes to. Raises: UsageError, SlurmUnavailable."""
     if state.state == "NOT_SUBMITTED":
         return
-    if state.state == "COMPLETED":
+    if state.state == "COMPLETED" and not may_have_completed:
         raise UsageError(
-            f"{run.name} has completed: there is nothing to go on with", hint=f"janus-cluster submit {run.job_yaml}"
+            f"{run.name} has completed: there is nothing to go on with",
+            hint=f"--set training.max_steps=… makes it longer; janus-cluster submit {run.job_yaml} begins anew",
         )
     if state.source == NOBODY or (state.reason or "").startswith("not confirmed"):
         raise SlurmUnavailable(
@@ -109,6 +149,7 @@ def describe_resumed(done: Resumed) -> str:
     """What runs again, from where, and what to type next."""
     found = done.checkpoint
     at = f"checkpoint-{found.step}" if found else "step 0: there is no complete checkpoint"
-    rows = [("run folder", str(done.run.path)), ("goes on from", at), *(("nodes", note) for note in done.notes)]
+    rows = [("run folder", str(done.run.path)), ("goes on from", at)]
+    rows += [*(("changed", line) for line in done.changes), *(("nodes", note) for note in done.notes)]
     rows += [("job id", done.job_id), ("next", f"janus-cluster tail {done.job_id}")]
     return "\n".join(f"{label:<13} {text}" for label, text in rows)

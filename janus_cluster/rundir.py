@@ -6,13 +6,18 @@
   ds_config.json   what DeepSpeed gets                     manifest.json  git state, versions, sha256 of inputs
   submission.json  where it was sent, and the job id       status.json    written by the running attempt only
   submitit/        what submitit keeps of the submission   submit.lock    held while submit or resume sends the run
+  attempt.lock     held by the attempt that runs
   metrics.jsonl    one line per event of training          secrets.env    0600; values that no other file may hold
   bad_data.jsonl   what of the data could not be used, and why
+  code/            janus_cluster as it was submitted; every attempt imports it from here
+  history/<n>/     the files of the first two lines as they were before the n-th `resume` that changed them
   retry.json       which node the one retry of preflight.on_fail left out, and why
   preflight/attempt_<n>/  facts.<node>.json, connect.<node>.json, all_reduce.<node>.json, counters.<node>.json,
                           rails.json, nccl.<node>.<pid>.log, verdict.<node>.json, verdict.json, verdict.md
   logs/batch.log          what the batch script and the attempt itself said
-  logs/attempt_<n>/       <node>.log, <node>.rank<r>.log, torchrun/<node>/ (its error files)
+  logs/attempt_<n>/       <node>.log, <node>.rank<r>.log, torchrun/<node>/ (its error files), attempt.json (from which
+                          step, and how it ended), stop.json (asked to stop), heartbeats/rank<r>.json,
+                          versions.json (packages that it ran with)
   checkpoints/checkpoint-<step>/      export/      evaluation/
 """
 
@@ -97,8 +102,19 @@ class RunDir:
         return self.path.parent / ".data_index"
 
     @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    def versions_json(self, attempt: int) -> Path:
+        return self.attempt_logs(attempt) / "versions.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def history(self) -> Path:
+        return self.path / "history"
 
     @property
     def export(self) -> Path:
@@ -127,6 +143,19 @@ class RunDir:
 
     def torchrun_logs(self, attempt: int, node: str) -> Path:
         return self.attempt_logs(attempt) / "torchrun" / node
+
+    @property
+    def attempt_lock(self) -> Path:
+        return self.path / "attempt.lock"
+
+    def attempt_json(self, attempt: int) -> Path:
+        return self.attempt_logs(attempt) / "attempt.json"
+
+    def stop_json(self, attempt: int) -> Path:
+        return self.attempt_logs(attempt) / "stop.json"
+
+    def heartbeat_json(self, attempt: int, rank: int) -> Path:
+        return self.attempt_logs(attempt) / "heartbeats" / f"rank{rank}.json"
 
     def preflight(self, attempt: int) -> Path:
         return self.path / "preflight" / f"attempt_{attempt}"

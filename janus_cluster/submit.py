@@ -27,6 +27,7 @@ from janus_cluster.rundir import RunDir
 from janus_cluster.send import Cluster, run_locked, send, signals_held
 from janus_cluster.site.exclude import Exclusion, decide_exclusion, merge_hosts
 from janus_cluster.site.nodes import live_nodes
+from janus_cluster.snapshot import read_package
 
 # A controller that does not answer in this time does not hold up a submission for a question on the side.
 _ASK_NODES_S = 10.0
@@ -101,13 +102,15 @@ def submit(request: Request, *, environ: Mapping[str, str], cwd: Path) -> Submis
     resolved = resolved.model_copy(
         update={"sbatch_options": _with_option(resolved.sbatch_options, "exclude", exclusion.option)}
     )
-    manifest = collect_manifest(loaded.path)
+    code = read_package()
+    manifest = collect_manifest(loaded.path, code=code)
     with signals_held("the job is being handed over") as came:
         run = write_bundle(
             resolved,
             job_yaml_text=render_job_yaml(loaded.config, source=loaded.source, sets=request.sets),
             secrets={name: environ[name] for name in resolved.secret_names},
             manifest=manifest,
+            code=code,
             final_dir=run_path,
         )
         job_id = _send_or_remove(run, request, slurm_conf, came)

@@ -55,7 +55,8 @@ def test_the_command_surface_is_frozen() -> None:
         surface[name] = sorted(options)
     assert surface == {
         "submit": [
-            "--cluster", "--dry-run", "--exclude", "--follow", "--json", "--name", "--no-preflight", "--nodes", "--set",
+            "--cluster", "--dry-run", "--exclude", "--follow", "--json", "--name", "--no-preflight", "--nodes",
+            "--rehearse", "--set",
         ],
         "preflight": [
             "--calibrate", "--cluster", "--exclude", "--json", "--lint-env", "--local", "--nodes", "--profile", "--set",
@@ -68,7 +69,7 @@ def test_the_command_surface_is_frozen() -> None:
         ],
         "list": ["--json", "--runs-dir", "-n"],
         "cancel": ["--runs-dir", "--yes"],
-        "resume": ["--follow", "--runs-dir"],
+        "resume": ["--follow", "--nodes", "--runs-dir", "--set"],
         "nodes": ["--all", "--json"],
         "render": ["--nodes", "--part", "--set"],
         "config": [],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import subprocess
@@ -13,7 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from janus_cluster.amend import leaf_keys, may_change
+from janus_cluster.errors import UsageError
+from janus_cluster.resume import resume
 from janus_cluster.rundir import RunDir, read_json, write_json_atomically
+from janus_cluster.submit import Request, submit
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -146,3 +151,203 @@ def test_cancel_asks_when_much_would_be_lost(
     assert f"would lose {minutes} minutes of work since {since}" in done.stderr
     assert f"next:  janus-cluster cancel {run.name} --yes" in done.stderr
     assert janus("cancel", run.name, "--yes").returncode == 0
+
+
+BUNDLE = ("job.yaml", "resolved.json", "job.sbatch", "env.sh", "ds_config.json")
+
+
+def bundle(folder: Path) -> dict[str, str]:
+    return {name: (folder / name).read_text() for name in BUNDLE}
+
+
+def everything(run: RunDir) -> dict[str, bytes]:
+    """Every file of the run but the lock, with its bytes."""
+    files = (p for p in run.path.rglob("*") if p.is_file() and p != run.submit_lock)
+    return {str(p.relative_to(run.path)): p.read_bytes() for p in files}
+
+
+SETS = ("environment.python=/bin/true", "training.gradient_accumulation_steps=4", "preflight.min_free_gb=0.25")
+OVERRIDES = "deepspeed.overrides={zero_optimization.stage3_max_live_parameters: 1e8}"
+
+
+@pytest.fixture
+def two_nodes(janus: Run) -> RunDir:
+    """A run of two nodes of this machine, 2 ranks × 4 rows × 4 = 32 samples a step. Its script ends at once."""
+    words = [word for text in (*SETS, OVERRIDES) for word in ("--set", text)]
+    done = janus("submit", "demo", "--cluster", "local", "--dry-run", "--json", *words)
+    assert done.returncode == 0, done.stderr
+    return RunDir(Path(json.loads(done.stdout)["run_dir"]))
+
+
+@pytest.fixture(scope="module")
+def amendable(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """The same for those who write nothing."""
+    folder = tmp_path_factory.mktemp("amendable")
+    request = Request(job="demo", cluster="local", dry_run=True, sets=(*SETS, f"data.roots=[{folder}]"))
+    return submit(request, environ={"JANUS_HOME": str(folder / "home")}, cwd=folder).run
+
+
+def test_a_run_of_two_nodes_goes_on_on_one_and_back_with_the_same_effective_batch(
+    janus: Run, two_nodes: RunDir
+) -> None:
+    before, manifest = bundle(two_nodes.path), two_nodes.manifest_json.read_bytes()
+    done = janus("resume", two_nodes.name, "--nodes", "1", "--set", "deepspeed.profile=zero2")
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "nodes: 2 → 1",
+        'deepspeed.profile: "zero3" → "zero2"',
+        "training.gradient_accumulation_steps: 4 → 8 (keeps the effective batch of 32)",
+        "checkpoints of 2 processes under ZeRO-3 are cut anew for 1 process under ZeRO-2",
+    ):
+        assert f"changed       {line}\n" in done.stdout
+    now, config = read_json(two_nodes.resolved_json), read_json(two_nodes.ds_config_json)
+    assert (now["job"]["nodes"], now["world_size"], now["effective_batch_size"]) == (1, 1, 32)
+    assert now["origins"]["nodes"] == "resume --nodes"
+    assert now["origins"]["training.gradient_accumulation_steps"] == "resume: keeps the effective batch of 32"
+    assert (config["zero_optimization"]["stage"], config["gradient_accumulation_steps"]) == (2, 8)
+    assert config["train_batch_size"] == 32
+    assert "#SBATCH --nodes=1\n" in two_nodes.job_sbatch.read_text() and os.access(two_nodes.job_sbatch, os.X_OK)
+    assert two_nodes.manifest_json.read_bytes() == manifest
+    assert bundle(two_nodes.history / "1") == before
+    again = janus("submit", str(two_nodes.job_yaml), "--cluster", "local", "--dry-run", "--json")
+    assert json.loads(again.stdout)["ds_config"] == config, "job.yaml is that job"
+
+    wait_until_gone(two_nodes)
+    back = janus("resume", two_nodes.name, "--nodes", "2", "--set", "deepspeed.profile=zero3")
+    assert back.returncode == 0, back.stderr
+    after, was = read_json(two_nodes.resolved_json), json.loads(before["resolved.json"])
+    for value in (after, was):
+        del value["origins"]
+    assert after == was
+    assert {name: bundle(two_nodes.path)[name] for name in ("job.sbatch", "env.sh", "ds_config.json")} == {
+        name: before[name] for name in ("job.sbatch", "env.sh", "ds_config.json")
+    }
+    assert sorted(p.name for p in two_nodes.history.iterdir()) == ["1", "2"]
+
+
+def test_resume_without_options_changes_no_byte_of_the_bundle(janus: Run, two_nodes: RunDir) -> None:
+    before = everything(two_nodes)
+    assert janus("resume", two_nodes.name).returncode == 0
+    after = everything(two_nodes)
+    assert {name: after[name] for name in before} == before
+    assert not two_nodes.history.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--set", "training.learning_rate=3e-5"), ["training.learning_rate: 0.001 → 3e-05", "submit a new run"]),
+        (
+            ("--set", "training.tune.vision=false", "--set", "name=other"),
+            ["2 problems", "training.tune.vision", "name"],
+        ),
+        (("--set", "data.roots=[/elsewhere]"), ["data.roots", "not what the run has learnt with"]),
+        (("--set", "training.max_steps=100"), ["training.max_steps: 250 → 100", "may only become longer"]),
+        (("--set", "training.num_worms=1"), ["unknown key"]),
+        (("--nodes", "3"), ["--nodes", "nodes: 3"]),
+        (
+            ("--set", "training.per_device_batch_size=5"),
+            ["5 × 2 ranks do not divide the run's effective batch of 32", "one of 1, 2, 4, 8, 16"],
+        ),
+        (("--set", "hardware.processes_per_node=3"), ["no per_device_batch_size does on 6 ranks"]),
+        (
+            ("--nodes", "1", "--set", "training.gradient_accumulation_steps=4"),
+            ["4 per rank × 4 × 1 ranks is 16", "leave the key out: 8 is taken then"],
+        ),
+        (("--set", "training.effective_batch_size=64"), ["the run's is 32, and it is kept"]),
+        (("--set", "checkpoint.resume=never"), ["begin at step 0 over its own results"]),
+        (
+            ("--set", "deepspeed.overrides={zero_optimization.offload_optimizer: {device: nvme}}", "--nodes", "1"),
+            ["written by 2 processes under ZeRO-3", "offload_optimizer.device: nvme", "keep 2 × 1 processes"],
+        ),
+    ],
+)
+def test_what_may_not_change_is_refused_by_name_and_nothing_is_written(
+    amendable: RunDir, tmp_path: Path, options: tuple[str, ...], words: list[str]
+) -> None:
+    before = everything(amendable)
+    nodes = next((int(value) for name, value in itertools.pairwise(options) if name == "--nodes"), None)
+    sets = [value for name, value in itertools.pairwise(options) if name == "--set"]
+    with pytest.raises(UsageError) as refused:
+        resume(amendable, environ={"JANUS_HOME": str(tmp_path)}, nodes=nodes, sets=sets, cwd=tmp_path)
+    for word in words:
+        assert word in f"{refused.value.message} {refused.value.hint}"
+    assert everything(amendable) == before
+
+
+def test_every_key_that_decides_what_is_learnt_is_refused() -> None:
+    free = {key for key in leaf_keys() if may_change(key)}
+    assert {"training.learning_rate", "training.seed", "training.precision", "data.history", "model.lam"}.isdisjoint(
+        free
+    )
+    assert not any(key.startswith(("model.", "training.tune", "training.lora", "training.segment_")) for key in free)
+    assert {key for key in free if key.startswith("data.")} == {"data.num_workers", "data.index_dir"}
+
+
+@pytest.mark.slow
+def test_a_completed_run_goes_on_where_it_is_given_more_steps(janus: Run, two_nodes: RunDir) -> None:
+    janus("resume", two_nodes.name)
+    wait_until_gone(two_nodes)
+    say(two_nodes, state="COMPLETED", exit_code=0)
+    refused = janus("resume", two_nodes.name, "--nodes", "1")
+    assert refused.returncode == 2
+    assert "has completed" in refused.stderr and "--set training.max_steps=" in refused.stderr
+    done = janus("resume", two_nodes.name, "--set", "training.max_steps=300")
+    assert done.returncode == 0, done.stderr
+    assert "training.max_steps: 250 → 300" in done.stdout
+    assert "the learning rate follows a cosine over the new length from now on" in done.stdout
+
+
+@pytest.mark.slow
+def test_secrets_and_forwarded_variables_stay_those_of_the_submission(
+    janus: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_submission")
+    monkeypatch.setenv("SITE", "there")
+    forward = ("--set", "environment.forward=[HF_TOKEN, SITE]", "--set", "environment.python=/bin/true")
+    done = janus("submit", "demo", "--cluster", "local", "--dry-run", "--json", *forward)
+    run = RunDir(Path(json.loads(done.stdout)["run_dir"]))
+    before = run.secrets_env.read_text(), run.env_sh.read_text()
+    monkeypatch.setenv("SITE", "elsewhere")
+    monkeypatch.delenv("HF_TOKEN")
+    assert janus("resume", run.name, "--nodes", "1").returncode == 0
+    assert (run.secrets_env.read_text(), run.env_sh.read_text()) == before
+    assert run.secrets_env.stat().st_mode & 0o777 == 0o600
+    assert "hf_of_the_submission" not in (run.history / "1" / "env.sh").read_text()
+    assert (run.history / "1").stat().st_mode & 0o777 == 0o700
+
+
+def test_nothing_has_changed_when_sbatch_refuses(janus: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    for name, text in (("sbatch", "echo sbatch: error: invalid account >&2; exit 1"), ("srun", "")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    run = RunDir(Path(json.loads(janus("submit", "demo", "--dry-run", "--json").stdout)["run_dir"]))
+    before = everything(run)
+    refused = janus("resume", run.name, "--nodes", "1", "--set", "slurm.account=nobody")
+    assert refused.returncode == 2
+    assert "invalid account" in refused.stderr
+    after = everything(run)
+    assert {name: text for name, text in after.items() if not name.startswith("submitit/")} == before
+
+
+@pytest.mark.slow
+def test_a_resume_that_was_killed_half_way_is_undone_by_the_next(janus: Run, two_nodes: RunDir) -> None:
+    before = bundle(two_nodes.path)
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from janus_cluster.amend import amend\n"
+        "from janus_cluster.config.schema import ResolvedJob\n"
+        "from janus_cluster.render.bundle import bundle_replaced\n"
+        "from janus_cluster.rundir import RunDir\n"
+        "run = RunDir(Path(sys.argv[1])); resolved = ResolvedJob.load(run.resolved_json.read_text())\n"
+        "new = amend(run, resolved, nodes=1, sets=(), environ={}, cwd=Path.cwd())\n"
+        "with bundle_replaced(new.resolved, job_yaml_text=new.job_yaml_text, secrets={}): os._exit(9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(two_nodes.path)], check=False).returncode == 9
+    assert bundle(two_nodes.path) != before
+    done = janus("resume", two_nodes.name)
+    assert done.returncode == 0, done.stderr
+    assert bundle(two_nodes.path) == before
+    assert not two_nodes.history.exists()

@@ -47,6 +47,15 @@ def test_the_wheel_submits_from_another_folder_without_torch(installed: Path, tm
     )
     run_dir = Path(json.loads(said)["run_dir"])
     assert (run_dir / "job.sbatch").exists()
+    # The copy in the run folder comes before the installed wheel, finds its templates, and is the same code.
+    program = (
+        "from janus_cluster.render.load import load_nccl_variable_names; from janus_cluster.snapshot import *;"
+        "assert load_nccl_variable_names(); print(PACKAGE, hash_package(read_package()))"
+    )
+    said = call([str(installed / "python"), "-c", program], tmp_path, PYTHONPATH=str(run_dir / "code"))
+    code = json.loads((run_dir / "manifest.json").read_text())["code"]
+    assert said.split() == [str(run_dir / "code" / "janus_cluster"), code["sha256"]]
+    assert "site-packages" in code["from"]
     resolved = json.loads((run_dir / "resolved.json").read_text())
     assert resolved["python"] == str(installed / "python")
     assert "site-packages" in resolved["origins"]["name"]

@@ -3,7 +3,8 @@
     JANUS_HOME=X   X/runs    X/sandbox                              X/site
     without it     ./runs    $XDG_STATE_HOME/janus-cluster/sandbox  $XDG_STATE_HOME/janus-cluster/site
 
-XDG_STATE_HOME defaults to ~/.local/state.
+XDG_STATE_HOME defaults to ~/.local/state. Indexes of data that no run keeps lie in X/data_index or in
+$XDG_CACHE_HOME/janus-cluster/data_index (~/.cache).
 """
 
 from __future__ import annotations
@@ -31,16 +32,30 @@ def site_dir(environ: Mapping[str, str] | None = None) -> Path:
     return _state_dir(os.environ if environ is None else environ) / "site"
 
 
+def index_cache(environ: Mapping[str, str] | None = None) -> Path:
+    """The absolute folder for indexes of data that no run keeps; it need not exist yet and may be deleted."""
+    env = os.environ if environ is None else environ
+    home = env.get("JANUS_HOME")
+    if home:
+        return _absolute(Path(home), Path.cwd()) / "data_index"
+    return _xdg_dir(env, "XDG_CACHE_HOME", ".cache") / "data_index"
+
+
 def _state_dir(env: Mapping[str, str]) -> Path:
     home = env.get("JANUS_HOME")
     if home:
         return _absolute(Path(home), Path.cwd())
+    return _xdg_dir(env, "XDG_STATE_HOME", ".local/state")
+
+
+def _xdg_dir(env: Mapping[str, str], variable: str, default: str) -> Path:
+    """Our folder under the one that the variable names, by default under the user's home."""
     # The XDG base directory specification says that a relative value is to be ignored.
-    xdg = Path(env.get("XDG_STATE_HOME") or "")
+    xdg = Path(env.get(variable) or "")
     if xdg.is_absolute():
         return xdg / "janus-cluster"
     user_home = Path(env["HOME"]) if env.get("HOME") else Path.home()
-    return _absolute(user_home, Path.cwd()) / ".local" / "state" / "janus-cluster"
+    return _absolute(user_home, Path.cwd()) / default / "janus-cluster"
 
 
 def _absolute(path: Path, base: Path) -> Path:

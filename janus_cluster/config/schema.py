@@ -56,6 +56,14 @@ class Environment(Section):
     )
     setup: OneOrMany = Field([], description="Shell lines run on every node first: module load, conda activate, …")
     python: OptionalPath = Field(None, description="Interpreter on the nodes; default: the one that submits")
+    code: Literal["snapshot", "installed"] = Field(
+        "snapshot",
+        description="snapshot: every attempt runs a copy of janus_cluster, made at submission; installed: what is "
+        "installed on the nodes when it starts",
+    )
+    on_code_change: Literal["warn", "fail"] = Field(
+        "warn", description="What an attempt does that finds other code than was submitted"
+    )
     variables: dict[str, str] = Field(
         default_factory=dict, description="Own variables; they win over the profile's, and lint says what it thinks"
     )
@@ -158,6 +166,9 @@ class Data(Section):
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="With on_bad skip: more bad samples than this end the run"
     )
+    max_absent_fraction: float = Field(
+        0.5, ge=0, le=1, description="More trajectories of a root without a folder of frames than this end the run"
+    )
     verify_images: Literal["header", "decode"] = Field(
         "header", description="How frames are checked once, for the index: first and last bytes, or every pixel"
     )
@@ -251,6 +262,9 @@ class Training(Section):
     seed: int = Field(42, ge=0)
     logging_steps: int = Field(1, ge=1)
     ddp_timeout_s: int = Field(7200, ge=30, description="How long a collective may hang before the job is ended")
+    hang_timeout_s: int = Field(
+        1800, ge=5, description="Without progress of any rank for this long, after the first step, the attempt is ended"
+    )
 
 
 class DeepSpeed(Section):
@@ -276,6 +290,25 @@ class Checkpoint(Section):
     )
 
 
+class Restart(Section):
+    """What happens to a job whose attempt ended before its work was done."""
+
+    on_stop: Literal["requeue", "end"] = Field(
+        "requeue", description="After a stop signal (walltime, preemption) and a checkpoint: back into the queue, or over"
+    )
+    on_failure: Literal["transient", "always", "never"] = Field(
+        "transient",
+        description="One more attempt in the same allocation: after faults that need not come again (a rank killed, "
+        "a hang, network, GPU), after every failure of training, or never",
+    )
+    max_without_progress: int = Field(
+        3, ge=1, le=100, description="So many attempts in a row without a newer checkpoint end the job"
+    )
+    stop_timeout_s: int = Field(
+        240, ge=1, description="How long the ranks may take from a stop signal to their checkpoint"
+    )
+
+
 class JobConfig(Section):
     """One job file."""
 
@@ -295,6 +328,7 @@ class JobConfig(Section):
     training: Training = Training()
     deepspeed: DeepSpeed = DeepSpeed()
     checkpoint: Checkpoint = Checkpoint()
+    restart: Restart = Restart()
 
 
 class EnvVar(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Sequence
 
@@ -21,6 +22,10 @@ class LocalLauncher:
     def master_addr(self) -> str:
         return "127.0.0.1"
 
+    def requeue(self) -> str | None:
+        """Nothing is done; the reason is returned."""
+        return "there is no queue on this machine; `janus-cluster resume` goes on"
+
     def requeue_without(self, exclude: Sequence[str]) -> str | None:
         """Nothing is done; the reason is returned."""
         return f"there is no queue on this machine that could leave out {', '.join(exclude)}"
@@ -30,4 +35,5 @@ class LocalLauncher:
         for rank, node in enumerate(self.nodes):
             identity = {"JANUS_NODE": node, "JANUS_NODE_RANK": str(rank), "JANUS_NUM_NODES": str(len(self.nodes))}
             processes.append(subprocess.Popen(list(task_argv), env=os.environ | identity, stdin=subprocess.DEVNULL))
-        return Step(processes, end_together=end_together)
+        # node.task lets torchrun ignore SIGTERM: Slurm sends it to all processes of a job that may still save.
+        return Step(processes, end_together=end_together, ending=signal.SIGINT)

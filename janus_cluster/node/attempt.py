@@ -1,4 +1,4 @@
-"""One attempt, once per allocation, on node 0: gate, then training, and a truthful end.
+"""The job's program on node 0: attempts, each of them gate and training, until one ends well or another would not help.
 
     python -m janus_cluster.node.attempt RUN_DIR --launcher slurm|local
 
@@ -12,114 +12,49 @@ import argparse
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.errors import GateFailed, JanusError, StoppedOnPurpose, TrainingFailed
-from janus_cluster.node.port import find_free_port
-from janus_cluster.node.retry import retry_without_bad_nodes
-from janus_cluster.node.status import HEARTBEAT_S, StatusFile
-from janus_cluster.node.steps import Launcher, Step
-from janus_cluster.preflight.bandwidth import counter_deltas
-from janus_cluster.preflight.cross_node import describe_loopback
-from janus_cluster.preflight.gate import (
-    Surroundings,
-    build_verdict,
-    judge_active,
-    judge_connections,
-    judge_cross_node,
-    judge_static,
-    require_fresh,
-)
-from janus_cluster.preflight.interfaces import plan_rails
-from janus_cluster.preflight.model import CheckResult, Verdict
-from janus_cluster.preflight.report import render_verdict, render_verdict_markdown
-from janus_cluster.preflight.transport import read_nccl_logs
-from janus_cluster.rundir import RunDir, read_json, write_json_atomically, write_text_atomically
+from janus_cluster.node.code import check_code
+from janus_cluster.node.gate import queue_again_without_bad_nodes, run_gate
+from janus_cluster.node.ledger import newest_step
+from janus_cluster.node.lock import run_folder_held
+from janus_cluster.node.phases import Attempt, StopSignals, say
+from janus_cluster.node.steps import Launcher
+from janus_cluster.node.training import TRANSIENT, describe_failure, find_failure, run_training
+from janus_cluster.rundir import RunDir
 
-# A file that another node has just written may need this long to be seen through NFS attribute caches.
-_VISIBILITY_S = 10.0
+# The batch process of a requeued job may still be ending on another node.
+_WAIT_FOR_LOCK_S = 60.0
 
 
-class Attempt:
-    """The state that the phases of one attempt share."""
+def run_job(run: RunDir, launcher: Launcher) -> int:
+    """The job is over and status.json says how. Returns: its exit code (table in errors.py).
 
-    def __init__(self, run: RunDir, resolved: ResolvedJob, launcher: Launcher) -> None:
-        self.run = run
-        self.resolved = resolved
-        self.launcher = launcher
-        self.number = run.begin_attempt()
-        self.status = StatusFile(
-            run, cluster=launcher.cluster, job_id=launcher.job_id, attempt=self.number, nodes=launcher.nodes
-        )
-        self.port = 0
-        self.connections: Mapping[str, dict[str, Any] | None] = {}
-        self.stop_signal: int | None = None
-        self._last_beat = time.monotonic()
-
-    @property
-    def gate_timeout_s(self) -> float:
-        return self.resolved.job.preflight.timeout_s
-
-    def run_phase(self, phase: str, *, timeout_s: float | None, end_together: bool) -> int:
-        """The phase has run on every node; its worst exit code. Raises: StoppedOnPurpose after a stop signal."""
-        seed = int("".join(filter(str.isdigit, self.launcher.job_id or "")) or 0)
-        # The same port in every phase, unless somebody took it meanwhile: the gate tests what training uses.
-        self.port = find_free_port(seed=seed)
-        argv = [sys.executable, "-m", "janus_cluster.node.task", str(self.run.path)]
-        argv += ["--attempt", str(self.number), "--phase", phase]
-        argv += ["--master-addr", self.launcher.master_addr(), "--master-port", str(self.port)]
-        step = self.launcher.start(argv, end_together=end_together)
-        code = step.wait(timeout_s=timeout_s, on_wait=lambda: self._between(step))
-        if self.stop_signal is not None:
-            name = signal.Signals(self.stop_signal).name
-            raise StoppedOnPurpose(f"{name} ended the attempt during phase {phase}")
-        return code
-
-    def _between(self, step: Step) -> None:
-        if self.stop_signal is not None:
-            step.terminate()
-        if time.monotonic() - self._last_beat >= HEARTBEAT_S:
-            self._last_beat = time.monotonic()
-            self.status.update()
-
-    def read_reports(self, path_of: Callable[[str], Path], *, wait_s: float) -> dict[str, dict[str, Any] | None]:
-        """Each node's JSON; None for a node that wrote none within `wait_s`."""
-        deadline = time.monotonic() + wait_s
-        paths = {node: path_of(node) for node in self.launcher.nodes}
-        while time.monotonic() < deadline and not all(p.exists() for p in paths.values()):
-            time.sleep(0.2)
-        return {node: read_json(p) if p.exists() else None for node, p in paths.items()}
-
-    def write_rails(self, facts: Mapping[str, dict[str, Any] | None]) -> None:
-        """rails.json tells the probe which pairs to test: GPU k of both nodes, or the networks that they share."""
-        if len(self.launcher.nodes) < 2:
-            return
-        if self.resolved.job.hardware.device == "cuda":
-            rails = [{"name": f"gpu{k}", "interfaces": {}} for k in range(self.resolved.processes_per_node)]
-        else:
-            rails = plan_rails({node: (f or {}).get("interfaces", []) for node, f in facts.items()})
-        write_json_atomically(self.run.rails_json(self.number), {"schema_version": 1, "rails": rails})
-
-
-def run_attempt(run: RunDir, launcher: Launcher) -> int:
-    """The attempt is over and status.json says how. Returns: the exit code of the job (table in errors.py)."""
+    Raises: UsageError while another job's attempt writes into the run folder; nothing was touched.
+    """
     resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
-    attempt = Attempt(run, resolved, launcher)
+    stop = StopSignals()
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        # job.sbatch asks Slurm for USR1 before the walltime ends.
+        signal.signal(signum, lambda number, _frame: stop.note(number))
+    with run_folder_held(run, job_id=launcher.job_id, wait_s=_WAIT_FOR_LOCK_S):
+        while True:
+            code = run_attempt(Attempt(run, resolved, launcher, stop))
+            if code is not None:
+                return code
 
-    def on_stop(signum: int, _frame: FrameType | None) -> None:
-        attempt.stop_signal = signum
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, on_stop)
-    # job.sbatch asks Slurm for USR1 before the walltime ends; unhandled it would kill the attempt at once.
-    signal.signal(signal.SIGUSR1, lambda *_: say("Slurm: the walltime ends soon"))
-    say(f"attempt {attempt.number} of {run.name}: job {launcher.job_id} on {', '.join(launcher.nodes)}")
+def run_attempt(attempt: Attempt) -> int | None:
+    """The attempt is over. Returns: the job's exit code, or None where one more attempt in this allocation may help."""
+    resolved, launcher = attempt.resolved, attempt.launcher
+    say(f"attempt {attempt.number} of {attempt.run.name}: job {launcher.job_id} on {', '.join(launcher.nodes)}")
     try:
+        for change in check_code(attempt.run, resolved, attempt=attempt.number):
+            say(f"warning: {change}")
+        require_progress(attempt)
         if resolved.job.preflight.enabled:
             run_gate(attempt)
         else:
@@ -127,132 +62,80 @@ def run_attempt(run: RunDir, launcher: Launcher) -> int:
         if resolved.job.kind == "train":
             run_training(attempt)
     except StoppedOnPurpose as e:
-        attempt.status.finish("CANCELLED", e.exit_code, reason=e.message, signal=attempt.stop_signal)
-        return _end(e)
+        return end_stopped(attempt, e)
     except GateFailed as e:
-        end_failed_gate(attempt, e)
-        return _end(e)
+        return end_failed_gate(attempt, e)
+    except TrainingFailed as e:
+        return end_failed_training(attempt, e)
     except JanusError as e:
-        attempt.status.finish("FAILED", e.exit_code, reason=e.message)
-        return _end(e)
+        return _finish(attempt, "FAILED", e)
     except BaseException as e:
-        attempt.status.finish("FAILED", 1, reason=f"{type(e).__name__}: {e}")
+        words = f"{type(e).__name__}: {e}"
+        attempt.ledger.end("FAILED", 1, words)
+        attempt.status.finish("FAILED", 1, reason=words)
         raise
+    attempt.ledger.end("COMPLETED", 0, None)
     attempt.status.finish("COMPLETED", 0)
     say(f"attempt {attempt.number}: completed")
     return 0
 
 
-def run_gate(attempt: Attempt) -> None:
-    """The verdict is written and training may begin. Raises: GateFailed, GateUndetermined.
-
-    A phase that failed is the last: a node that is known to be bad would only make the others wait for it. So is one
-    that could not be judged: where nvidia-smi hangs, CUDA does too.
-    """
-    results: list[CheckResult] = []
-    for phase in (check_nodes, check_connections, check_speed):
-        results += phase(attempt)
-        if any(r.state in ("FAIL", "ERROR") for r in results):
-            break
-    verdict = write_verdict(attempt, results)
-    print_verdict(verdict)
-    again = Verdict.from_json(read_json(attempt.run.verdict_json(attempt.number)))
-    launcher = attempt.launcher
-    require_fresh(again, attempt.resolved, nodes=launcher.nodes, job_id=launcher.job_id, now=time.time())
+def require_progress(attempt: Attempt) -> None:
+    """Nothing, while attempts get anywhere: Slurm itself queues a job again for ever. Raises: JanusError."""
+    earlier, limit = attempt.ledger.earlier_without_progress(), attempt.resolved.job.restart.max_without_progress
+    if earlier.count >= limit:
+        raise JanusError(
+            f"{earlier.count} attempts in a row ended without a checkpoint after step {attempt.ledger.from_step} "
+            f"(restart.max_without_progress: {limit}); the last one: {earlier.last_words or 'no word'}",
+            hint=f"janus-cluster status {attempt.run.name}; when it is mended: janus-cluster resume {attempt.run.name}",
+        )
 
 
-def check_nodes(attempt: Attempt) -> list[CheckResult]:
-    """Each node told what it is; every static check, and the nodes against each other. The rails are written down."""
-    run, number = attempt.run, attempt.number
-    code = attempt.run_phase("facts", timeout_s=attempt.gate_timeout_s, end_together=False)
-    facts = attempt.read_reports(lambda n: run.facts_json(number, n), wait_s=0 if code else _VISIBILITY_S)
-    attempt.write_rails(facts)
-    return judge_static(facts, attempt.resolved) + judge_cross_node(facts)
-
-
-def check_connections(attempt: Attempt) -> list[CheckResult]:
-    """Every node reached node 0 on the master port, and was reached back. Nothing for a single node."""
-    run, number = attempt.run, attempt.number
-    if len(attempt.launcher.nodes) < 2:
-        return []
-    code = attempt.run_phase("connect", timeout_s=attempt.gate_timeout_s, end_together=False)
-    attempt.connections = attempt.read_reports(
-        lambda n: run.connect_json(number, n), wait_s=0 if code else _VISIBILITY_S
-    )
-    return judge_connections(
-        attempt.connections,
-        address=attempt.launcher.master_addr(),
-        port=attempt.port,
-        clock_warn_s=attempt.resolved.preflight_thresholds["clock"]["warn_above_s"],
-    )
-
-
-def check_speed(attempt: Attempt) -> list[CheckResult]:
-    """Devices, rails and the all-reduce were measured, between two readings of the error counters."""
-    run, number = attempt.run, attempt.number
-    code = attempt.run_phase("all_reduce", timeout_s=attempt.gate_timeout_s, end_together=True)
-    wait_s = 0 if code else _VISIBILITY_S
-    measured = attempt.read_reports(lambda n: run.all_reduce_json(number, n), wait_s=wait_s)
-    counters = attempt.read_reports(lambda n: run.counters_json(number, n), wait_s=wait_s)
-    around = Surroundings(
-        counters={n: c and counter_deltas(c["before"], c["after"]) for n, c in counters.items()},
-        nccl={n: read_nccl_logs(run.nccl_logs(number, n)) for n in attempt.launcher.nodes},
-        evidence=describe_loopback(attempt.connections),
-    )
-    return judge_active(measured, attempt.resolved, around)
-
-
-def end_failed_gate(attempt: Attempt, error: GateFailed) -> None:
-    """The job is queued again without the bad node, where it asks for that and it can be; else it has failed."""
-    verdict = Verdict.from_json(read_json(attempt.run.verdict_json(attempt.number)))
+def end_stopped(attempt: Attempt, error: StoppedOnPurpose) -> int:
+    """The job is in the queue again, where it is to go on; else it was stopped or cancelled."""
+    if attempt.stop.first in (signal.SIGTERM, signal.SIGINT):
+        # A cancelled job must not come back. Of a requeue or a preemption, which also say SIGTERM, Slurm takes care.
+        return _finish(attempt, "CANCELLED", error)
+    if attempt.resolved.job.restart.on_stop == "end":
+        return _finish(attempt, "STOPPED", error, "restart.on_stop: end")
     # STOPPED may begin again, so nobody takes the next word for the last one while the requeue is under way.
     attempt.status.update(state="STOPPED", reason=error.message, exit_code=error.exit_code)
-    is_queued, words = retry_without_bad_nodes(
-        attempt.run, attempt.resolved, attempt.launcher, verdict, attempt=attempt.number
-    )
-    asked = attempt.resolved.job.preflight.on_fail != "stop"
-    say(f"preflight: {words}")
-    reason = f"{error.message}; {words}" if asked else error.message
-    attempt.status.finish("STOPPED" if is_queued else "FAILED", error.exit_code, reason=reason)
+    attempt.ledger.end("STOPPED", error.exit_code, error.message)
+    say(error.message)
+    refusal = attempt.launcher.requeue()
+    words = "queued again" if refusal is None else f"not queued again: {refusal}"
+    return _finish(attempt, "STOPPED", error, words)
 
 
-def write_verdict(attempt: Attempt, results: Sequence[CheckResult]) -> Verdict:
-    """The verdict of all nodes and of each node lies in the run folder."""
-    run, launcher = attempt.run, attempt.launcher
-    verdict = build_verdict(results, attempt.resolved, nodes=launcher.nodes, job_id=launcher.job_id, now=time.time())
-    for node in launcher.nodes:
-        write_json_atomically(run.node_verdict_json(attempt.number, node), verdict.of_node(node).to_json())
-    write_text_atomically(run.verdict_md(attempt.number), render_verdict_markdown(verdict))
-    write_json_atomically(run.verdict_json(attempt.number), verdict.to_json())
-    return verdict
+def end_failed_gate(attempt: Attempt, error: GateFailed) -> int:
+    """The job is queued again without the bad node, where it asks for that and it can be; else it has failed."""
+    # STOPPED may begin again, so nobody takes the next word for the last one while the requeue is under way.
+    attempt.status.update(state="STOPPED", reason=error.message, exit_code=error.exit_code)
+    is_queued, words = queue_again_without_bad_nodes(attempt)
+    return _finish(attempt, "STOPPED" if is_queued else "FAILED", error, words)
 
 
-def print_verdict(verdict: Verdict) -> None:
-    """The table is in batch.log, wide enough for one line per check."""
-    from rich.console import Console
-
-    Console(width=160, file=sys.stdout, no_color=True).print(render_verdict(verdict))
-    sys.stdout.flush()
-
-
-def run_training(attempt: Attempt) -> None:
-    """Training has ended well on every rank. Raises: TrainingFailed naming where the log is."""
-    attempt.status.update(phase="training")
-    resolved = attempt.resolved
-    say(f"training: {resolved.world_size} ranks, effective batch {resolved.effective_batch_size}")
-    code = attempt.run_phase("train", timeout_s=None, end_together=True)
-    if code:
-        logs = attempt.run.attempt_logs(attempt.number)
-        raise TrainingFailed(f"training ended with exit code {code}; the ranks' logs are in {logs}")
+def end_failed_training(attempt: Attempt, error: TrainingFailed) -> int | None:
+    """One more attempt in this allocation, where restart.on_failure and the fault say so; else the job has failed."""
+    policy, failure = attempt.resolved.job.restart, find_failure(attempt, error)
+    words = describe_failure(failure)
+    is_to_go_on = policy.on_failure == "always" or (policy.on_failure == "transient" and failure.kind in TRANSIENT)
+    gained = newest_step(attempt.run) > attempt.ledger.from_step
+    tried = 0 if gained else attempt.ledger.earlier_without_progress().count + 1
+    if not is_to_go_on or tried >= policy.max_without_progress:
+        why = f"restart.on_failure: {policy.on_failure}" if not is_to_go_on else f"{tried} attempts got no further"
+        say(f"training failed: {words} ({why})")
+        return _finish(attempt, "FAILED", error)
+    attempt.ledger.end("FAILED", error.exit_code, words)
+    say(f"attempt {attempt.number} failed: {words}; one more attempt in the same allocation")
+    return None
 
 
-def say(text: str) -> None:
-    """One line in batch.log, at once."""
-    print(text, flush=True)
-
-
-def _end(error: JanusError) -> int:
-    say(f"ended: {error.message}" + (f"\nnext: {error.hint}" if error.hint else ""))
+def _finish(attempt: Attempt, state: str, error: JanusError, note: str | None = None) -> int:
+    reason = f"{error.message}; {note}" if note else error.message
+    attempt.ledger.end(state, error.exit_code, reason)
+    attempt.status.finish(state, error.exit_code, reason=reason, signal=attempt.stop.first)
+    say(f"ended: {reason}" + (f"\nnext: {error.hint}" if error.hint else ""))
     return error.exit_code
 
 
@@ -276,10 +159,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = RunDir(args.run_dir)
     try:
         resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
-        launcher = build_launcher(args.launcher, resolved, os.environ)
+        code = run_job(run, build_launcher(args.launcher, resolved, os.environ))
     except JanusError as e:
-        sys.exit(_end(e))
-    sys.exit(run_attempt(run, launcher))
+        say(f"ended: {e.message}" + (f"\nnext: {e.hint}" if e.hint else ""))
+        code = e.exit_code
+    sys.exit(code)
 
 
 if __name__ == "__main__":

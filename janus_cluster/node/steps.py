@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +15,19 @@ _POLL_S = 0.2
 class Step:
     """The running processes of one phase: one srun, or one process per simulated node."""
 
-    def __init__(self, processes: Sequence[subprocess.Popen[bytes]], *, end_together: bool) -> None:
+    def __init__(
+        self,
+        processes: Sequence[subprocess.Popen[bytes]],
+        *,
+        end_together: bool,
+        ending: signal.Signals = signal.SIGTERM,
+    ) -> None:
+        """`ending` asks the processes to end."""
         self._processes = list(processes)
         self._end_together = end_together
+        self._ending = ending
 
-    def wait(self, *, timeout_s: float | None, on_wait: Callable[[], None]) -> int:
+    def wait(self, *, timeout_s: float | None, on_wait: Callable[[Step], None]) -> int:
         """The worst exit code after all have ended; past the limit they are ended and 124 is returned.
 
         `on_wait` is called several times a second, so that a heartbeat or a stop request can be served.
@@ -31,7 +40,7 @@ class Step:
             if self._end_together and any(p.poll() for p in self._processes):
                 self.terminate()
                 break
-            on_wait()
+            on_wait(self)
             time.sleep(_POLL_S)
         codes = [p.returncode for p in self._processes]
         first_bad = next((c for c in codes if c > 0), None) or next((c for c in codes if c), 0)
@@ -41,7 +50,7 @@ class Step:
         """Every process has ended: asked first, killed after a grace period."""
         for p in self._processes:
             if p.poll() is None:
-                p.terminate()
+                p.send_signal(self._ending)
         deadline = time.monotonic() + _GRACE_S
         for p in self._processes:
             try:
@@ -65,6 +74,10 @@ class Launcher(Protocol):
 
     def master_addr(self) -> str:
         """A name or address of node 0 that every node can reach."""
+        ...
+
+    def requeue(self) -> str | None:
+        """The job is back in the queue; or the reason why it could not be."""
         ...
 
     def requeue_without(self, exclude: Sequence[str]) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,10 +51,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     for variable in variables:
         print(f"{args.phase}: {variable.name}={variable.value}    # {variable.reason}", flush=True)
     environ = os.environ | {variable.name: variable.value for variable in variables}
+    if args.phase == "train":
+        environ |= leave_stop_signals_to_the_ranks()
     if args.phase == "all_reduce":
         counters = run.counters_json(args.attempt, identity.node)
         sys.exit(run_between_counters(command, environ, counters, sysfs_root=resolved.job.preflight.sysfs_root))
     os.execve(command[0], command, environ)
+
+
+def leave_stop_signals_to_the_ranks() -> dict[str, str]:
+    """This process, and the torchrun that it becomes, live on when Slurm signals all processes of a step.
+
+    torchrun would end its ranks at once, before they could save. Returns: variables for torchrun.
+    """
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+    return {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT"}
 
 
 def _write_facts(run: RunDir, resolved: ResolvedJob, identity: NodeIdentity, args: argparse.Namespace) -> None:

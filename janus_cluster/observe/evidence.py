@@ -72,6 +72,8 @@ class Evidence:
     logs: tuple[tuple[str, str], ...] = ()
     # Global rank → its node, of every rank that began.
     ranks: tuple[tuple[int, str], ...] = ()
+    # What the attempt saw when the ranks stood still, and ended them for.
+    hang: RankError | None = None
 
 
 def load_rank_errors(run: RunDir, attempt: int, node: str, ranks: list[int]) -> list[RankError]:
@@ -200,7 +202,17 @@ def load_evidence(
         exits=tuple(exits),
         logs=tuple(logs),
         ranks=tuple(sorted(ranks.items())),
+        hang=_load_hang(run, attempt),
     )
+
+
+def _load_hang(run: RunDir, attempt: int | None) -> RankError | None:
+    try:
+        told = read_json(run.attempt_json(attempt or 0))["hang"]
+        rank = None if told["rank"] is None else int(told["rank"])
+        return RankError(node=clean(str(told["node"] or "")), rank=rank, time=0.0, message=clean(str(told["message"])))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _shown(error: RankError, secrets: dict[str, str]) -> RankError:

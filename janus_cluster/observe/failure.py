@@ -122,6 +122,7 @@ def classify(evidence: Evidence) -> Failure | None:
         return None
     return (
         _by_slurm(evidence)
+        or _by_hang(evidence)
         or _by_gate(evidence)
         or _by_cancellation(evidence)
         or _by_ranks(evidence)
@@ -158,6 +159,14 @@ def _by_slurm(evidence: Evidence) -> Failure | None:
 def _lost_node(batch: str, nodes: tuple[str, ...]) -> str | None:
     names = [name for found in _LOST_NODE.findall(batch) for name in found if name]
     return next((name.rstrip(".,:") for name in names if name.rstrip(".,:") in nodes), None)
+
+
+def _by_hang(evidence: Evidence) -> Failure | None:
+    """The attempt saw it while it lasted; what the ranks say afterwards comes from being ended."""
+    hang = evidence.hang
+    if hang is None:
+        return None
+    return Failure(kind="hang", rank=hang.rank, node=hang.node or None, message=hang.message)
 
 
 def _by_gate(evidence: Evidence) -> Failure | None:
@@ -297,6 +306,8 @@ def _by_script(evidence: Evidence) -> Failure | None:
 
 def _by_reason(evidence: Evidence) -> Failure | None:
     """What the attempt itself gave as its reason, and the signal behind an exit code above 128."""
+    if "environment.on_code_change" in (evidence.reason or ""):
+        return Failure(kind="environment", message=evidence.reason)
     if evidence.reason and (kind := kind_of_words(evidence.reason)) is not None:
         return Failure(kind=kind, message=evidence.reason)
     if evidence.exit_code is not None and 128 < evidence.exit_code <= 192:

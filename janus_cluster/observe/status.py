@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _GATE_EXIT_CODES = (10, 11)
+_MOST_EARLIER = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class RunStatus:
     exclude: tuple[str, ...] = ()
     card: FailureCard | None = None
     retry: str | None = None
+    # How the attempts before this one ended, the newest last.
+    earlier: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -89,7 +92,21 @@ def _status_of(run: RunDir, state: JobState) -> RunStatus:
         failed_checks=checks,
         exclude=exclude,
         retry=_load_retry(run),
+        earlier=_load_earlier(run, state.attempt),
     )
+
+
+def _load_earlier(run: RunDir, attempt: int | None) -> tuple[str, ...]:
+    """A line for each of the last attempts before `attempt`, of those that left their record."""
+    lines = []
+    for number in [n for n in run.attempts() if attempt is not None and n < attempt][-_MOST_EARLIER:]:
+        try:
+            record = read_json(run.attempt_json(number))
+            words = record["reason"] or "killed before it could say why"
+            lines.append(f"attempt {number}, from step {record['from_step']}: {record['state']}: {words}")
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return tuple(lines)
 
 
 def _load_retry(run: RunDir) -> str | None:
@@ -165,6 +182,7 @@ def _notes(status: RunStatus) -> list[str]:
     lines = [f"{ref}: {state.state}{on}{code} (says {render_source(state)})"]
     if state.reason:
         lines.append(f"  reason: {state.reason}")
+    lines += [f"  {line}" for line in status.earlier]
     if status.retry:
         lines.append(f"  {status.retry}")
     for check in status.failed_checks:

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from janus_cluster import __version__
 from janus_cluster.preflight.model import Check, CheckResult
 
 PACKAGES = ("janus-cluster", "torch", "transformers", "deepspeed", "pydantic")
@@ -20,6 +21,8 @@ def read_versions() -> dict[str, str | None]:
     """Facts: versions of Python, of each package, and of the CUDA and NCCL that torch brings; None where not there."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     found |= {package: _version_of(package) for package in PACKAGES}
+    # What runs, which need not be what is installed beside torch: job.sbatch puts the submitted code before it.
+    found["janus-cluster"] = __version__
     nccl = [v for v in (_version_of(f"nvidia-nccl-cu{n}") for n in (13, 12, 11)) if v]
     return found | {"cuda": _torch_cuda(), "nccl": nccl[0] if nccl else None}
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,21 @@ from janus_cluster.render.env import render_env_sh, render_secrets_env
 from janus_cluster.render.manifest import collect_manifest
 from janus_cluster.render.sbatch import render_sbatch
 from janus_cluster.rundir import RunDir, write_text_atomically
+from janus_cluster.snapshot import write_package
 
-__all__ = ["collect_manifest", "render_env_of", "render_job_yaml", "write_bundle"]
+__all__ = [
+    "bundle_replaced",
+    "collect_manifest",
+    "render_env_of",
+    "render_job_yaml",
+    "restore_interrupted",
+    "write_bundle",
+]
 
 # Shorter values would be found by accident ("1" in any number).
 _SHORTEST_SECRET = 6
+# While history/<n> ends so, the files of the run folder may be a mixture of old and new.
+_UNDO = ".undo"
 
 
 def write_bundle(
@@ -29,10 +39,12 @@ def write_bundle(
     job_yaml_text: str,
     secrets: Mapping[str, str],
     manifest: Mapping[str, Any],
+    code: Mapping[str, bytes],
     final_dir: Path,
 ) -> RunDir:
     """The run folder is complete at `final_dir`, or nothing is left of it. An existing folder is never touched.
 
+    `code` is the package as snapshot.py reads it; the folder holds it where environment.code is snapshot.
     Raises: UsageError if it cannot be written, exists already, or a secret would stand in a readable file.
     """
     run = RunDir(final_dir)
@@ -43,7 +55,7 @@ def write_bundle(
     if secrets:
         files[run.secrets_env.name] = render_secrets_env(secrets)
     try:
-        _write_and_move(files, run)
+        _write_and_move(files, run, code if resolved.job.environment.code == "snapshot" else {})
     except OSError as e:
         raise UsageError(
             f"cannot write the run folder {final_dir}: {e.strerror or e}",
@@ -112,7 +124,7 @@ def _refuse_leaks(files: Mapping[str, str], secrets: Mapping[str, str]) -> None:
             )
 
 
-def _write_and_move(files: Mapping[str, str], run: RunDir) -> None:
+def _write_and_move(files: Mapping[str, str], run: RunDir, code: Mapping[str, bytes]) -> None:
     """Raises: OSError, with everything removed that was made here."""
     if run.path.exists() or run.path.is_symlink():
         raise FileExistsError(None, "it exists already", str(run.path))
@@ -125,6 +137,8 @@ def _write_and_move(files: Mapping[str, str], run: RunDir) -> None:
         for name, text in files.items():
             write_text_atomically(staging / name, text, mode=0o700 if name == run.job_sbatch.name else 0o600)
         (staging / run.logs.name).mkdir(mode=0o700)
+        if code:
+            write_package(code, staging / run.code.name)
         staging.chmod(0o700)
         staging.rename(run.path)
     except BaseException:
@@ -134,6 +148,83 @@ def _write_and_move(files: Mapping[str, str], run: RunDir) -> None:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def bundle_replaced(resolved: ResolvedJob, *, job_yaml_text: str, secrets: Mapping[str, str]) -> Iterator[None]:
+    """The run folder holds the files of `resolved` in the block and after it; those of before lie in history/<n>.
+
+    Where the block is left by an error, every file is what it was; where this process is killed in it, they are after
+    restore_interrupted. manifest.json and code/ say what was submitted and stay. Hold the run's lock.
+    Raises: UsageError with nothing changed, if it cannot be written or a secret would stand in a readable file.
+    """
+    run = RunDir(Path(resolved.run_dir))
+    if set(secrets) != set(resolved.secret_names):
+        raise ValueError("secrets are not those that were resolved")
+    files = _render_files(resolved, job_yaml_text, {})
+    del files[run.manifest_json.name]
+    _refuse_leaks(files, secrets)
+    if secrets:
+        files[run.secrets_env.name] = render_secrets_env(secrets)
+    undo: Path | None = None
+    try:
+        try:
+            undo = _keep_bundle(run)
+            for name in _replaceable(run):
+                _write_or_remove(run.path / name, files.get(name), is_script=name == run.job_sbatch.name)
+        except OSError as e:
+            raise UsageError(f"cannot write in {run.path}: {e.strerror or e}", hint="nothing was changed") from e
+        yield
+    except BaseException:
+        if undo is not None:
+            _put_back(run, undo)
+        raise
+    undo.rename(undo.with_suffix(""))
+
+
+def restore_interrupted(run: RunDir) -> bool:
+    """What a bundle_replaced that was killed had changed is as before. Hold the run's lock. Returns: was there one?"""
+    for torn in run.history.glob(".*"):
+        shutil.rmtree(torn, ignore_errors=True)
+    left = sorted(run.history.glob(f"*{_UNDO}"))
+    for undo in left:
+        _put_back(run, undo)
+    return bool(left)
+
+
+def _replaceable(run: RunDir) -> tuple[str, ...]:
+    files = (run.job_yaml, run.resolved_json, run.job_sbatch, run.env_sh, run.ds_config_json, run.secrets_env)
+    return tuple(path.name for path in files)
+
+
+def _keep_bundle(run: RunDir) -> Path:
+    """history/<n>.undo holds the files that will be replaced; it appears in one step, when it is whole."""
+    run.history.mkdir(mode=0o700, exist_ok=True)
+    number = 1 + max((int(p.stem) for p in run.history.iterdir() if p.stem.isdigit()), default=0)
+    staging = Path(tempfile.mkdtemp(dir=run.history, prefix="."))
+    for name in _replaceable(run):
+        if (run.path / name).exists():
+            _write_or_remove(
+                staging / name, (run.path / name).read_text("utf-8"), is_script=name == run.job_sbatch.name
+            )
+    return staging.rename(run.history / f"{number}{_UNDO}")
+
+
+def _put_back(run: RunDir, undo: Path) -> None:
+    for name in _replaceable(run):
+        kept = undo / name
+        text = kept.read_text("utf-8") if kept.exists() else None
+        _write_or_remove(run.path / name, text, is_script=name == run.job_sbatch.name)
+    shutil.rmtree(undo)
+    with contextlib.suppress(OSError):
+        run.history.rmdir()
+
+
+def _write_or_remove(path: Path, text: str | None, *, is_script: bool) -> None:
+    if text is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_text_atomically(path, text, mode=0o700 if is_script else 0o600)
 
 
 def _json(value: Any) -> str:

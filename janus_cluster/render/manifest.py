@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import janus_cluster
 from janus_cluster.render.load import template_paths
 from janus_cluster.resources import templates_dir
+from janus_cluster.snapshot import PACKAGE, hash_files, hash_package
 
 _GIT_TIMEOUT_S = 5
 # fmt: off
@@ -24,8 +26,11 @@ _PACKAGES = (
 # fmt: on
 
 
-def collect_manifest(job_file: Path) -> dict[str, Any]:
-    """manifest.json's object. The package versions are those beside the interpreter that submits; null: not there."""
+def collect_manifest(job_file: Path, *, code: Mapping[str, bytes]) -> dict[str, Any]:
+    """manifest.json's object. The package versions are those beside the interpreter that submits; null: not there.
+
+    `code` is the package that submits, as snapshot.py reads it.
+    """
     root = templates_dir()
     return {
         "schema_version": 1,
@@ -38,6 +43,7 @@ def collect_manifest(job_file: Path) -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "job_file": {"path": str(job_file), "sha256": _sha256(job_file)},
         "templates": {str(path.relative_to(root)): _sha256(path) for path in template_paths()},
+        "code": {"from": str(PACKAGE), "sha256": hash_package(code), "files": hash_files(code)},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -31,6 +32,13 @@ def render_sbatch(resolved: ResolvedJob, *, templates: Mapping[str, str] | None 
     for name, value in resolved.sbatch_options.items():
         _check_printable(f"slurm.{name}", value or "")
     check_setup(resolved.job.environment.setup)
+    keeps_code = resolved.job.environment.code == "snapshot"
+    if keeps_code and os.pathsep in resolved.run_dir:
+        raise UsageError(
+            f"run folder: {resolved.run_dir!r} holds {os.pathsep!r}, where PYTHONPATH is split: the code in it could "
+            "not be imported",
+            hint="choose another runs_dir (or JANUS_HOME), or --set environment.code=installed",
+        )
     environment = jinja2.Environment(
         loader=jinja2.DictLoader(dict(templates or load_sbatch_templates())),
         undefined=jinja2.StrictUndefined,
@@ -52,6 +60,7 @@ def render_sbatch(resolved: ResolvedJob, *, templates: Mapping[str, str] | None 
         batch_log=str(run.batch_log),
         python=resolved.python,
         setup=resolved.job.environment.setup,
+        code=str(run.code) if keeps_code else None,
         sbatch_options=resolved.sbatch_options,
         processes_per_node=resolved.processes_per_node,
         effective_batch_size=resolved.effective_batch_size,

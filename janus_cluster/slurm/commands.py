@@ -131,11 +131,19 @@ class Slurm:
         if done.returncode != 0:
             raise self._failed("scancel", done)
 
+    def signal_batch(self, job_id: str, signal: str) -> None:
+        """The batch shell alone was sent `signal`, as --signal=B: does before the walltime ends. Raises: as scancel."""
+        done = self._run(["scancel", "--batch", f"--signal={signal}", job_id])
+        if done.returncode != 0:
+            raise self._failed("scancel", done)
+
+    def start_now(self, job_id: str) -> None:
+        """The waiting job may begin at once: a requeued one is held back two minutes. Raises: as requeue."""
+        self._scontrol(["update", f"JobId={job_id}", "StartTime=now"])
+
     def requeue(self, job_id: str) -> None:
         """The job is back in the queue. Raises: JobNotFound, SlurmUnavailable, JanusError."""
-        done = self._run(["scontrol", "requeue", job_id])
-        if done.returncode != 0:
-            raise self._failed("scontrol requeue", done)
+        self._scontrol(["requeue", job_id])
 
     def requeue_without(self, job_id: str, exclude: Sequence[str]) -> None:
         """The job is back in the queue and will not run on `exclude`, which replaces what it excluded before.

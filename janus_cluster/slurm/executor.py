@@ -37,11 +37,11 @@ class RunAttempt:
 
     def __call__(self) -> int:
         from janus_cluster.config.schema import ResolvedJob
-        from janus_cluster.node.attempt import build_launcher, run_attempt
+        from janus_cluster.node.attempt import build_launcher, run_job
 
         run = RunDir(Path(self.run_dir))
         resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
-        return run_attempt(run, build_launcher("slurm", resolved, os.environ))
+        return run_job(run, build_launcher("slurm", resolved, os.environ))
 
 
 class BundleExecutor(submitit.SlurmExecutor):  # type: ignore[misc]

@@ -46,6 +46,14 @@ class SlurmLauncher:
             return address
         return self.nodes[0]
 
+    def requeue(self) -> str | None:
+        """The job is back in the queue, and this process is about to be ended; or why it is not."""
+        try:
+            Slurm().requeue(str(self.job_id))
+        except JanusError as e:
+            return e.message
+        return None
+
     def requeue_without(self, exclude: Sequence[str]) -> str | None:
         """The job is back in the queue without those nodes; or why it is not, where it could never start again."""
         slurm = Slurm()

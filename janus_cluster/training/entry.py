@@ -26,6 +26,7 @@ from janus_cluster.training.batches import build_batches
 from janus_cluster.training.checkpoint import agree_on_resume
 from janus_cluster.training.data.dataset import NavigationDataset, collate
 from janus_cluster.training.data.index import SampleSplit, load_samples
+from janus_cluster.training.data.lengths import load_token_counts
 from janus_cluster.training.data.prompt import sample_texts
 from janus_cluster.training.data.tokenizer import build_tiny_tokenizer, image_token_ids, load_tokenizer
 from janus_cluster.training.export import write_export
@@ -34,6 +35,7 @@ from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.model.build import build_model, parameter_groups, render_parameter_groups
 from janus_cluster.training.model.janus import JanusModel
 from janus_cluster.training.model.presets import TokenizerIds
+from janus_cluster.training.pulse import Pulse, take_signals
 from janus_cluster.training.trainer import JanusTrainer, build_training_arguments
 from janus_cluster.training.world import World, load_world, process_group, redirect_output, run_and_leave, share_among
 
@@ -42,24 +44,36 @@ from janus_cluster.training.world import World, load_world, process_group, redir
 def main(argv: Sequence[str] | None = None) -> None:
     """The whole of this rank's work is done; its words are in its own log, its error (if any) in torchrun's file."""
     arguments = _parse_arguments(argv)
+    take_signals()
     run = RunDir(arguments.run_dir)
     resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
     world = load_world(resolved.job.hardware.device)
     redirect_output(run.rank_log(arguments.attempt, arguments.node, world.rank))
     quiet_libraries()
     print(f"rank {world.rank} of {world.world_size} on {socket.gethostname()}, {world.device}", flush=True)
+    pulse = Pulse(
+        run,
+        attempt=arguments.attempt,
+        rank=world.rank,
+        node=arguments.node,
+        hang_timeout_s=resolved.job.training.hang_timeout_s,
+    ).start()
     with process_group(world, timeout_s=resolved.job.training.ddp_timeout_s):
-        train(run, resolved, world, attempt=arguments.attempt)
+        train(run, resolved, world, attempt=arguments.attempt, pulse=pulse)
 
 
-def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int) -> None:
-    """The model is trained, evaluated and exported; metrics.jsonl tells the story."""
+def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pulse: Pulse) -> None:
+    """The model is trained, evaluated and exported, or was saved at a step boundary because it was asked to stop.
+
+    metrics.jsonl tells the story.
+    """
     job = resolved.job
     metrics = MetricsLog(
         run, attempt=attempt, is_main=world.is_main, effective_batch_size=resolved.effective_batch_size
     )
     checkpoint = agree_on_resume(run.checkpoints, resume=job.checkpoint.resume, world=world)
     if checkpoint is not None:
+        metrics.append("resume", int(checkpoint.name.removeprefix("checkpoint-")), checkpoint=str(checkpoint))
         metrics.say(f"resuming from {checkpoint}")
     split = load_samples(
         job.data,
@@ -72,6 +86,11 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int) -> 
     )
     metrics.say(split.describe())
     tokenizer = load_job_tokenizer(job, split)
+    # Before the model is built: a sample that is too long is found in seconds, one that is held out too.
+    batches = build_batches(job, split.train, tokenizer, world)
+    load_token_counts(
+        split.held_out, tokenizer=tokenizer, data=job.data, share=share_among(world), what="held-out samples"
+    )
 
     training_arguments = build_training_arguments(
         job, output_dir=run.checkpoints, ds_config_json=run.ds_config_json, device=job.hardware.device
@@ -89,12 +108,18 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int) -> 
         world=world,
         metrics=metrics,
         train_dataset=dataset(split.train),
-        batches=build_batches(job, split.train, tokenizer, world),
+        batches=batches,
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
         eval_dataset=dataset(split.held_out),
+        pulse=pulse,
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
+    step = trainer.state.global_step
+    if trainer.is_stopping and step < trainer.state.max_steps:
+        metrics.append("stop", step, checkpoint=str(run.checkpoints / f"checkpoint-{step}"))
+        metrics.say(f"stopped on purpose after step {step} of {trainer.state.max_steps}")
+        return
     if trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     if trainer.held_out_scores is not None:
@@ -103,6 +128,7 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int) -> 
         metrics.say("no held-out samples (data.validation_fraction): accuracy was not measured")
 
     if job.checkpoint.export:
+        pulse.beat("export", step)
         write_export(run.export, trainer=trainer, tokenizer=tokenizer, job=job, world=world)
         metrics.append("export", trainer.state.global_step, path=str(run.export))
         metrics.say(f"export {run.export}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from janus_cluster.config.check_weights import VGGT_FILE
+from janus_cluster.config.home import index_cache
 from janus_cluster.config.schema import Data, JobConfig, ResolvedJob
 from janus_cluster.errors import UsageError
 from janus_cluster.rundir import RunDir, read_json, write_json_atomically
@@ -26,7 +28,7 @@ _PREPARATION_KEYS = {
 class Subject:
     """A model folder and its data. `vggt_path` is None where VGGT lies in the folder itself.
 
-    `index_dir` is where training kept the index of the same data: it need not be read again.
+    `index_dir` is where the run keeps its index of the data: what training has read need not be read again.
     """
 
     model: Path
@@ -43,8 +45,14 @@ class Subject:
         Raises: UsageError if there are none.
         """
         split = load_samples(
-            self.data, seed=self.seed, pad_history=self.pad_history, index_dir=self.index_dir, report=_say
+            self.data,
+            seed=self.seed,
+            pad_history=self.pad_history,
+            index_dir=_choose_index_dir(self.index_dir),
+            report=_say,
         )
+        for line in split.absent:
+            _say(line)
         samples = split.held_out if self.held_out_only else split.train
         if not len(samples):
             raise UsageError(
@@ -85,7 +93,7 @@ def load_subject(target: Path, *, roots: Sequence[str] = (), vggt_path: str | No
             pad_history=job.compat == "predecessor",
             held_out_only=not roots,
             seed=job.training.seed,
-            index_dir=run.data_index if not roots and job.data.index_dir is None else None,
+            index_dir=Path(job.data.index_dir) if job.data.index_dir else run.data_index,
         )
     if not (target / "config.json").is_file():
         raise UsageError(
@@ -118,6 +126,22 @@ def draw_indices(count: int, wanted: int) -> list[int]:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _choose_index_dir(of_the_run: Path | None) -> Path | None:
+    """The run's folder of indexes, or this user's own where there is none or it is another user's; None where neither
+    can be written: then the data is read and nothing is kept.
+    """
+    for folder in (of_the_run, index_cache()):
+        if folder is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return None
 
 
 def _with_roots(data: Data, roots: Sequence[str]) -> Data:

@@ -16,16 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerControl, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from janus_cluster.config.schema import JobConfig
+from janus_cluster.config.zero_cut import Cut
+from janus_cluster.errors import TrainingFailed
 from janus_cluster.training.checkpoint import clear_checkpoint, complete_checkpoint
 from janus_cluster.training.data.sampler import RankBatches
 from janus_cluster.training.held_out import HeldOutScores, ScoreSums, move_to, predict_batches
 from janus_cluster.training.loss import SEGMENT_NAMES, action_count, ramped_weight, text_weight_sum
 from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.model.build import parameter_groups
+from janus_cluster.training.pulse import Pulse
+from janus_cluster.training.reshard import load_resharded, written_cut
 from janus_cluster.training.world import World
 
 Batch = dict[str, Any]
@@ -89,6 +93,18 @@ def _do_not_miss(names: Collection[str], module: nn.Module, incompatible: Any) -
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in names]
 
 
+class _StopAtBoundary(TrainerCallback):  # type: ignore[misc]
+    """A step that is to be the last of the attempt is logged and saved; nothing is evaluated, time may be short."""
+
+    def __init__(self, trainer: JanusTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        if self._trainer.is_stopping:
+            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+
 class JanusTrainer(Trainer):  # type: ignore[misc]
     """Trainer whose gradients do not depend on how a batch is cut into micro-batches and ranks."""
 
@@ -107,8 +123,11 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
         batches: RankBatches,
         data_collator: Callable[[Sequence[Batch]], Batch],
         eval_dataset: Dataset[Batch] | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         self._job = job
+        self._pulse = pulse
+        self.is_stopping = False
         self._world = world
         self._metrics = metrics
         self._batches = batches
@@ -121,13 +140,15 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
             train_dataset=train_dataset,
             data_collator=data_collator,
             eval_dataset=eval_dataset,
-            callbacks=[metrics],
+            callbacks=[metrics, _StopAtBoundary(self)],
         )
         self.remove_callback(PrinterCallback)
         # text loss and action loss, then Σ(w·CE) and Σw of the four segments, all since the last log
         self._sums_since_log = torch.zeros(2 + 2 * len(SEGMENT_NAMES), device=self.args.device)
         # over all ranks, since the last log: tokens, and the places for tokens that the batches hold
         self._tokens_since_log = torch.zeros(2, device=self.args.device)
+        # micro-batches of this rank whose loss was no finite number
+        self._num_not_finite = torch.zeros((), device=self.args.device)
         if self.is_deepspeed_enabled:
             frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
             model.register_load_state_dict_post_hook(partial(_do_not_miss, frozen))
@@ -171,17 +192,47 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
 
         The Trainer divides each micro-loss by A and DeepSpeed takes the mean over W, so Σ over the whole step,
         divided by W·A, makes the gradient that of one batch holding everything.
+
+        The ranks agree here, in the same reduction, on whether this step is to be the last of the attempt.
+        Raises: TrainingFailed if a loss of the step before was no finite number.
         """
+        self._beat("data")
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._beat("agreement")
         if batches:
             text = torch.stack([text_weight_sum(b["labels"], b["loss_weights"]).float() for b in batches]).sum()
             actions = torch.stack([action_count(b["actions"]).float() for b in batches]).sum()
             masks = [b["attention_mask"] for b in batches]
             counts = torch.tensor([sum(int(m.sum()) for m in masks), sum(m.numel() for m in masks)])
-            totals = self._sum_over_ranks(torch.cat([torch.stack([text, actions]), counts]).to(self.args.device))
+            asked = torch.tensor([float(self._pulse is not None and self._pulse.is_asked_to_stop())])
+            own = torch.cat([torch.stack([text, actions]), counts, asked]).to(self.args.device)
+            totals = self._sum_over_ranks(torch.cat([own, self._num_not_finite[None]]))
+            num_asked, num_not_finite = totals[4:].tolist()
+            self._require_finite(num_not_finite)
+            self.is_stopping = num_asked > 0
+            self._beat("step")
             self._loss_denominator = totals[:2].clamp(min=1.0) / (len(batches) * self._world.world_size)
-            self._tokens_since_log += totals[2:]
+            self._tokens_since_log += totals[2:4]
         return batches, None
+
+    def _require_finite(self, num_over_ranks: float) -> None:
+        """Nothing, while every loss of all ranks was finite; else the weights are spoilt. Raises: TrainingFailed."""
+        if not num_over_ranks:
+            return
+        step = self.state.global_step
+        if not self._num_not_finite.item():
+            # Not a cause of its own: a card must name the rank whose loss it was.
+            raise TrainingFailed(f"a remote process ended the run at step {step}: see its log")
+        raise TrainingFailed(
+            f"the loss is not finite at step {step} on rank {self._world.rank}: nothing was saved after the checkpoint "
+            "before it",
+            hint="a smaller training.learning_rate or training.max_grad_norm, or precision fp32; resuming unchanged "
+            "would meet it again",
+        )
+
+    def _beat(self, doing: str) -> None:
+        if self._pulse is not None:
+            self._pulse.beat(doing, self.state.global_step)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -198,7 +249,9 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
             action_loss_weight=action_loss_weight,
             loss_denominator=self._loss_denominator if model.training else None,
         )
+        self._beat("step")
         if model.training:
+            self._num_not_finite += (~torch.isfinite(output.loss.detach())).float()
             share = torch.stack([output.text_loss, output.action_loss]).float()
             share /= self.current_gradient_accumulation_steps * self._world.world_size
             self._sums_since_log += torch.cat([share, output.segment_loss_sum, output.segment_weight_sum])
@@ -225,6 +278,7 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
             world_size=self._world.world_size,
         ):
             sums.add(result)
+            self._beat("evaluation")
         self.held_out_scores = sums.scores()
         self.evaluated_step = self.state.global_step
         self._metrics.evaluated(self.state.global_step, self.held_out_scores, time.perf_counter() - started_s)
@@ -251,6 +305,8 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint of every rank, then the manifest that makes it complete, then the old ones go."""
+        self._beat("checkpoint")
+        self._require_finite(self._sum_over_ranks(self._num_not_finite).item())
         checkpoints, step = Path(self.args.output_dir), self.state.global_step
         clear_checkpoint(checkpoints, step=step, world=self._world)
         super()._save_checkpoint(model, trial)
@@ -272,6 +328,25 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Model, optimizer and schedule are those of the checkpoint, also of one that was cut among ranks otherwise.
+
+        Where the cut is the same, DeepSpeed loads its own files.
+        """
+        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        checkpoint = Path(resume_from_checkpoint)
+        written = written_cut(checkpoint)
+        mine = Cut.of(self.args.hf_deepspeed_config.config, world_size=self._world.world_size)
+        if written == mine:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._metrics.say(f"{checkpoint.name} was written by {written}; cut anew for {mine}")
+        load_resharded(self.model_wrapped, checkpoint, groups=parameter_groups(self.model, self._job.training))
+        # With DeepSpeed this is the schedule alone.
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The weights of a checkpoint written without DeepSpeed, all of them.

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from janus_cluster.config.home import runs_dir, sandbox_home, site_dir
+from janus_cluster.config.home import index_cache, runs_dir, sandbox_home, site_dir
 
 
 def test_janus_home_holds_everything() -> None:
@@ -27,3 +27,9 @@ def test_xdg_default_and_a_relative_xdg_value_are_below_the_user_home() -> None:
 def test_a_relative_janus_home_is_made_absolute() -> None:
     assert runs_dir({"JANUS_HOME": "x"}, Path("/work")) == Path("/work/x/runs")
     assert sandbox_home({"JANUS_HOME": "x"}) == Path.cwd() / "x" / "sandbox"
+
+
+def test_indexes_of_data_that_no_run_keeps_lie_in_the_users_cache() -> None:
+    assert index_cache({"JANUS_HOME": "/data/janus", "XDG_CACHE_HOME": "/c"}) == Path("/data/janus/data_index")
+    assert index_cache({"XDG_CACHE_HOME": "/c", "HOME": "/home/u"}) == Path("/c/janus-cluster/data_index")
+    assert index_cache({"HOME": "/home/u"}) == Path("/home/u/.cache/janus-cluster/data_index")

@@ -55,21 +55,21 @@ def start(code: str) -> subprocess.Popen[bytes]:
 
 def test_a_step_returns_the_worst_exit_code() -> None:
     step = Step([start("pass"), start("raise SystemExit(7)")], end_together=False)
-    assert step.wait(timeout_s=30, on_wait=lambda: None) == 7
+    assert step.wait(timeout_s=30, on_wait=lambda step: None) == 7
 
 
 def test_a_failed_node_ends_the_others_when_they_end_together() -> None:
     begun = time.monotonic()
     step = Step([start("import time; time.sleep(60)"), start("raise SystemExit(3)")], end_together=True)
-    assert step.wait(timeout_s=60, on_wait=lambda: None) == 3
+    assert step.wait(timeout_s=60, on_wait=lambda step: None) == 3
     assert time.monotonic() - begun < 30
 
 
 def test_a_step_past_its_limit_is_ended_and_says_so() -> None:
     step = Step([start("import time; time.sleep(60)")], end_together=False)
-    assert step.wait(timeout_s=0.5, on_wait=lambda: None) == 124
+    assert step.wait(timeout_s=0.5, on_wait=lambda step: None) == 124
 
 
 def test_a_killed_process_is_told_as_a_shell_tells_it() -> None:
     step = Step([start("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")], end_together=False)
-    assert step.wait(timeout_s=30, on_wait=lambda: None) == 128 + 9
+    assert step.wait(timeout_s=30, on_wait=lambda step: None) == 128 + 9

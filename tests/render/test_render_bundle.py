@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -23,13 +24,19 @@ SECRETS = {"WANDB_API_KEY": "wandb'secret $(x)", "HF_TOKEN": "hf_0123456789"}
 
 
 def _write(
-    resolved: ResolvedJob, *, secrets: Mapping[str, str] | None = None, job_yaml: str = "name: x\n", **manifest: Any
+    resolved: ResolvedJob,
+    *,
+    secrets: Mapping[str, str] | None = None,
+    job_yaml: str = "name: x\n",
+    code: Mapping[str, bytes] | None = None,
+    **manifest: Any,
 ) -> RunDir:
     return write_bundle(
         resolved,
         job_yaml_text=job_yaml,
         secrets=secrets or {},
         manifest={"schema_version": 1, **manifest},
+        code=code or {},
         final_dir=Path(resolved.run_dir),
     )
 
@@ -48,6 +55,27 @@ def test_the_run_folder_holds_everything_a_node_needs(resolve: Resolve, tmp_path
     assert run.job_yaml.read_text() == "name: x\n"
     assert os.access(run.job_sbatch, os.X_OK)
     assert [p.name for p in run.path.parent.iterdir()] == ["r"]
+
+
+def test_the_code_is_part_of_the_run_folder_and_private(resolve: Resolve, tmp_path: Path) -> None:
+    code = {"__init__.py": b"", "training/data/loss.py": b"x = 1\n", "_data/templates/a.yaml": b"a"}
+    before = os.umask(0)
+    try:
+        run = _write(resolve(run_dir=tmp_path / "r"), code=code)
+    finally:
+        os.umask(before)
+    package = run.code / "janus_cluster"
+    below = list(run.code.rglob("*"))
+    assert {str(p.relative_to(package)): p.read_bytes() for p in below if p.is_file()} == code
+    assert {_mode(p) for p in below} == {0o600, 0o700}
+    installed = _write(resolve(run_dir=tmp_path / "i", sets=["environment.code=installed"]), code=code)
+    assert not installed.code.exists()
+
+
+def test_code_that_cannot_be_written_leaves_no_run_folder(resolve: Resolve, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="too long"):
+        _write(resolve(run_dir=tmp_path / "runs" / "r"), code={"a.py": b"", "b" * 300: b""})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_run_folder_is_private(resolve: Resolve, tmp_path: Path) -> None:
@@ -145,12 +173,14 @@ def test_job_yaml_gives_the_same_job_when_it_is_read_again(job: str, tmp_path: P
 def test_the_manifest_says_what_the_run_was_made_from(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text("name: x\n")
-    manifest = collect_manifest(job)
+    code = {"loss.py": b"x = 1\n"}
+    manifest = collect_manifest(job, code=code)
     told = subprocess.run(["sha256sum", str(job)], capture_output=True, text=True, check=True).stdout.split()
     assert manifest["job_file"] == {"path": str(job), "sha256": told[0]}
     assert manifest["packages"]["jinja2"] is not None
     assert set(manifest["templates"]) >= {"sbatch/base.sbatch.j2", "env/h800-ib.yaml", "deepspeed/zero3.json"}
     assert manifest["python"]["executable"] == sys.executable
+    assert manifest["code"]["files"] == {"loss.py": hashlib.sha256(b"x = 1\n").hexdigest()}
     json.dumps(manifest)
 
 
@@ -161,12 +191,12 @@ def test_the_manifest_has_the_commit_of_the_checkout(tmp_path: Path) -> None:
     head = subprocess.run(
         ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    assert collect_manifest(jobs_dir() / "demo.yaml")["git"]["commit"] == head
+    assert collect_manifest(jobs_dir() / "demo.yaml", code={})["git"]["commit"] == head
 
 
 def test_collecting_the_manifest_imports_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from janus_cluster.render.bundle import collect_manifest; "
-        f"collect_manifest(Path({str(jobs_dir() / 'demo.yaml')!r})); sys.exit('torch' in sys.modules)"
+        f"collect_manifest(Path({str(jobs_dir() / 'demo.yaml')!r}), code={{}}); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -126,6 +126,26 @@ def test_setup_lines_run_in_the_same_shell_before_env_sh(resolve: Resolve, tmp_p
     assert (environ["FROM_SETUP"], environ["LAST"], environ["NCCL_NET"]) == ("x", "2", "IB")
 
 
+def test_the_submitted_code_comes_before_the_users_own_pythonpath(resolve: Resolve, tmp_path: Path) -> None:
+    run = tmp_path / "it's $(touch pwned)"
+    python = str(_recorder(tmp_path))
+    _run(resolve(run_dir=run, python=python, sets=["environment.variables.PYTHONPATH=/mine:/too"]), tmp_path)
+    assert _recorded(tmp_path)[1]["PYTHONPATH"] == f"{run}/code:/mine:/too"
+    _run(resolve(run_dir=run, python=python), tmp_path)
+    assert _recorded(tmp_path)[1]["PYTHONPATH"] == f"{run}/code"
+    _run(resolve(run_dir=run, python=python, sets=["environment.code=installed"]), tmp_path)
+    assert "PYTHONPATH" not in _recorded(tmp_path)[1]
+
+
+def test_a_run_folder_that_pythonpath_would_split_is_refused(resolve: Resolve) -> None:
+    with pytest.raises(UsageError, match="PYTHONPATH") as caught:
+        render_sbatch(resolve(run_dir=Path("/shared/a:b/r")))
+    assert "environment.code=installed" in (caught.value.hint or "")
+    assert "PYTHONPATH" not in render_sbatch(
+        resolve(run_dir=Path("/shared/a:b/r"), sets=["environment.code=installed"])
+    )
+
+
 def test_a_failing_setup_line_ends_the_job_and_is_named(resolve: Resolve, tmp_path: Path) -> None:
     resolved = _with_setup(
         resolve(run_dir=tmp_path / "run", python=str(_recorder(tmp_path))), ["modul load cuda", "true"]

@@ -39,7 +39,7 @@ def _slurm(sandbox: SandboxInfo, *argv: str, **environ: str) -> str:
 
 
 def _write(resolved: ResolvedJob) -> Path:
-    run = write_bundle(resolved, job_yaml_text="", secrets={}, manifest={}, final_dir=Path(resolved.run_dir))
+    run = write_bundle(resolved, job_yaml_text="", secrets={}, manifest={}, code={}, final_dir=Path(resolved.run_dir))
     return run.job_sbatch
 
 

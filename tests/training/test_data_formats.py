@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,7 +271,6 @@ def test_a_wrong_conversation_is_left_out_and_listed(tmp_path, turns, reason):
         ({"actions": [-1, 1]}, "2 actions but 4 frames"),
         ({"actions": "no"}, "actions must be a list of whole numbers"),
         ({"instructions": []}, "instructions is missing or empty"),
-        ({"video": "images/none"}, "no folder of frames"),
         ({"video": 7}, "video is no path"),
         ({"actions": [-1, 1, 9, 1, 0]}, "unknown action 9"),
     ],
@@ -281,6 +282,60 @@ def test_a_wrong_trajectory_is_left_out_and_listed(tmp_path, change, reason):
     split = load(tmp_path)
     assert split.num_bad == 1
     assert any(reason in str(problem) for problem in split.problems)
+
+
+def drop_folders(name: str, root: Path, count: int) -> None:
+    """The first trajectories of the annotation lose their folders, as if they had not been rendered."""
+    for number in range(count):
+        shutil.rmtree(root / (str(number) if name == "r2r" else f"images/walk_{number}"))
+
+
+@pytest.mark.parametrize("name", ["r2r", "scalevln"])
+def test_a_trajectory_that_was_not_rendered_is_absent_and_not_bad(tmp_path, name):
+    root = MAKERS[name](tmp_path / "data", episodes=4)
+    drop_folders(name, root, 2)
+    listed = tmp_path / "bad_data.jsonl"
+    data = Data(roots=[str(root)], validation_fraction=0, on_bad="fail")
+    split = load_samples(data, seed=0, bad_data=listed)
+    assert (len(split.train), split.num_bad) == (8, 0)
+    assert f"2 of 4 trajectories (50.0%) have no folder of frames under {root}: not rendered" in split.describe()
+    assert "problems" not in split.describe()
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [(line["samples_lost"], line["absent"]) for line in lines] == [(0, True)] * 2
+    assert lines[0]["path"] == str(root / ("0" if name == "r2r" else "images/walk_0"))
+
+
+def test_more_absent_trajectories_than_allowed_are_refused_with_the_folder_that_was_looked_in(tmp_path):
+    write_r2r(tmp_path / "data", episodes=5)
+    drop_folders("r2r", tmp_path / "data", 3)
+    with pytest.raises(UsageError, match=rf"3 of 5 trajectories .* under {tmp_path}/data, and .* is 0\.5") as caught:
+        load(tmp_path / "data")
+    assert f"the first of them: {tmp_path}/data/0" in caught.value.message
+    assert "--set data.max_absent_fraction=0.60" in str(caught.value.hint)
+    assert len(load(tmp_path / "data", max_absent_fraction=0.6).train) == 8
+    with pytest.raises(UsageError, match=r"and data\.max_absent_fraction is 0"):
+        load(tmp_path / "data", max_absent_fraction=0)
+
+
+def test_an_annotation_of_which_nothing_was_rendered_is_refused_under_any_policy(tmp_path):
+    write_r2r(tmp_path / "data")
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(UsageError, match=f"3 of 3 trajectories .* under {tmp_path}/elsewhere") as caught:
+        load(tmp_path / "data" / "train.json.gz", images=str(tmp_path / "elsewhere"), max_absent_fraction=1)
+    assert "images: …" in str(caught.value.hint)
+    assert "max_absent_fraction" not in str(caught.value.hint)
+
+
+def test_a_folder_that_is_there_without_frames_or_is_no_folder_is_bad_and_not_absent(tmp_path):
+    write_r2r(tmp_path / "r2r", episodes=4)
+    drop_folders("r2r", tmp_path / "r2r", 1)
+    (tmp_path / "r2r" / "0").write_text("no folder")
+    write_scalevln(tmp_path / "scalevln")
+    shutil.rmtree(tmp_path / "scalevln" / "images" / "walk_1" / "rgb")
+    for name in ("r2r", "scalevln"):
+        split = load(tmp_path / name)
+        assert (split.num_bad, split.absent) == (1, ())
+        assert "no folder of frames" in str(split.problems[0])
 
 
 def test_an_episode_of_r2r_without_steps_is_listed(tmp_path):
@@ -411,24 +466,31 @@ def damage(raw: bytes, chance: random.Random) -> bytes:
     return raw[:first] + chance.choice(values) + raw[last:]
 
 
-@pytest.mark.parametrize("name", ["episodes", "json", "jsonl", "annotation", "scalevln"])
+def damage_file(raw: bytes, chance: random.Random, *, gzipped: bool) -> bytes:
+    """Of a compressed file either what lies on the disk or what is in it is damaged."""
+    if gzipped and chance.random() < 0.7:
+        return gzip.compress(damage(gzip.decompress(raw), chance), compresslevel=1)
+    return damage(raw, chance)
+
+
+@pytest.mark.parametrize("name", MAKERS)
 def test_damaged_json_ends_as_a_listed_problem_or_a_usage_error(tmp_path, name):
     path = MAKERS[name](tmp_path / "data")
-    files = [path] if path.is_file() else sorted(path.rglob("*.json"))
+    files = [path] if path.is_file() else sorted([*path.rglob("*.json"), *path.rglob("*.json.gz")])
     whole = {file: file.read_bytes() for file in files}
     total = len(load(path).train)
     chance = random.Random(name)
     outcomes = {"listed": 0, "refused": 0, "harmless": 0}
     for _ in range(80):
         file = chance.choice(files)
-        file.write_bytes(damage(whole[file], chance))
+        file.write_bytes(damage_file(whole[file], chance, gzipped=file.suffix == ".gz"))
         try:
             split = load(path)
         except UsageError as error:
             assert str(path) in error.message
             outcomes["refused"] += 1
         else:
-            outcomes["listed" if split.problems else "harmless"] += 1
+            outcomes["listed" if split.problems or split.absent else "harmless"] += 1
             assert list(split.train), "what is left can be made"
             assert len(split.train) <= total * 2
         file.write_bytes(whole[file])

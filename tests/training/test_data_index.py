@@ -18,6 +18,7 @@ from janus_cluster.training.data.formats.source import Source
 from janus_cluster.training.data.index import SampleSplit, load_samples
 from janus_cluster.training.data.index_tasks import ReadTask, StampTask
 from janus_cluster.training.data.indexing import Share, run_tasks
+from janus_cluster.training.data.old_indexes import remove_old_indexes
 from janus_cluster.training.data.store import Store, load_store
 
 
@@ -95,6 +96,44 @@ def test_a_damaged_index_is_made_anew(tmp_path):
         load_store(folder)
     assert len(load(root, tmp_path / "index", said).train) == 12
     assert was_read(said)
+
+
+def age(folder: Path, days: float) -> Path:
+    stamp_s = time.time() - days * 86_400
+    os.utime(folder, (stamp_s, stamp_s))
+    return folder
+
+
+def test_indexes_that_nobody_used_for_a_month_are_removed_but_for_the_newest(tmp_path):
+    root = write_episodes(tmp_path / "data")
+    said: list[str] = []
+    load(root, tmp_path / "index", said)
+    (used,) = (tmp_path / "index").iterdir()
+    others = [shutil.copytree(used, tmp_path / "index" / f"{i:016x}-{i:016x}") for i in range(8)]
+    foreign = [shutil.copytree(used, tmp_path / "index" / name) for name in ("mine", ".building-x", ".building-y")]
+    for folder, days in zip(others, (29, 31, 32, 33, 34, 35, 36, 37), strict=True):
+        age(folder, days)
+    for folder, days in zip([used, *foreign], (400, 400, 400, 1), strict=True):
+        age(folder, days)
+    load(root, tmp_path / "index", said)
+    # The one that is used now is the newest: four more are kept, however old they are.
+    assert set((tmp_path / "index").iterdir()) == {used, *others[:4], foreign[0], foreign[2]}
+    assert sum("was not used for 30 days: removed" in line for line in said) == 4
+    load(root, tmp_path / "index", said)
+    assert not was_read(said)
+
+
+def test_an_old_index_that_another_process_has_mapped_can_still_be_read(tmp_path):
+    split = load(write_episodes(tmp_path / "data"), tmp_path / "index")
+    (used,) = (tmp_path / "index").iterdir()
+    mapped = load_store(used)
+    for i in range(5):
+        shutil.copytree(used, tmp_path / "index" / f"{i:016x}-{i:016x}")
+    age(used, 31)
+    assert remove_old_indexes(tmp_path / "index") == [used]
+    assert not used.exists()
+    assert mapped.episode_names() == ["ep_0", "ep_1", "ep_2"]
+    assert [sample.episode for sample in split.train][::4] == ["ep_0", "ep_1", "ep_2"]
 
 
 def test_one_rank_reads_and_the_others_open_what_it_wrote(tmp_path):

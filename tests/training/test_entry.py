@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,11 @@ import torch
 from training_run import NODES, everything_said, run_on_nodes, write_run_folder
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+from janus_cluster.config.schema import Data, Training
 from janus_cluster.rundir import RunDir
 from janus_cluster.training.checkpoint import find_newest_complete
 from janus_cluster.training.data.demo import write_demo_episodes
+from janus_cluster.training.data.index import load_samples
 from janus_cluster.training.data.samples import ACTIONS
 from janus_cluster.training.model.load import load_exported
 
@@ -102,6 +106,7 @@ def test_eval_of_the_run_says_what_training_said(trained: RunDir) -> None:
         capture_output=True, text=True, check=False, timeout=120, env=os.environ | {"COLUMNS": "120"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "index checked in" in done.stderr and " read in " not in done.stderr, "the run's own index is used"
     said = [m for m in trained.read_metrics() if m["kind"] == "eval"][-1]
     found = json.loads((trained.evaluation / "evaluation.json").read_text())
     assert found["head"]["num_samples"] == said["num_samples"] and found["held_out_only"]
@@ -185,6 +190,24 @@ def test_adapters_in_bf16_under_zero2_train_resume_and_are_merged(episodes: Path
     assert not [name for name in names if "mlp" in name and "language_model" in name], "the base is frozen"
     weights = load_exported(run.export, device="cpu", dtype=torch.bfloat16)
     assert all(torch.isfinite(p).all() for p in weights.parameters())
+
+
+def test_a_held_out_sample_that_is_too_long_ends_the_run_before_the_model_is_built(tmp_path: Path) -> None:
+    root = tmp_path / "demo"
+    write_demo_episodes(root, num_episodes=8, seed=0, image_size=(160, 120))
+    settings = job(root, max_steps=2) | {"nodes": 1}
+    settings["data"]["max_length"] = 2_000
+    data = Data.model_validate(settings["data"])
+    held_out = load_samples(data, seed=Training().seed).held_out[0]
+    described = held_out.frames[-1].with_suffix(".json")
+    words = " ".join(str(number) for number in random.Random(0).sample(range(10**9), 3_000))
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"landmark_description": words}))
+    run = write_run_folder(tmp_path / "runs" / "run", settings)
+    assert run_on_nodes(MODULE, run) == [1]
+    log = run.rank_log(1, NODES[0], 0).read_text()
+    assert re.search(r"1 of \d+ held-out samples have more tokens than data\.max_length \(2000\)", log), log
+    assert held_out.id in log and "learning rate" not in log
+    assert not list(run.read_metrics())
 
 
 def test_an_error_on_one_rank_ends_both_agents_and_is_in_that_ranks_log(episodes: Path, tmp_path: Path) -> None:

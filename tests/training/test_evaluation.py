@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_run import resolve
+from training_run import resolve, write_run_folder
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from janus_cluster.config.schema import JobConfig
@@ -195,6 +196,13 @@ def test_the_answer_depends_on_the_spatial_memory(tiny: Tiny) -> None:
     assert with_memory != changed
 
 
+@pytest.fixture(autouse=True)
+def janus_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Indexes that no run keeps lie in the test's own folder."""
+    monkeypatch.setenv("JANUS_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
 def run_eval(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "janus_cluster.cli", "eval", *argv],
@@ -243,6 +251,31 @@ def test_an_export_is_prepared_as_it_was_for_training(exported: Path, tiny: Tiny
     prepared = tiny.job.data
     assert (subject.data.history, subject.data.image_width) == (prepared.history, prepared.image_width)
     assert len(subject.load_samples()) == len(tiny.samples), "nothing of named data is left out"
+
+
+def test_data_is_read_once_for_all_evaluations(
+    exported: Path, tiny: Tiny, tmp_path: Path, janus_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(target: Path, *roots: str) -> str:
+        load_subject(target, roots=roots).load_samples()
+        return capsys.readouterr().out.splitlines()[-1]
+
+    named = str(tiny.episodes)
+    assert " read in " in load(exported, named) and "index checked in" in load(exported, named)
+    assert len(list((janus_home / "data_index").iterdir())) == 1
+    run = write_run_folder(tmp_path / "runs" / "run", tiny.job.model_dump() | {"nodes": 1})
+    shutil.copytree(exported, run.export)
+    assert " read in " in load(run.path, named) and "index checked in" in load(run.path, named)
+    assert len(list(run.data_index.iterdir())) == 1, "beside the runs, where training keeps its own"
+
+
+def test_data_is_read_where_no_index_can_be_kept(
+    exported: Path, tiny: Tiny, janus_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    janus_home.write_text("no folder")
+    for _ in range(2):
+        assert len(load_subject(exported, roots=[str(tiny.episodes)]).load_samples()) == len(tiny.samples)
+        assert " read in " in capsys.readouterr().out
 
 
 def test_nothing_in_the_page_is_markup_but_its_own(tiny: Tiny) -> None:

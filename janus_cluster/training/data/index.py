@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from janus_cluster.config.schema import Data
 from janus_cluster.errors import UsageError
 from janus_cluster.rundir import write_text_atomically
 from janus_cluster.training.data.formats.registry import resolve_source
+from janus_cluster.training.data.formats.source import Source
 from janus_cluster.training.data.indexing import Share, load_stores
 from janus_cluster.training.data.samples import Problem
 from janus_cluster.training.data.store import Store
@@ -25,12 +27,15 @@ PROBLEMS_SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleSplit:
-    """Samples by episode, and everything that could not be used. `num_bad` samples were lost by the problems."""
+    """Samples by episode, and everything that could not be used. `num_bad` samples were lost by the problems, and
+    `absent` says for each root that lists trajectories without frames how many there are.
+    """
 
     train: SampleTable
     held_out: SampleTable
     problems: tuple[Problem, ...]
     num_bad: int
+    absent: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """Lines for a log: how many samples and episodes, and the first problems."""
@@ -38,7 +43,7 @@ class SampleSplit:
             f"{name} {len(samples)} samples of {len(np.unique(samples.episode_numbers()))} episodes"
             for name, samples in (("training", self.train), ("held out", self.held_out))
         )
-        return "\n".join([counts, *_problem_lines(self.problems, self.num_bad)])
+        return "\n".join([counts, *self.absent, *_problem_lines(self.problems, self.num_bad)])
 
 
 def load_samples(
@@ -56,7 +61,8 @@ def load_samples(
     The index of each root is kept in `index_dir` (default: data.index_dir; without either nothing is kept). With
     `share` only one rank reads the data. `bad_data`: the file that lists whatever could not be used, written by the
     rank that builds, before the policy is applied.
-    Raises: UsageError if nothing usable is found, or more is bad than data.on_bad and data.max_bad_fraction allow.
+    Raises: UsageError if nothing usable is found, more is bad than data.on_bad and data.max_bad_fraction allow, or more
+    trajectories of a root have no frames than data.max_absent_fraction allows.
     """
     if not data.roots:
         raise UsageError("data.roots is empty", hint="name one or more data sets in data.roots")
@@ -64,6 +70,7 @@ def load_samples(
     if index_dir is None and data.index_dir is not None:
         index_dir = Path(data.index_dir)
     stores = load_stores(sources, index_dir=index_dir, share=share, report=report or (lambda _: None))
+    absent = [line for pair in zip(sources, stores, strict=True) if (line := _judge_absent(*pair, data))]
     table, problems = _usable_table(stores, data, pad_history=pad_history)
     num_bad = sum(problem.lost for problem in problems)
     if bad_data is not None and (share is None or share.is_builder):
@@ -71,7 +78,11 @@ def load_samples(
     _apply_policy(table, problems, num_bad, data, listed=bad_data)
     held_out = _held_out_mask(table, fraction=data.validation_fraction, seed=seed)
     return SampleSplit(
-        train=table.select(~held_out), held_out=table.select(held_out), problems=tuple(problems), num_bad=num_bad
+        train=table.select(~held_out),
+        held_out=table.select(held_out),
+        problems=tuple(problems),
+        num_bad=num_bad,
+        absent=tuple(absent),
     )
 
 
@@ -93,9 +104,43 @@ def choose_held_out(episodes: Iterable[str], *, fraction: float, seed: int) -> f
 
 
 def write_bad_data(path: Path, problems: Sequence[Problem]) -> None:
-    """The file holds a line of JSON for each problem: path, reason, and how many samples were lost by it."""
-    lines = (json.dumps({"path": str(p.path), "reason": p.reason, "samples_lost": p.lost}) for p in problems)
+    """The file holds a line of JSON for each problem: path, reason, and how many samples were lost by it.
+
+    Trajectories without frames come last, marked as absent.
+    """
+    lines = (
+        json.dumps(
+            {"path": str(p.path), "reason": p.reason, "samples_lost": p.lost} | ({"absent": True} if p.absent else {})
+        )
+        for p in sorted(problems, key=lambda p: p.absent)
+    )
     write_text_atomically(path, "".join(f"{line}\n" for line in lines))
+
+
+def _judge_absent(source: Source, store: Store, data: Data) -> str:
+    """A line on the trajectories that have no folder of frames, empty where all have one.
+
+    Raises: UsageError if there are more than data.max_absent_fraction allows, or none has one.
+    """
+    num_absent = sum(problem.absent for problem in store.problems)
+    if not num_absent:
+        return ""
+    num_present = len(store.column("episode_name"))
+    total = num_absent + num_present
+    looked_in = source.images or source.path.parent
+    line = (
+        f"{source.path}: {num_absent:,} of {total:,} trajectories ({num_absent / total:.1%}) have no folder of frames "
+        f"under {looked_in}"
+    )
+    if num_present and num_absent <= data.max_absent_fraction * total:
+        return f"{line}: not rendered, left out"
+    first = next(problem.path for problem in store.problems if problem.absent)
+    hint = "name the folder that holds them: {path: …, images: …} in data.roots"
+    if num_present:
+        line += f", and data.max_absent_fraction is {data.max_absent_fraction:g}"
+        enough = math.ceil(100 * num_absent / total) / 100
+        hint += f"; or, if no more was rendered, --set data.max_absent_fraction={enough:.2f}"
+    raise UsageError(f"{line}\n  the first of them: {first}", hint=hint)
 
 
 def _usable_table(stores: Sequence[Store], data: Data, *, pad_history: bool) -> tuple[SampleTable, list[Problem]]:
@@ -149,6 +194,7 @@ def _apply_policy(
 
 
 def _problem_lines(problems: Sequence[Problem], num_bad: int) -> list[str]:
+    problems = [problem for problem in problems if not problem.absent]
     if not problems:
         return []
     shown = sorted(problems, key=lambda p: p.lost == 0)[:PROBLEMS_SHOWN]

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from janus_cluster.training.data.formats.registry import FORMATS
 from janus_cluster.training.data.formats.source import Source, digest, folder_stamps
 from janus_cluster.training.data.store import Collector, Columns
+from janus_cluster.training.data.table import Indices
+from janus_cluster.training.data.text_counts import CountTask, run_count_task
 
 
 class ReadTask(NamedTuple):
@@ -25,8 +27,13 @@ class StampTask(NamedTuple):
     names: Sequence[str]
 
 
-def run_task(task: ReadTask | StampTask) -> Columns | str:
-    """The columns of a ReadTask, the hash of a StampTask."""
+Task = ReadTask | StampTask | CountTask
+
+
+def run_task(task: Task) -> Columns | str | Indices:
+    """The columns of a ReadTask, the hash of a StampTask, the counts of a CountTask."""
+    if isinstance(task, CountTask):
+        return run_count_task(task)
     if isinstance(task, StampTask):
         return digest(line for name in task.names for line in (name, *folder_stamps(task.root / name)))
     collector = Collector(decode_images=task.source.decode_images)

@@ -20,7 +20,8 @@ from janus_cluster.errors import JanusError, TrainingFailed, UsageError
 from janus_cluster.rundir import read_json
 from janus_cluster.training.data.formats.registry import FORMATS
 from janus_cluster.training.data.formats.source import Source, digest, file_stamp
-from janus_cluster.training.data.index_tasks import ReadTask, StampTask, run_task
+from janus_cluster.training.data.index_tasks import ReadTask, StampTask, Task, run_task
+from janus_cluster.training.data.old_indexes import UNUSED_DAYS, mark_used, remove_old_indexes
 from janus_cluster.training.data.store import (
     Collector,
     Columns,
@@ -30,7 +31,7 @@ from janus_cluster.training.data.store import (
     write_store,
 )
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 UNITS_PER_TASK = 256
 # A process more takes 0.4 s to start; about 500 episodes are read in that time.
 UNITS_PER_PROCESS = 1_000
@@ -63,6 +64,10 @@ def load_stores(
     if share is None or share.is_builder:
         try:
             outcome = [str(_refresh(source, index_dir, report)) for source in sources]
+            for folder in outcome:
+                mark_used(Path(folder))
+            for folder in remove_old_indexes(index_dir):
+                report(f"{folder} was not used for {UNUSED_DAYS} days: removed")
         except JanusError as error:
             outcome = error
         except OSError as error:
@@ -125,7 +130,7 @@ def _stamp_before(source: Source) -> str:
     names = FORMATS[source.format].list_units(source, Collector())
     tasks = [StampTask(source.path, names[i : i + UNITS_PER_TASK]) for i in range(0, len(names), UNITS_PER_TASK)]
     # A stat takes a hundredth of what reading takes: more processes than these would only wait for each other.
-    processes = _num_processes(len(names) // 10)
+    processes = num_processes(len(names) // 10)
     return digest(str(result) for _, result in run_tasks(tasks, processes))
 
 
@@ -146,7 +151,7 @@ def _read_columns(source: Source, report: Report) -> Columns:
     tasks = [ReadTask(source, units[i : i + UNITS_PER_TASK]) for i in range(0, len(units), UNITS_PER_TASK)]
     what = "episodes" if source.format == "episodes" else "records"
     parts: dict[int, Columns] = {}
-    processes = _num_processes(len(units))
+    processes = num_processes(len(units))
     for number, result in run_tasks(tasks, processes):
         if not isinstance(result, Columns):
             raise TrainingFailed(f"the index of {source.path} got a {type(result).__name__} from its reader")
@@ -162,11 +167,12 @@ def _read_columns(source: Source, report: Report) -> Columns:
     return columns
 
 
-def _num_processes(num_units: int) -> int:
+def num_processes(num_units: int) -> int:
+    """How many processes it pays to start for so many units of work; at most one a core."""
     return max(1, min(len(os.sched_getaffinity(0)), MAX_PROCESSES, num_units // UNITS_PER_PROCESS))
 
 
-def run_tasks(tasks: Sequence[ReadTask | StampTask], processes: int) -> Iterator[tuple[int, Columns | str]]:
+def run_tasks(tasks: Sequence[Task], processes: int) -> Iterator[tuple[int, Any]]:
     """(number, result) of each task: here and in order with one process, else as they come."""
     if processes == 1:
         yield from ((number, run_task(task)) for number, task in enumerate(tasks))
@@ -176,7 +182,7 @@ def run_tasks(tasks: Sequence[ReadTask | StampTask], processes: int) -> Iterator
         for _ in range(processes):
             idle.put(stack.enter_context(_worker()))
         threads = stack.enter_context(ThreadPoolExecutor(processes))
-        futures: list[Future[Columns | str]] = [threads.submit(_ask_worker, idle, task) for task in tasks]
+        futures: list[Future[Any]] = [threads.submit(_ask_worker, idle, task) for task in tasks]
         try:
             for number, future in enumerate(futures):
                 yield number, future.result()
@@ -188,21 +194,23 @@ def run_tasks(tasks: Sequence[ReadTask | StampTask], processes: int) -> Iterator
 @contextmanager
 def _worker() -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", f"{__package__}.index_worker"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    # There is a process for each core: threads of the tokenizer's library would only wait for each other.
+    env = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-def _ask_worker(idle: queue.SimpleQueue[subprocess.Popen[bytes]], task: ReadTask | StampTask) -> Columns | str:
+def _ask_worker(idle: queue.SimpleQueue[subprocess.Popen[bytes]], task: Task) -> Any:
     process = idle.get()
     if process.stdin is None or process.stdout is None:
         raise TrainingFailed("a reading process has no pipes")
     try:
         pickle.dump(task, process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
         process.stdin.flush()
-        result: Columns | str = pickle.load(process.stdout)
+        result = pickle.load(process.stdout)
     except (EOFError, OSError) as error:
         raise TrainingFailed(
             f"a process that reads the data died (exit code {process.poll()})",

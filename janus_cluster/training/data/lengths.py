@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +12,33 @@ import numpy as np
 
 from janus_cluster.config.schema import Data
 from janus_cluster.errors import UsageError
-from janus_cluster.training.data.indexing import Share
-from janus_cluster.training.data.prompt import render_conversation, render_prompt_parts, render_target_parts
+from janus_cluster.training.data.indexing import Share, num_processes, run_tasks
+from janus_cluster.training.data.prompt import render_prompt_parts
 from janus_cluster.training.data.samples import Sample
 from janus_cluster.training.data.store import Store
 from janus_cluster.training.data.table import Indices, SampleTable
+from janus_cluster.training.data.text_counts import CountTask, count_texts, piece_lengths, sample_pieces, whole_table
 from janus_cluster.training.data.usable import count_image_tokens
 
 SAMPLES_AT_ONCE = 8_192
+# Counting ten samples takes about as long as reading an episode does.
+SAMPLES_PER_UNIT = 10
 TOO_LONG_SHOWN = 5
 
 
-def load_token_counts(table: SampleTable, *, tokenizer: Any, data: Data, share: Share | None = None) -> Indices:
+def load_token_counts(
+    table: SampleTable, *, tokenizer: Any, data: Data, share: Share | None = None, what: str = "samples"
+) -> Indices:
     """The number of tokens of each sample as NavigationDataset gives it, history shortened where the policy says so.
 
     Text is counted once for each index, tokenizer and history, and kept beside the index. With `share` only one rank
-    counts. Shapes: [N].
+    counts. `what` the samples are called in an error. Shapes: [N].
     Raises: UsageError if samples are too long and may not, or cannot, be shortened.
     """
     outcome: Any = None
     if share is None or share.is_builder:
         try:
-            outcome = _count(table, tokenizer, data)
+            outcome = _count(table, tokenizer, data, what)
         except UsageError as error:
             outcome = error
     if share is not None:
@@ -49,19 +53,19 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def _count(table: SampleTable, tokenizer: Any, data: Data) -> Indices:
+def _count(table: SampleTable, tokenizer: Any, data: Data, what: str) -> Indices:
     counts = count_image_tokens(table, data)
     for root, store in enumerate(table.stores):
         own = table.root_index == root
         counts[own] += _load_text_counts(store, table, tokenizer)[table.rows[own]]
     too_long = np.flatnonzero(counts > data.max_length)
     if len(too_long) and data.on_too_long == "fail":
-        raise _too_long_error(table, counts, too_long, data)
+        raise _too_long_error(table, counts, too_long, data, what)
     for i in too_long:
         counts[i] = _shortened_count(table[int(i)], int(counts[i]), tokenizer, data)
     still = np.flatnonzero(counts > data.max_length)
     if len(still):
-        raise _too_long_error(table, counts, still, data)
+        raise _too_long_error(table, counts, still, data, what)
     return counts
 
 
@@ -84,48 +88,35 @@ def _load_text_counts(store: Store, table: SampleTable, tokenizer: Any) -> Indic
 
 
 def _count_texts(store: Store, table: SampleTable, tokenizer: Any) -> Indices:
-    everything = SampleTable(
-        stores=(store,),
-        root_index=np.zeros(len(store), dtype=np.int64),
-        rows=np.arange(len(store), dtype=np.int64),
-        max_history=table.max_history,
-        pad_history=table.pad_history,
-    )
-    counts = np.zeros(len(store), dtype=np.int64)
-    for start in range(0, len(store), SAMPLES_AT_ONCE):
-        texts = [sample_pieces(sample) for sample in everything[start : start + SAMPLES_AT_ONCE].outlines()]
-        lengths = _piece_lengths((piece for pieces in texts for piece in pieces), tokenizer)
-        counts[start : start + len(texts)] = [sum(lengths[piece] for piece in pieces) for pieces in texts]
-    return counts
-
-
-def sample_pieces(sample: Sample) -> list[str]:
-    """The stretches of text that the encoder tokenises one by one."""
-    pieces = [*render_conversation(sample), *(part.text for part in render_target_parts(sample))]
-    return [piece for piece in pieces if piece]
-
-
-def _piece_lengths(pieces: Iterable[str], tokenizer: Any) -> dict[str, int]:
-    distinct = list(dict.fromkeys(pieces))
-    # The batch call of the tokenizer's own library: no arrays, no masks, all cores.
-    encoded = tokenizer.backend_tokenizer.encode_batch_fast(distinct, add_special_tokens=False)
-    return {piece: len(found.ids) for piece, found in zip(distinct, encoded, strict=True)}
+    """Tokens of text of every sample of the index, by as many processes as it pays to start. Shapes: [len(store)]."""
+    bounds = [(first, min(first + SAMPLES_AT_ONCE, len(store))) for first in range(0, len(store), SAMPLES_AT_ONCE)]
+    processes = num_processes(len(store) // SAMPLES_PER_UNIT)
+    if processes == 1 or store.folder is None:
+        everything = whole_table(store, max_history=table.max_history, pad_history=table.pad_history)
+        parts = [count_texts(everything[first:last], tokenizer.backend_tokenizer) for first, last in bounds]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+    with tempfile.TemporaryDirectory(prefix="janus-tokenizer-") as name:
+        path = Path(name, "tokenizer.json")
+        tokenizer.backend_tokenizer.save(str(path))
+        tasks = [CountTask(store.folder, *pair, table.max_history, table.pad_history, path) for pair in bounds]
+        return np.concatenate([result for _, result in run_tasks(tasks, processes)])
 
 
 def _shortened_count(sample: Sample, count: int, tokenizer: Any, data: Data) -> int:
     """What is left after the dataset has dropped the oldest frames until the sample fits."""
-    image_tokens = count - sum(_piece_lengths(sample_pieces(sample), tokenizer)[p] for p in sample_pieces(sample))
+    backend = tokenizer.backend_tokenizer
+    image_tokens = count - sum(piece_lengths(sample_pieces(sample), backend)[p] for p in sample_pieces(sample))
     per_frame = image_tokens // len(sample.frames)
     while count > data.max_length and len(sample.frames) > 1:
         sample = sample.without_oldest_frame()
         pieces = sample_pieces(sample)
-        lengths = _piece_lengths(pieces, tokenizer)
+        lengths = piece_lengths(pieces, backend)
         count = sum(lengths[piece] for piece in pieces) + per_frame * len(sample.frames)
     return count
 
 
-def _too_long_error(table: SampleTable, counts: Indices, too_long: Indices, data: Data) -> UsageError:
-    lines = [f"{len(too_long)} of {len(table)} samples have more tokens than data.max_length ({data.max_length})"]
+def _too_long_error(table: SampleTable, counts: Indices, too_long: Indices, data: Data, what: str) -> UsageError:
+    lines = [f"{len(too_long)} of {len(table)} {what} have more tokens than data.max_length ({data.max_length})"]
     lines += [f"  {table[int(i)].id}: {counts[i]} tokens" for i in too_long[:TOO_LONG_SHOWN]]
     hint = f"--set data.max_length={int(counts.max())}, or lower data.history or image_width; a sample is never cut"
     if data.on_too_long == "fail":

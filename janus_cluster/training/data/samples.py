@@ -42,11 +42,15 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A file, folder or record that could not be used, why, and how many samples were lost by it."""
+    """A file, folder or record that could not be used, why, and how many samples were lost by it.
+
+    `absent`: a trajectory that was never rendered. It is no fault of the data, and nothing is lost by it.
+    """
 
     path: Path
     reason: str
     lost: int = 0
+    absent: bool = False
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"

@@ -79,6 +79,10 @@ class Collector:
         """Something that cannot be used, and the number of samples that are lost by it, is listed."""
         self.problems.append(Problem(path, reason, lost))
 
+    def absent(self, folder: Path, reason: str) -> None:
+        """A trajectory that has no folder is listed; no sample is lost by it."""
+        self.problems.append(Problem(folder, reason, absent=True))
+
     def watch(self, folder: Path) -> None:
         """A change of this folder is a change of the data set, whether it is there now or not."""
         number = self._text(str(folder))
@@ -230,7 +234,7 @@ def write_store(columns: Columns, folder: Path) -> None:
     try:
         for name, values in columns.arrays.items():
             np.save(building / f"{name}.npy", values, allow_pickle=False)
-        lines = (json.dumps([str(p.path), p.reason, p.lost]) for p in columns.problems)
+        lines = (json.dumps([str(p.path), p.reason, p.lost, p.absent]) for p in columns.problems)
         (building / "problems.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         write_json_atomically(building / "complete.json", {"samples": len(columns.arrays["sample_id"])})
         building.chmod(0o755)
@@ -249,7 +253,7 @@ def load_store(folder: Path) -> Store:
     for name in (*POINTS_TO, *OFFSETS, "text_blob"):
         arrays[name] = _map_array(folder / f"{name}.npy")
     with (folder / "problems.jsonl").open(encoding="utf-8") as lines:
-        problems = [Problem(Path(path), reason, lost) for path, reason, lost in map(json.loads, lines)]
+        problems = [Problem(Path(path), *facts) for path, *facts in map(json.loads, lines)]
     return Store(Columns(arrays, problems), folder=folder)
 
 

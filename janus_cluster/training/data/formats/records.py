@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from janus_cluster.errors import UsageError
 from janus_cluster.training.data.formats import annotation, json_samples, trajectories
 from janus_cluster.training.data.formats.source import (
+    AbsentError,
     BadUnitError,
     Record,
     Source,
@@ -72,6 +73,8 @@ class RecordFile:
             if not isinstance(record, Mapping):
                 raise BadUnitError(f"is a {type(record).__name__}, expected an object")
             _kind_of(record, source.format).read(source, record, label, collector)
+        except AbsentError as error:
+            collector.absent(error.folder, f"is absent: record {number} of {source.path} has no folder of frames")
         except (BadUnitError, OSError) as error:
             collector.problem(source.path, f"record {number}: {error}", lost=1)
 

@@ -42,6 +42,14 @@ class BadUnitError(Exception):
     """A unit of which nothing can be used, and why. It never leaves the formats: it becomes a listed problem."""
 
 
+class AbsentError(Exception):
+    """A trajectory without its folder of frames. Annotations list more than was rendered: it is counted apart."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"no folder of frames: {folder}")
+        self.folder = folder
+
+
 def load_json(path: Path) -> Any:
     """The JSON value of a file, gzipped or not. Raises: BadUnitError saying why there is none."""
     try:

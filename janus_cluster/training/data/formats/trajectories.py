@@ -5,7 +5,8 @@ R2R, RxR   {"episodes": [{"episode_id": 1, "instruction": {"instruction_text": "
 ScaleVLN,  [{"id", "video": "images/NAME", "instructions": ["..."], "actions": [-1, 1, 2]}]  in annotations.json
 DAgger     <images>/NAME/rgb/000.jpg       the action of frame i is actions[i + 1], of the last frame STOP
 
-There are no descriptions: the target is the plain action, asked for as upstream asks.
+An annotation lists what was recorded, which is often more than was rendered: a trajectory without any folder is absent,
+which is no fault. There are no descriptions: the target is the plain action, asked for as upstream asks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from janus_cluster.training.data.formats.source import BadUnitError, Record, Source, first_text, parse_name
+from janus_cluster.training.data.formats.source import (
+    AbsentError,
+    BadUnitError,
+    Record,
+    Source,
+    first_text,
+    parse_name,
+)
 from janus_cluster.training.data.samples import ACTIONS, judge_text, parse_action
 from janus_cluster.training.data.store import Collector
 
@@ -33,7 +41,7 @@ def claims(record: Record) -> bool:
 
 
 def read_record(source: Source, record: Record, label: str, collector: Collector) -> None:
-    """Every frame of the episode with a known action is a sample. Raises: BadUnitError."""
+    """Every frame of the episode with a known action is a sample. Raises: BadUnitError, AbsentError."""
     if "video" in record:
         _read_video(source, record, label, collector)
     else:
@@ -41,8 +49,7 @@ def read_record(source: Source, record: Record, label: str, collector: Collector
 
 
 def _read_video(source: Source, record: Record, label: str, collector: Collector) -> None:
-    folder = _video_folder(source, record)
-    collector.watch(folder)
+    folder = _video_folder(source, record, collector)
     instruction = first_text(record, "instructions", "instruction")
     actions = record["actions"]
     if not isinstance(actions, list) or not all(isinstance(a, int) and not isinstance(a, bool) for a in actions):
@@ -61,6 +68,8 @@ def _read_video(source: Source, record: Record, label: str, collector: Collector
 def _read_named_frames(source: Source, record: Record, collector: Collector) -> None:
     name, folder = _episode_folder(source, record)
     collector.watch(folder)
+    if not _is_there(folder):
+        raise AbsentError(folder)
     instruction = record["instruction"]
     if not isinstance(instruction, Mapping):
         raise BadUnitError("instruction holds no instruction_text")
@@ -96,14 +105,23 @@ def _add_frames(
         )
 
 
-def _video_folder(source: Source, record: Record) -> Path:
-    """<images>/NAME/rgb, whether `images` is the folder "images" itself or the one around it."""
+def _video_folder(source: Source, record: Record, collector: Collector) -> Path:
+    """<images>/NAME/rgb, whether `images` is the folder "images" itself or the one around it.
+
+    Raises: BadUnitError, AbsentError if there is neither.
+    """
     video = record["video"]
     if not isinstance(video, str) or not PurePosixPath(video).name or "\0" in video or judge_text(video):
         raise BadUnitError("video is no path")
     root = source.images or source.path.parent
-    inside = root / video / "rgb"
-    return inside if inside.is_dir() else root / PurePosixPath(video).name / "rgb"
+    places = (root / video, root / PurePosixPath(video).name)
+    for place in places:
+        if _is_there(place):
+            collector.watch(place / "rgb")
+            return place / "rgb"
+    for place in places:
+        collector.watch(place / "rgb")
+    raise AbsentError(places[0])
 
 
 def _episode_folder(source: Source, record: Record) -> tuple[str, Path]:
@@ -111,6 +129,15 @@ def _episode_folder(source: Source, record: Record) -> tuple[str, Path]:
     if name is None or "/" in name or "\0" in name or name in (".", ".."):
         raise BadUnitError("episode_id is no name")
     return name, (source.images or source.path.parent) / name
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether there is anything of that name. Raises: OSError where that cannot be told: it is no sign of absence."""
+    try:
+        folder.lstat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _list_frames(folder: Path, pattern: re.Pattern[str]) -> list[Path]:

@@ -1,0 +1,131 @@
+"""Finds the standstill of a training that still runs, and the rank that stands still, from the ranks' heartbeats.
+
+A hung rank takes all others with it: they wait for it in a collective until the time-out of hours. Every rank's file
+tells two things: that its process lives (a thread of its own writes it) and how often its training got on. The times in
+the files are other nodes' clocks; only their changes are looked at, by this node's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from janus_cluster.rundir import RunDir, read_json
+
+_LONGEST_INTERVAL_S = 10.0
+# So many heartbeats late, a process does not live. NFS may show a file's change late by its attribute cache.
+_MISSED_BEATS = 3
+_CACHE_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """What one rank told, and when (by the watcher's clock, s) its life and its progress were last seen to change."""
+
+    rank: int
+    node: str
+    doing: str
+    step: int
+    alive_s: float
+    progress_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hang:
+    """Training stands still. `rank` and `node` are None where no single one can be named."""
+
+    message: str
+    rank: int | None = None
+    node: str | None = None
+
+
+class Watchdog:
+    """Looks at the heartbeats now and then. Before the first step `start_timeout_s` is the limit."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        attempt: int,
+        world_size: int,
+        hang_timeout_s: float,
+        start_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._paths = {rank: run.heartbeat_json(attempt, rank) for rank in range(world_size)}
+        self._hang_timeout_s = hang_timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._interval_s = min(_LONGEST_INTERVAL_S, hang_timeout_s / 4)
+        self._clock = clock
+        self._told: dict[int, tuple[int, float]] = {}
+        self._beats: dict[int, Beat] = {}
+        self._looked_s = float("-inf")
+
+    def look(self) -> Hang | None:
+        """The standstill, once it has lasted too long; None otherwise. Reads the files once in a heartbeat."""
+        now = self._clock()
+        if now - self._looked_s < self._interval_s:
+            return None
+        self._looked_s = now
+        for rank, path in self._paths.items():
+            self._read(rank, path, now)
+        return judge_progress(
+            self._beats,
+            now_s=now,
+            hang_timeout_s=self._hang_timeout_s,
+            start_timeout_s=self._start_timeout_s,
+            silence_s=min(_MISSED_BEATS * self._interval_s + _CACHE_S, 0.9 * self._hang_timeout_s),
+        )
+
+    def _read(self, rank: int, path: Path, now: float) -> None:
+        try:
+            value = read_json(path)
+            told = int(value["count"]), float(value["time"])
+            node, doing, step = str(value["node"]), str(value["doing"]), int(value["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            # Not begun, or caught between two writes: what was seen before stands.
+            return
+        alive_s = progress_s = now
+        if (last := self._beats.get(rank)) is not None:
+            progress_s = now if told[0] != self._told[rank][0] else last.progress_s
+            alive_s = now if told[1] != self._told[rank][1] else last.alive_s
+        self._told[rank] = told
+        self._beats[rank] = Beat(rank=rank, node=node, doing=doing, step=step, alive_s=alive_s, progress_s=progress_s)
+
+
+def judge_progress(
+    beats: Mapping[int, Beat], *, now_s: float, hang_timeout_s: float, start_timeout_s: float, silence_s: float
+) -> Hang | None:
+    """None while any rank gets on, or not long enough ago; else who is to blame for the standstill.
+
+    The rank whose process gives no sign of life; without one, the rank that is behind the others, if there is one.
+    """
+    if not beats:
+        return None
+    is_starting = any(b.doing == "start" for b in beats.values())
+    limit_s = start_timeout_s if is_starting else hang_timeout_s
+    if now_s - max(b.progress_s for b in beats.values()) < limit_s:
+        return None
+    step = max(b.step for b in beats.values())
+    said = f"no progress of any rank for {limit_s:.0f} s, {'before the first step' if is_starting else f'step {step}'}"
+    silent = [b for b in beats.values() if now_s - b.alive_s > silence_s]
+    if silent and len(silent) < len(beats):
+        rows = "; ".join(f"rank {b.rank} on {b.node} gives no sign of life since {b.doing}" for b in silent)
+        return Hang(message=f"{said}: {rows}", rank=silent[0].rank, node=_only({b.node for b in silent}))
+    # Who waits for its data keeps the others waiting, not the other way round.
+    places = {b.rank: (b.step, b.doing != "data") for b in beats.values()}
+    behind = [b for b in beats.values() if places[b.rank] == min(places.values())]
+    if len(behind) == 1:
+        only = behind[0]
+        return Hang(
+            message=f"{said}: rank {only.rank} on {only.node} got no further than {only.doing} of step {only.step}",
+            rank=only.rank,
+            node=only.node,
+        )
+    return Hang(message=f"{said}: all ranks live and wait")
+
+
+def _only(names: set[str]) -> str | None:
+    return next(iter(names)) if len(names) == 1 else None

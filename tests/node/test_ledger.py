@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from janus_cluster.errors import UsageError
+from janus_cluster.node.ledger import Ledger
+from janus_cluster.node.lock import run_folder_held
+from janus_cluster.rundir import RunDir, read_json, write_json_atomically
+
+
+def begin(run: RunDir, *, job_id: str = "7") -> Ledger:
+    attempt = run.begin_attempt()
+    return Ledger(run, attempt=attempt, job_id=job_id, nodes=["h800-01"])
+
+
+def save_checkpoint(run: RunDir, step: int) -> None:
+    folder = run.checkpoints / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(b"1234")
+    write_json_atomically(folder / "manifest.json", {"schema_version": 1, "step": step, "files_bytes": {"weights": 4}})
+
+
+def test_attempts_that_begin_at_the_same_step_are_counted(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for number in range(3):
+        ledger = begin(run)
+        assert ledger.earlier_without_progress().count == number
+        ledger.end("FAILED", 12, f"fault {number}")
+    assert begin(run).earlier_without_progress().last_words == "fault 2"
+
+
+def test_a_checkpoint_ends_the_row(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    begin(run)
+    begin(run)
+    save_checkpoint(run, 4)
+    ledger = begin(run)
+    assert (ledger.from_step, ledger.earlier_without_progress().count) == (4, 0)
+    assert begin(run).earlier_without_progress().count == 1
+
+
+def test_a_new_submission_ends_the_row(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    begin(run, job_id="7")
+    assert begin(run, job_id="8").earlier_without_progress().count == 0
+
+
+def test_an_attempt_without_a_record_ends_the_row(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    begin(run)
+    run.begin_attempt()
+    assert begin(run).earlier_without_progress().count == 0
+
+
+def test_the_record_tells_how_the_attempt_ended(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    begin(run).end("STOPPED", 13, "SIGUSR1")
+    value = read_json(run.attempt_json(1))
+    assert (value["state"], value["exit_code"], value["reason"], value["from_step"]) == ("STOPPED", 13, "SIGUSR1", 0)
+    assert value["ended_at"] >= value["started_at"]
+
+
+HOLD = (
+    "import sys, time; from pathlib import Path; from janus_cluster.node.lock import run_folder_held;"
+    "from janus_cluster.rundir import RunDir\n"
+    "with run_folder_held(RunDir(Path(sys.argv[1])), job_id='41', wait_s=0):\n"
+    "    print('held', flush=True); time.sleep(60)"
+)
+
+
+def test_a_second_attempt_is_refused_and_told_who_runs(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        try:
+            with (
+                pytest.raises(UsageError, match=rf"job 41 on .*process {holder.pid}") as caught,
+                run_folder_held(RunDir(tmp_path), job_id="42", wait_s=0),
+            ):
+                pass
+            assert "janus-cluster submit" in str(caught.value.hint)
+        finally:
+            holder.kill()
+    # The lock goes with its process, however that ended.
+    begun = time.monotonic()
+    with run_folder_held(RunDir(tmp_path), job_id="42", wait_s=30):
+        assert time.monotonic() - begun < 10
+        assert "job 42" in RunDir(tmp_path).attempt_lock.read_text()

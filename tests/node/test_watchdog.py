@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from janus_cluster.node.watchdog import Beat, Watchdog, judge_progress
+from janus_cluster.rundir import RunDir, write_json_atomically
+
+LIMIT_S = 60.0
+
+
+def beat(rank: int, *, step: int = 7, doing: str = "step", alive_s: float = 100, progress_s: float = 40) -> Beat:
+    node = f"h800-{rank // 8 + 1:02d}"
+    return Beat(rank=rank, node=node, doing=doing, step=step, alive_s=alive_s, progress_s=progress_s)
+
+
+def judge(*beats: Beat, now_s: float = 100.0) -> tuple[int | None, str | None, str] | None:
+    hang = judge_progress(
+        {b.rank: b for b in beats}, now_s=now_s, hang_timeout_s=LIMIT_S, start_timeout_s=600, silence_s=20
+    )
+    return hang and (hang.rank, hang.node, hang.message)
+
+
+@pytest.mark.parametrize(("now_s", "is_hang"), [(99.9, False), (100.0, True), (100.1, True)])
+def test_the_limit_is_time_without_progress_of_any_rank(now_s: float, is_hang: bool) -> None:
+    assert (judge(beat(0), beat(1, progress_s=30), now_s=now_s) is not None) is is_hang
+
+
+def test_the_first_step_may_take_longer() -> None:
+    ranks = (beat(0, doing="start", step=0), beat(1, doing="data", step=0))
+    assert judge(*ranks, now_s=639) is None
+    found = judge(*ranks, now_s=640)
+    assert found is not None and "before the first step" in found[2]
+
+
+def test_a_rank_whose_process_is_silent_is_named_and_not_those_that_wait_for_it() -> None:
+    found = judge(*(beat(r, alive_s=60 if r == 11 else 99) for r in range(16)))
+    assert found is not None
+    assert found[:2] == (11, "h800-02")
+    assert "rank 11 on h800-02 gives no sign of life" in found[2]
+
+
+def test_all_ranks_of_a_silent_node_name_the_node() -> None:
+    found = judge(*(beat(r, alive_s=60 if r >= 8 else 99) for r in range(16)))
+    assert found is not None and found[1] == "h800-02"
+
+
+def test_the_rank_that_is_behind_is_named_where_all_live() -> None:
+    assert judge(beat(0), beat(1, step=6), beat(2)) is not None
+    found = judge(beat(0), beat(1, step=6), beat(2))
+    assert found is not None and found[0] == 1
+    found = judge(beat(0, doing="agreement"), beat(1, doing="data"), beat(2, doing="agreement"))
+    assert found is not None and found[0] == 1 and "data of step 7" in found[2]
+
+
+def test_nobody_is_blamed_where_nothing_tells_the_ranks_apart() -> None:
+    found = judge(beat(0), beat(1))
+    assert found is not None and found[:2] == (None, None)
+
+
+def test_nothing_is_said_before_the_first_heartbeat() -> None:
+    assert judge() is None
+
+
+def test_only_changes_by_the_watchers_own_clock_count(tmp_path: Path) -> None:
+    run, now = RunDir(tmp_path), [0.0]
+    watchdog = Watchdog(run, attempt=1, world_size=2, hang_timeout_s=40, start_timeout_s=600, clock=lambda: now[0])
+
+    def write(rank: int, count: int, told: float) -> None:
+        path = run.heartbeat_json(1, rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        who = {"rank": rank, "node": f"n{rank}", "doing": "step", "step": 3}
+        write_json_atomically(path, who | {"count": count, "time": told})
+
+    # Node n1's clock is an hour ahead; from 20 s on both stand still and rank 1 is silent, too.
+    for t in range(0, 70, 10):
+        now[0] = float(t)
+        write(0, min(t, 20), 1000.0 + t)
+        write(1, min(t, 20), 4600.0 + min(t, 20))
+        hang = watchdog.look()
+        assert (hang is not None) is (t >= 60), t
+    assert hang is not None and (hang.rank, hang.node) == (1, "n1")
+
+
+def test_half_a_heartbeat_file_changes_nothing(tmp_path: Path) -> None:
+    run, now = RunDir(tmp_path), [0.0]
+    watchdog = Watchdog(run, attempt=1, world_size=1, hang_timeout_s=8, start_timeout_s=600, clock=lambda: now[0])
+    path = run.heartbeat_json(1, 0)
+    path.parent.mkdir(parents=True)
+    for text in ("", "{", '{"count": "x"}', "[]", '{"count": 1, "time": null}'):
+        path.write_text(text)
+        now[0] += 100
+        assert watchdog.look() is None

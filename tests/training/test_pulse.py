@@ -1,0 +1,132 @@
+"""Signals and heartbeats of one rank, with real processes: an agent that starts it, and somebody else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from janus_cluster.rundir import RunDir, read_json
+
+# Sits in C for a minute, as a rank does in a collective: no Python handler could run meanwhile.
+RANK = """
+import ctypes, sys, time
+from pathlib import Path
+from janus_cluster.rundir import RunDir
+from janus_cluster.training.pulse import Pulse, take_signals
+take_signals()
+pulse = Pulse(RunDir(Path(sys.argv[1])), attempt=1, rank=0, node="h800-01", hang_timeout_s=2).start()
+print("ready", flush=True)
+if sys.argv[2] == "works":
+    for step in range(600):
+        pulse.beat("step", step)
+        if pulse.is_asked_to_stop():
+            print("stops", flush=True)
+            raise SystemExit(0)
+        time.sleep(0.05)
+pulse.beat("step", 3)
+ctypes.CDLL(None).sleep(60)
+"""
+# Starts the rank as torchrun does, tells its pid, and passes on what it is told to.
+AGENT = """
+import os, signal, subprocess, sys, time
+for s in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(s, signal.SIG_IGN)
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]], start_new_session=True)
+print(rank.pid, flush=True)
+for line in sys.stdin:
+    os.killpg(rank.pid, getattr(signal, line.strip()))
+    print("code", rank.wait(timeout=20), flush=True)
+"""
+
+
+class Agent:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.rank_pid = int(self.read())
+        assert self.read() == "ready"
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def ask(self, signum: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(signum + "\n")
+        self.process.stdin.flush()
+
+
+@contextlib.contextmanager
+def agent_of(folder: Path, how: str) -> Iterator[Agent]:
+    (folder / "logs" / "attempt_1").mkdir(parents=True)
+    argv = [sys.executable, "-c", AGENT, RANK, str(folder), how]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield Agent(process)
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("signum", ["SIGTERM", "SIGINT"])
+def test_the_agents_signal_ends_a_rank_that_sits_in_a_collective(tmp_path: Path, signum: str) -> None:
+    with agent_of(tmp_path, "waits") as agent:
+        agent.ask(signum)
+        assert agent.read() == f"code {128 + getattr(signal, signum)}"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_anybody_elses_stop_signal_asks_to_stop_at_the_next_step(tmp_path: Path, signum: signal.Signals) -> None:
+    with agent_of(tmp_path, "works") as agent:
+        os.kill(agent.rank_pid, signum)
+        assert {agent.read(), agent.read()} == {
+            f"{signum.name}: asked to stop at the next step boundary",
+            "stops",
+        }
+
+
+def test_the_attempts_file_asks_rank_0_to_stop(tmp_path: Path) -> None:
+    with agent_of(tmp_path, "works") as agent:
+        RunDir(tmp_path).stop_json(1).write_text("{}")
+        assert agent.read() == "stops"
+
+
+def test_a_rank_under_sigstop_does_not_outlive_its_agent(tmp_path: Path) -> None:
+    with agent_of(tmp_path, "waits") as agent:
+        os.kill(agent.rank_pid, signal.SIGSTOP)
+        agent.process.kill()
+        agent.process.wait()
+        wait_until(lambda: not is_running(agent.rank_pid))
+
+
+def test_the_heart_beats_while_training_stands_still_and_says_where(tmp_path: Path) -> None:
+    with agent_of(tmp_path, "waits") as agent:
+        path = RunDir(tmp_path).heartbeat_json(1, 0)
+        wait_until(lambda: path.exists() and read_json(path)["doing"] == "step")
+        first = read_json(path)
+        wait_until(lambda: read_json(path)["time"] > first["time"])
+        later = read_json(path)
+        assert (later["count"], later["step"], later["pid"]) == (first["count"], 3, agent.rank_pid)
+        assert (later["rank"], later["node"]) == (0, "h800-01")
+        assert agent.read() == "no progress in 2 s (step, step 3); the stacks:"
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(is_true: object, *, limit_s: float = 20) -> None:
+    assert callable(is_true)
+    deadline = time.monotonic() + limit_s
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
