@@ -276,7 +276,9 @@ def _profile_sets(profile: str | None, *, own_job: bool) -> list[str]:
 
 def _run_gate(request: Request, *, as_json: bool, calibrate: bool = False) -> int:
     """The gate has run as a job and its verdict is printed. Returns: 0 pass, 1 warn, 2 fail, 3 undetermined."""
+    from janus_cluster.config.home import site_dir
     from janus_cluster.observe.tail import tail
+    from janus_cluster.preflight.calibration import with_own_history
     from janus_cluster.preflight.model import EXIT_CODES, Verdict
     from janus_cluster.preflight.report import render_verdict
     from janus_cluster.rundir import read_json
@@ -294,7 +296,7 @@ def _run_gate(request: Request, *, as_json: bool, calibrate: bool = False) -> in
             state="ERROR", job_id=done.job_id, config_hash=done.resolved.config_hash, nodes=(), created_at=0, results=()
         )
     else:
-        verdict = Verdict.from_json(read_json(path))
+        verdict = with_own_history(Verdict.from_json(read_json(path)), site_dir(os.environ), done.run)
     if as_json:
         click.echo(json.dumps(verdict.to_report(), indent=2, ensure_ascii=False))
     elif verdict.results:

@@ -281,6 +281,7 @@ class Checkpoint(Section):
 
     every_steps: int = Field(500, ge=1)
     keep_last: int = Field(2, ge=1)
+    keep_every: int | None = Field(None, ge=1, description="A checkpoint whose step is a multiple of it stays for ever")
     export: bool = Field(True, description="Write a folder at the end that from_pretrained loads")
     confirm_cancel_min: float = Field(
         10, ge=0, description="`cancel` asks first when more minutes of work than this would be lost"

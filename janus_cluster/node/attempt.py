@@ -23,7 +23,7 @@ from janus_cluster.node.ledger import newest_step
 from janus_cluster.node.lock import run_folder_held
 from janus_cluster.node.phases import Attempt, StopSignals, say
 from janus_cluster.node.steps import Launcher
-from janus_cluster.node.training import TRANSIENT, describe_failure, find_failure, run_training
+from janus_cluster.node.training import BY_SLURM, TRANSIENT, describe_failure, find_failure, run_training
 from janus_cluster.rundir import RunDir
 
 # The batch process of a requeued job may still be ending on another node.
@@ -95,7 +95,8 @@ def end_stopped(attempt: Attempt, error: StoppedOnPurpose) -> int:
     """The job is in the queue again, where it is to go on; else it was stopped or cancelled."""
     if attempt.stop.first in (signal.SIGTERM, signal.SIGINT):
         # A cancelled job must not come back. Of a requeue or a preemption, which also say SIGTERM, Slurm takes care.
-        return _finish(attempt, "CANCELLED", error)
+        failure = find_failure(attempt, error, state="CANCELLED")
+        return _finish(attempt, "CANCELLED", error, describe_failure(failure) if failure.kind in BY_SLURM else None)
     if attempt.resolved.job.restart.on_stop == "end":
         return _finish(attempt, "STOPPED", error, "restart.on_stop: end")
     # STOPPED may begin again, so nobody takes the next word for the last one while the requeue is under way.

@@ -9,13 +9,23 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from janus_cluster.preflight.gpu_load import GpuSampler
 from janus_cluster.rundir import write_json_atomically
 
 
 def run_between_counters(
-    command: Sequence[str], environ: Mapping[str, str], path: Path, *, sysfs_root: str | None
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    path: Path,
+    *,
+    sysfs_root: str | None,
+    gpu_timeout_s: float | None = None,
 ) -> int:
-    """The command has ended and `path` holds {before, after}. Returns: its exit code, 128 + n for signal n."""
+    """The command has ended and `path` holds {before, after, gpu_load}.
+
+    gpu_timeout_s: how long nvidia-smi may take, which is asked meanwhile; None: it is not asked.
+    Returns:       the command's exit code, 128 + n for signal n.
+    """
     before = read_all_counters(sysfs_root)
     process = subprocess.Popen(list(command), env=dict(environ))
 
@@ -24,8 +34,15 @@ def run_between_counters(
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, pass_on)
-    code = process.wait()
-    write_json_atomically(path, {"schema_version": 1, "before": before, "after": read_all_counters(sysfs_root)})
+    gpu_load: list[dict[str, Any]] | None = None
+    if gpu_timeout_s is None:
+        code = process.wait()
+    else:
+        with GpuSampler(timeout_s=gpu_timeout_s) as sampler:
+            code = process.wait()
+        gpu_load = sampler.samples
+    after = read_all_counters(sysfs_root)
+    write_json_atomically(path, {"schema_version": 1, "before": before, "after": after, "gpu_load": gpu_load})
     return code if code >= 0 else 128 - code
 
 

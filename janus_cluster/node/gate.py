@@ -22,6 +22,7 @@ from janus_cluster.preflight.gate import (
 from janus_cluster.preflight.model import CheckResult, Verdict
 from janus_cluster.preflight.report import render_verdict, render_verdict_markdown
 from janus_cluster.preflight.transport import read_nccl_logs
+from janus_cluster.preflight.unwritten import judge_unwritten, read_unwritten
 from janus_cluster.rundir import read_json, write_json_atomically, write_text_atomically
 
 # A file that another node has just written may need this long to be seen through NFS attribute caches.
@@ -52,7 +53,13 @@ def check_nodes(attempt: Attempt) -> list[CheckResult]:
     code = attempt.run_phase("facts", timeout_s=attempt.gate_timeout_s, end_together=False)
     facts = attempt.read_reports(lambda n: run.facts_json(number, n), wait_s=0 if code else _VISIBILITY_S)
     attempt.write_rails(facts)
-    return judge_static(facts, attempt.resolved) + judge_cross_node(facts)
+    silent = [node for node, told in facts.items() if told is None]
+    unwritten = read_unwritten(run.batch_log, attempt=number) if silent else {}
+    return [
+        *judge_static(facts, attempt.resolved),
+        *judge_cross_node(facts),
+        *judge_unwritten(unwritten, silent=silent),
+    ]
 
 
 def check_connections(attempt: Attempt) -> list[CheckResult]:
@@ -81,6 +88,7 @@ def check_speed(attempt: Attempt) -> list[CheckResult]:
     counters = attempt.read_reports(lambda n: run.counters_json(number, n), wait_s=wait_s)
     around = Surroundings(
         counters={n: c and counter_deltas(c["before"], c["after"]) for n, c in counters.items()},
+        gpu_load={n: c and c.get("gpu_load") for n, c in counters.items()},
         nccl={n: read_nccl_logs(run.nccl_logs(number, n)) for n in attempt.launcher.nodes},
         evidence=describe_loopback(attempt.connections),
     )

@@ -15,12 +15,15 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.node.bracket import run_between_counters
 from janus_cluster.node.network import network_variables, probe_variables
 from janus_cluster.node.topology import NodeIdentity, read_identity
 from janus_cluster.node.torchrun import build_torchrun_argv
+from janus_cluster.preflight.gpu_load import loads_gpus
+from janus_cluster.preflight.unwritten import told_in_batch_log
 from janus_cluster.rundir import RunDir, write_json_atomically
 
 _MODULES = {"all_reduce": "janus_cluster.training.probe", "train": "janus_cluster.training.entry"}
@@ -31,10 +34,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     run = RunDir(args.run_dir)
     identity = read_identity(os.environ)
-    _log_to(run.node_log(args.attempt, identity.node))
+    batch_log = os.dup(1)
+    with told_in_batch_log(batch_log, run.path, node=identity.node, attempt=args.attempt):
+        _log_to(run.node_log(args.attempt, identity.node))
     resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
     if args.phase == "facts":
-        _write_facts(run, resolved, identity, args)
+        # Interrupted, this process ends at once: a reader that hangs in the kernel would hold up an orderly end.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        facts = _read_facts(resolved, identity, args)
+        with told_in_batch_log(batch_log, run.path, node=identity.node, attempt=args.attempt):
+            write_json_atomically(run.facts_json(args.attempt, identity.node), facts)
+        print(f"preflight: {identity.node} has reported its facts in {facts['duration_s']:.1f} s", flush=True)
         return
     if args.phase == "connect":
         _write_connection(run, identity, args)
@@ -55,7 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         environ |= leave_stop_signals_to_the_ranks()
     if args.phase == "all_reduce":
         counters = run.counters_json(args.attempt, identity.node)
-        sys.exit(run_between_counters(command, environ, counters, sysfs_root=resolved.job.preflight.sysfs_root))
+        gate = resolved.job.preflight
+        gpu_timeout_s = gate.command_timeout_s if loads_gpus(resolved) else None
+        sys.exit(
+            run_between_counters(command, environ, counters, sysfs_root=gate.sysfs_root, gpu_timeout_s=gpu_timeout_s)
+        )
     os.execve(command[0], command, environ)
 
 
@@ -69,15 +83,13 @@ def leave_stop_signals_to_the_ranks() -> dict[str, str]:
     return {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT"}
 
 
-def _write_facts(run: RunDir, resolved: ResolvedJob, identity: NodeIdentity, args: argparse.Namespace) -> None:
+def _read_facts(resolved: ResolvedJob, identity: NodeIdentity, args: argparse.Namespace) -> dict[str, Any]:
     from janus_cluster.preflight.facts import read_facts
     from janus_cluster.preflight.interfaces import read_interfaces
 
     peer = args.master_addr if identity.num_nodes > 1 else None
     facts = read_facts(resolved, node=identity.node, peer=peer)
-    facts["interfaces"] = read_interfaces()
-    write_json_atomically(run.facts_json(args.attempt, identity.node), facts)
-    print(f"preflight: {identity.node} has reported its facts in {facts['duration_s']:.1f} s", flush=True)
+    return facts | {"interfaces": read_interfaces()}
 
 
 def _write_connection(run: RunDir, identity: NodeIdentity, args: argparse.Namespace) -> None:

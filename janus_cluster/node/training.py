@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from janus_cluster.errors import StoppedOnPurpose, TrainingFailed
+from janus_cluster.errors import JanusError, StoppedOnPurpose, TrainingFailed
 from janus_cluster.node.phases import Attempt, say
 from janus_cluster.observe.evidence import load_evidence
 from janus_cluster.observe.failure import Failure, classify
@@ -12,6 +12,9 @@ from janus_cluster.observe.text import load_secrets
 
 # Faults that need not come again: outside the job, or gone with the processes. The gate looks at the nodes once more.
 TRANSIENT = frozenset({"signal", "hang", "network", "nccl_timeout", "xid", "unknown"})
+
+# What Slurm did to the job, by its own words in the batch log.
+BY_SLURM = frozenset({"walltime", "preempted", "node_lost"})
 
 
 def run_training(attempt: Attempt) -> None:
@@ -42,12 +45,12 @@ def _stop_event(attempt: Attempt) -> dict[str, Any] | None:
     return next((e for e in reversed(events) if e["kind"] == "stop"), None)
 
 
-def find_failure(attempt: Attempt, error: TrainingFailed) -> Failure:
-    """Why training failed, from what it left behind: as the card at the desk says it."""
+def find_failure(attempt: Attempt, error: JanusError, *, state: str = "FAILED") -> Failure:
+    """Why the attempt ended, from what it left behind: as the card at the desk says it."""
     evidence = load_evidence(
         attempt.run,
         attempt=attempt.number,
-        state="FAILED",
+        state=state,
         exit_code=error.exit_code,
         reason=error.message,
         nodes=attempt.launcher.nodes,

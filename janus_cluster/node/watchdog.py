@@ -62,6 +62,7 @@ class Watchdog:
         self._told: dict[int, tuple[int, float]] = {}
         self._beats: dict[int, Beat] = {}
         self._looked_s = float("-inf")
+        self._began_s = clock()
 
     def look(self) -> Hang | None:
         """The standstill, once it has lasted too long; None otherwise. Reads the files once in a heartbeat."""
@@ -71,6 +72,8 @@ class Watchdog:
         self._looked_s = now
         for rank, path in self._paths.items():
             self._read(rank, path, now)
+        if not self._beats and now - self._began_s >= self._start_timeout_s:
+            return Hang(message=f"no progress: no rank has begun in {self._start_timeout_s:.0f} s")
         return judge_progress(
             self._beats,
             now_s=now,

@@ -24,7 +24,7 @@ _ATTEMPT_BEGINS = re.compile(r"attempt (\d+) of ")
 # `submit` looks back over this many of the newest runs.
 _RECENT_RUNS = 20
 # Checks of the machine itself. A path or a package that is missing everywhere is the job's fault, not the nodes'.
-_HARDWARE = ("gpu", "hca", "rail", "remapped_rows", "ecc", "gemm", "intra_node", "link_errors")
+_HARDWARE = ("gpu", "hca", "net.links", "rail", "remapped_rows", "ecc", "gemm", "intra_node", "link_errors")
 
 
 def remember_bad_nodes(status: RunStatus) -> list[NodeRecord]:

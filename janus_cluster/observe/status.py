@@ -102,8 +102,10 @@ def _load_earlier(run: RunDir, attempt: int | None) -> tuple[str, ...]:
     for number in [n for n in run.attempts() if attempt is not None and n < attempt][-_MOST_EARLIER:]:
         try:
             record = read_json(run.attempt_json(number))
-            words = record["reason"] or "killed before it could say why"
-            lines.append(f"attempt {number}, from step {record['from_step']}: {record['state']}: {words}")
+            is_over = record["ended_at"] is not None
+            words = record["reason"] or (None if is_over else "killed before it could say why")
+            parts = (f"attempt {number}, from step {record['from_step']}", record["state"] if is_over else None, words)
+            lines.append(": ".join(part for part in parts if part))
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return tuple(lines)

@@ -9,12 +9,18 @@ from janus_cluster.preflight.hca import port_name, rails
 Table = dict[str, str | int | None]
 
 
-def collect_agreement(facts: dict[str, Any]) -> dict[str, Table]:
-    """Groups versions, driver, gpus, hcas, files of one node's facts; a group that was not read is empty."""
-    groups: dict[str, Table] = {"versions": dict(facts["versions"])}
-    rows = facts.get("gpu", {}).get("identity", {}).get("rows", [])
+def collect_agreement(facts: dict[str, Any]) -> dict[str, Table | None]:
+    """Groups versions, driver, gpus, hcas, files of one node's facts.
+
+    A group that was not asked for is empty; one whose program gave no answer is None: it agrees with nothing.
+    """
+    groups: dict[str, Table | None] = {"versions": dict(facts["versions"])}
+    identity = facts.get("gpu", {}).get("identity", {})
+    rows = identity.get("rows", [])
     groups["driver"] = {"driver": ", ".join(sorted({row.get("driver_version", "?") for row in rows})) or None}
     groups["gpus"] = {f"gpu{row.get('index')}": f"{row.get('name')}, {row.get('memory.total')}" for row in rows}
+    if identity.get("error") is not None:
+        groups["driver"] = groups["gpus"] = None
     found = rails(facts["hca"]) if "hca" in facts else []
     groups["hcas"] = {port_name(p): f"{p['rate']}, firmware {p.get('firmware')}" for p in found}
     groups["files"] = {

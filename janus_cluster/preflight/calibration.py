@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.errors import GateFailed, GateUndetermined
 from janus_cluster.preflight.all_reduce import busbw_gb_per_s
 from janus_cluster.preflight.bandwidth import rail_rate
+from janus_cluster.preflight.model import Verdict
 from janus_cluster.rundir import RunDir, read_json, write_json_atomically
 
 _SCHEMA_VERSION = 1
+_FEWEST_RUNS = 3  # a median of fewer says little
 
 
 def measured_rates(facts: Mapping[str, Any], *, statistic: str) -> dict[str, float]:
@@ -142,6 +145,29 @@ def load_history(site: Path, node: str) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return found
+
+
+def with_own_history(verdict: Verdict, site: Path, run: RunDir) -> Verdict:
+    """What was too slow is told beside what the same nodes did in earlier gates: evidence where a pair is blamed."""
+    try:
+        _, by_node, profile = _load_gate(run, run.attempts()[-1])
+    except (GateUndetermined, OSError, ValueError, KeyError, TypeError, IndexError):
+        return verdict
+    earlier = {
+        node: [x for x in load_history(site, node) if x.get("run") != run.name and x.get("profile") == profile]
+        for node in verdict.nodes
+    }
+    results = []
+    for r in verdict.results:
+        told = []
+        for node in r.node.split(",") if r.state in ("FAIL", "WARN") else []:
+            rate = by_node.get(node, {}).get(r.id)
+            rates = [x["rates"][r.id] for x in earlier.get(node, []) if r.id in x.get("rates", {})]
+            if rate is not None and len(rates) >= _FEWEST_RUNS:
+                share = rate / statistics.median(rates)
+                told.append(f"{node}: {share:.2f} of its own median over {len(rates)} runs")
+        results.append(replace(r, fix="; ".join([r.fix, *told])) if told else r)
+    return replace(verdict, results=tuple(results))
 
 
 def _append_once(path: Path, line: Mapping[str, Any]) -> bool:

@@ -23,8 +23,8 @@ def judge_cross_node(facts_by_node: Mapping[str, dict[str, Any] | None]) -> list
     return [*judge_agreement(tables), *judge_links(rails, list(present))]
 
 
-def judge_agreement(tables: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[CheckResult]:
-    """One result per group: who differs from the first node, in what.
+def judge_agreement(tables: Mapping[str, Mapping[str, Mapping[str, Any] | None]]) -> list[CheckResult]:
+    """One result per group: who differs from the first node, in what. ERROR where a node gave no answer (None).
 
     Which of two that differ is right cannot be known: the result is of all nodes, and excludes none. Files that differ
     in their time of change only are a WARN: a copy is as good as the original.
@@ -40,16 +40,13 @@ def judge_agreement(tables: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> li
             source="agreement of nodes",
             phase="cross_node",
         )
-        reference = tables[nodes[0]].get(group, {})
-        differing: list[str] = []
-        harmless = True
-        for node in nodes[1:]:
-            theirs = tables[node].get(group, {})
-            for key in sorted({*reference, *theirs}):
-                is_elsewhere = group == "files" and None in (reference.get(key), theirs.get(key))
-                if reference.get(key) != theirs.get(key) and not is_elsewhere:
-                    differing.append(f"{key}: {nodes[0]} {_told(reference.get(key))}, {node} {_told(theirs.get(key))}")
-                    harmless = harmless and key.endswith(".mtime")
+        silent = [node for node in nodes if tables[node].get(group, {}) is None]
+        if silent:
+            told = f"nothing to compare: {' and '.join(silent)} gave no answer"
+            results.append(check.judged("ERROR", told, fix=f"see the other faults of {' and '.join(silent)}"))
+            continue
+        reference = tables[nodes[0]].get(group) or {}
+        differing, harmless = _differences({node: tables[node].get(group) or {} for node in nodes}, group)
         if not differing and not any(value is not None for value in reference.values()):
             continue
         more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
@@ -57,6 +54,20 @@ def judge_agreement(tables: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> li
         measured = "; ".join(differing[:_SHOWN]) + more if differing else f"{len(reference)} values"
         results.append(check.judged(state, measured, fix=_AGREEMENT_FIXES.get(group, "make the nodes alike")))
     return results
+
+
+def _differences(of_nodes: Mapping[str, Mapping[str, Any]], group: str) -> tuple[list[str], bool]:
+    """What differs from the first node, in words; and whether it is nothing but times of change."""
+    (first, reference), *others = of_nodes.items()
+    differing: list[str] = []
+    harmless = True
+    for node, theirs in others:
+        for key in sorted({*reference, *theirs}):
+            is_elsewhere = group == "files" and None in (reference.get(key), theirs.get(key))
+            if reference.get(key) != theirs.get(key) and not is_elsewhere:
+                differing.append(f"{key}: {first} {_told(reference.get(key))}, {node} {_told(theirs.get(key))}")
+                harmless = harmless and key.endswith(".mtime")
+    return differing, harmless
 
 
 _AGREEMENT_FIXES = {

@@ -10,7 +10,7 @@ on node 0        judge_static      per node and across nodes; a node without fac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from janus_cluster.config.schema import ResolvedJob
@@ -19,6 +19,7 @@ from janus_cluster.preflight.all_reduce import judge_all_reduce
 from janus_cluster.preflight.bandwidth import judge_counters, judge_gemm, judge_intra_node, judge_rails
 from janus_cluster.preflight.cross_node import judge_connections, judge_cross_node
 from janus_cluster.preflight.facts import read_facts
+from janus_cluster.preflight.gpu_load import judge_gpu_load, loads_gpus
 from janus_cluster.preflight.model import CheckResult, Verdict, worst
 from janus_cluster.preflight.rate import baseline_limits
 from janus_cluster.preflight.static import judge_static
@@ -42,10 +43,11 @@ MAX_AGE_S = 3600.0
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
     """What was read around the probe. `counters`: node → port → how much each rose, None where it was not read;
-    `nccl`: node → facts of NCCL's own log, None where there is none."""
+    `nccl`: node → facts of NCCL's own log, None where there is none; `gpu_load`: node → nvidia-smi's tables."""
 
     counters: Mapping[str, Mapping[str, Mapping[str, int]] | None]
     nccl: Mapping[str, Mapping[str, Any] | None]
+    gpu_load: Mapping[str, Sequence[Mapping[str, Any]] | None] = field(default_factory=dict)
     evidence: str = ""
 
 
@@ -77,6 +79,9 @@ def judge_active(
     for node in present:
         is_wanted = bool(profile["hca"]["wanted"])
         results.append(judge_counters(around.counters.get(node), node=node, is_wanted=is_wanted))
+        if loads_gpus(resolved):
+            gpus = resolved.job.hardware.gpus_per_node
+            results += judge_gpu_load(around.gpu_load.get(node), profile["gpu"], node=node, gpus_per_node=gpus)
         results += judge_transport(around.nccl.get(node), profile["transport"], node=node, num_nodes=len(nodes))
     return results
 

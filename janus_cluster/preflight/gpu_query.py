@@ -23,6 +23,17 @@ FAMILIES: dict[str, tuple[tuple[str, ...], ...]] = {
     "persistence": (("index", "persistence_mode"),),
     "fabric": (("index", "fabric.state", "fabric.status"),),
 }
+# What is asked while the probe runs. pstate tells whether the GPU was busy.
+_LOAD = (
+    "index",
+    "pstate",
+    "pcie.link.gen.current",
+    "pcie.link.gen.max",
+    "pcie.link.width.current",
+    "clocks.current.sm",
+    "clocks.max.sm",
+)
+LOAD = ((*_LOAD, "clocks_event_reasons.active"), (*_LOAD, "clocks_throttle_reasons.active"))
 REMAPPED = (
     "gpu_uuid",
     "remapped_rows.correctable",
@@ -41,7 +52,7 @@ def read_gpu_tables(*, timeout_s: float) -> dict[str, dict[str, Any]]:
 
     A program that is missing or hangs is asked once, not seven times.
     """
-    identity = _ask("identity", timeout_s)
+    identity = ask_gpus(FAMILIES["identity"], timeout_s=timeout_s)
     if identity["error"] is not None:
         return dict.fromkeys([*FAMILIES, "remapped", "nvlink"], identity)
     families = [name for name in FAMILIES if name != "identity"]
@@ -49,15 +60,17 @@ def read_gpu_tables(*, timeout_s: float) -> dict[str, dict[str, Any]]:
         nvlink = pool.submit(run_command, [PROGRAM, "nvlink", "-s"], timeout_s=timeout_s)
         query = f"--query-remapped-rows={','.join(REMAPPED)}"
         remapped = pool.submit(run_command, [PROGRAM, query, "--format=csv,nounits"], timeout_s=timeout_s)
-        tables = {"identity": identity, **dict(zip(families, pool.map(_ask, families, [timeout_s] * 8), strict=False))}
+        asked = {name: pool.submit(ask_gpus, FAMILIES[name], timeout_s=timeout_s) for name in families}
+        tables = {"identity": identity, **{name: future.result() for name, future in asked.items()}}
         tables["remapped"] = _table(remapped.result(), REMAPPED)
         out = nvlink.result()
     tables["nvlink"] = {"text": out.stdout, "problem": out.problem, "error": out.error}
     return tables
 
 
-def _ask(family: str, timeout_s: float) -> dict[str, Any]:
-    for fields in FAMILIES[family]:
+def ask_gpus(forms: Sequence[Sequence[str]], *, timeout_s: float) -> dict[str, Any]:
+    """The table of the first of the questions that this driver understands."""
+    for fields in forms:
         out = run_command([PROGRAM, f"--query-gpu={','.join(fields)}", "--format=csv,nounits"], timeout_s=timeout_s)
         if "not a valid field" not in out.stdout + out.stderr:
             break

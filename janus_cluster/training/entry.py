@@ -71,7 +71,10 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pul
     metrics = MetricsLog(
         run, attempt=attempt, is_main=world.is_main, effective_batch_size=resolved.effective_batch_size
     )
-    checkpoint = agree_on_resume(run.checkpoints, resume=job.checkpoint.resume, world=world)
+    found = agree_on_resume(run.checkpoints, resume=job.checkpoint.resume, world=world, report=metrics.say)
+    for broken in found.passed_over:
+        metrics.append("checkpoint_broken", broken.step, path=str(broken.path), reason=broken.reason)
+    checkpoint = found.checkpoint
     if checkpoint is not None:
         metrics.append("resume", int(checkpoint.name.removeprefix("checkpoint-")), checkpoint=str(checkpoint))
         metrics.say(f"resuming from {checkpoint}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +202,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_SAFE):
             value = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as e:
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
         raise UsageError(f"{path} cannot be read: {str(e).splitlines()[0]}") from e
     assert isinstance(value, dict), path
     return value

@@ -5,6 +5,8 @@ B rows of a micro-batch · A micro-batches of an optimizer step · W ranks
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -22,7 +24,6 @@ from transformers.trainer import SCHEDULER_NAME
 from janus_cluster.config.schema import JobConfig
 from janus_cluster.config.zero_cut import Cut
 from janus_cluster.errors import TrainingFailed
-from janus_cluster.training.checkpoint import clear_checkpoint, complete_checkpoint
 from janus_cluster.training.data.sampler import RankBatches
 from janus_cluster.training.held_out import HeldOutScores, ScoreSums, move_to, predict_batches
 from janus_cluster.training.loss import SEGMENT_NAMES, action_count, ramped_weight, text_weight_sum
@@ -30,6 +31,7 @@ from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.model.build import parameter_groups
 from janus_cluster.training.pulse import Pulse
 from janus_cluster.training.reshard import load_resharded, written_cut
+from janus_cluster.training.saving import new_checkpoint
 from janus_cluster.training.world import World
 
 Batch = dict[str, Any]
@@ -131,6 +133,7 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
         self._world = world
         self._metrics = metrics
         self._batches = batches
+        self._saves_in: Path | None = None
         self._loss_denominator: torch.Tensor | None = None
         self.held_out_scores: HeldOutScores | None = None
         self.evaluated_step: int | None = None
@@ -304,13 +307,54 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's checkpoint of every rank, then the manifest that makes it complete, then the old ones go."""
+        """The checkpoint of this step is whole and has its name, or the ones before it are as they were.
+
+        Raises: TrainingFailed where the state is spoilt, or the disk has no room for it.
+        """
         self._beat("checkpoint")
         self._require_finite(self._sum_over_ranks(self._num_not_finite).item())
-        checkpoints, step = Path(self.args.output_dir), self.state.global_step
-        clear_checkpoint(checkpoints, step=step, world=self._world)
-        super()._save_checkpoint(model, trial)
-        complete_checkpoint(checkpoints, step=step, world=self._world, keep_last=self._job.checkpoint.keep_last)
+        self._require_finite_gradients()
+        with new_checkpoint(
+            Path(self.args.output_dir),
+            step=self.state.global_step,
+            world=self._world,
+            keep_last=self._job.checkpoint.keep_last,
+            keep_every=self._job.checkpoint.keep_every,
+            about=self._describe_state(),
+            beat=lambda: self._beat("checkpoint"),
+        ) as self._saves_in:
+            super()._save_checkpoint(model, trial)
+        self._saves_in = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the Trainer makes its checkpoint-<step>: aside, while one is being written."""
+        return super()._get_output_dir(trial) if self._saves_in is None else str(self._saves_in)
+
+    def _require_finite_gradients(self) -> None:
+        """Nothing, where the norm of the last step's gradient is finite or not known. Raises: TrainingFailed."""
+        norm = self.model_wrapped.get_global_grad_norm() if self.is_deepspeed_enabled else None
+        # DeepSpeed writes -1 for a norm that is no number.
+        if norm is not None and not 0 <= float(norm) < math.inf:
+            raise TrainingFailed(
+                f"the loss's gradient norm is not finite at step {self.state.global_step} ({float(norm)}): the weights "
+                "are spoilt, and no checkpoint is written",
+                hint="a smaller training.learning_rate or training.max_grad_norm, or precision fp32; the checkpoint "
+                "before it is as it was",
+            )
+
+    def _describe_state(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says about who wrote it."""
+        world_size = self._world.world_size
+        zero_stage = None
+        if self.is_deepspeed_enabled:
+            zero_stage = Cut.of(self.args.hf_deepspeed_config.config, world_size=world_size).stage
+        return {
+            "zero_stage": zero_stage,
+            "processes_per_node": int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+            "effective_batch_size": self.args.per_device_train_batch_size
+            * self.args.gradient_accumulation_steps
+            * world_size,
+        }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Weights are in `output_dir`; but a checkpoint of DeepSpeed's needs none besides the engine's own shards.
@@ -334,19 +378,40 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
 
         Where the cut is the same, DeepSpeed loads its own files.
         """
-        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, None)
         checkpoint = Path(resume_from_checkpoint)
-        written = written_cut(checkpoint)
-        mine = Cut.of(self.args.hf_deepspeed_config.config, world_size=self._world.world_size)
-        if written == mine:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        mine = written = None
+        if self.is_deepspeed_enabled:
+            written = written_cut(checkpoint)
+            mine = Cut.of(self.args.hf_deepspeed_config.config, world_size=self._world.world_size)
+        if written is None or mine is None or written == mine:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        else:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            self._load_cut_anew(checkpoint, written, mine)
+        self._follow_schedule()
+        return prepared
+
+    def _load_cut_anew(self, checkpoint: Path, written: Cut, mine: Cut) -> None:
+        """The engine and the schedule have what `checkpoint` holds."""
         self._metrics.say(f"{checkpoint.name} was written by {written}; cut anew for {mine}")
+        if written.world_size != mine.world_size and self._job.training.lora.dropout:
+            # Nothing else draws random numbers while it trains.
+            self._metrics.say("random states of other ranks cannot be taken over: training.lora.dropout draws anew")
         load_resharded(self.model_wrapped, checkpoint, groups=parameter_groups(self.model, self._job.training))
         # With DeepSpeed this is the schedule alone.
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        return prepared
+        self._load_optimizer_and_scheduler(str(checkpoint))
+
+    def _follow_schedule(self) -> None:
+        """The next step has this job's learning rates: the checkpoint's, but where the run has become longer since."""
+        schedule = self.lr_scheduler
+        steps = schedule.last_epoch
+        rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        # What the Trainer logs.
+        schedule._last_lr = rates
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The weights of a checkpoint written without DeepSpeed, all of them.

@@ -96,23 +96,6 @@ def test_a_cut_link_is_of_the_node_whose_cable_is_out(janus: Janus, healthy: Pat
     assert (report["verdict"], report["exclude"]) == ("FAIL", ["h800-02"])
 
 
-def test_a_blocked_master_port_is_found_with_address_and_port(janus: Janus, sandbox: SandboxInfo) -> None:
-    namespace = str(sandbox.node("h800-02").namespace)  # type: ignore[union-attr]
-    # Every port that a rendezvous may get; Slurm itself speaks on others.
-    assert not 15000 <= sandbox.controller_port <= 31000
-    rule = ["ipproto", "tcp", "dport", "15000-31000", "blackhole"]
-    subprocess.run(["ip", "-n", namespace, "rule", "add", *rule], check=True)
-    try:
-        report = gate(janus)
-    finally:
-        subprocess.run(["ip", "-n", namespace, "rule", "del", *rule], check=True)
-    found = failed(report)
-    assert list(found) == ["master_port"], found
-    assert found["master_port"]["node"] == "h800-01,h800-02"
-    assert found["master_port"]["measured"].startswith("h800-02 to h800-01:1")
-    assert report["exclude"] == []
-
-
 def put_file(sandbox: SandboxInfo, node: str, name: str) -> None:
     folder = Path(sandbox.node(node).mnt) / name  # type: ignore[union-attr]
     folder.mkdir(exist_ok=True)

@@ -63,6 +63,18 @@ def test_nothing_is_said_before_the_first_heartbeat() -> None:
     assert judge() is None
 
 
+def test_ranks_that_never_begin_are_noticed(tmp_path: Path) -> None:
+    now = [0.0]
+    watchdog = Watchdog(
+        RunDir(tmp_path), attempt=1, world_size=2, hang_timeout_s=40, start_timeout_s=600, clock=lambda: now[0]
+    )
+    now[0] = 599.0
+    assert watchdog.look() is None
+    now[0] = 610.0
+    hang = watchdog.look()
+    assert hang is not None and "no rank has begun in 600 s" in hang.message
+
+
 def test_only_changes_by_the_watchers_own_clock_count(tmp_path: Path) -> None:
     run, now = RunDir(tmp_path), [0.0]
     watchdog = Watchdog(run, attempt=1, world_size=2, hang_timeout_s=40, start_timeout_s=600, clock=lambda: now[0])

@@ -49,6 +49,7 @@ def status_of(folder: Path, failure: Failure, *, cluster: str = "slurm", results
         # One node alone: only its hardware is surely its own.
         ([("a", "paths.data", "FAIL")], []),
         ([("a", "gpu.nvlink", "FAIL")], ["a"]),
+        ([("a", "paths.data", "FAIL"), ("b", "net.links", "FAIL"), ("b", "paths.data", "FAIL")], ["b"]),
         ([("a", "rail.mlx5_0", "WARN"), ("b", "rail.mlx5_0", "ERROR")], []),
     ],
 )

@@ -1,4 +1,4 @@
-"""Faults of one node's GPUs and rails: what is put there, which check finds it, in which state, and a word that names it."""
+"""Faults of one node's GPUs and rails: what is put there, which check finds it, its state, a word that names it."""
 
 from __future__ import annotations
 

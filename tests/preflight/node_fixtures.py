@@ -43,6 +43,9 @@ def smi_texts() -> dict[str, str]:
         "throttle": "index, clocks_event_reasons.active\n" + "".join(f"{i}, 0x0000000000000001\n" for i in each),
         "pcie": "index, pcie.link.width.current, pcie.link.width.max, pcie.link.gen.current\n"
         + "".join(f"{i}, 16, 16, 1\n" for i in each),
+        "load": "index, pstate, pcie.link.gen.current, pcie.link.gen.max, pcie.link.width.current, "
+        "clocks.current.sm [MHz], clocks.max.sm [MHz], clocks_event_reasons.active\n"
+        + "".join(f"{i}, P0, 5, 5, 16, 1755, 1980, 0x0000000000000004\n" for i in each),
         "persistence": "index, persistence_mode\n" + "".join(f"{i}, Enabled\n" for i in each),
         "fabric": "index, fabric.state, fabric.status\n" + "".join(f"{i}, Completed, Success\n" for i in each),
         "remapped": "gpu_uuid, remapped_rows.correctable, remapped_rows.uncorrectable, remapped_rows.pending, "
@@ -136,6 +139,7 @@ case "$1" in
     --query-gpu=index,ecc*) f=ecc ;;
     --query-gpu=index,clocks_event*) f=throttle ;;
     --query-gpu=index,pcie*) f=pcie ;;
+    --query-gpu=index,pstate*) f=load ;;
     --query-gpu=index,persistence*) f=persistence ;;
     --query-gpu=index,fabric*) f=fabric ;;
     --query-remapped-rows=*) f=remapped ;;

@@ -17,9 +17,11 @@ from janus_cluster.preflight.calibration import (
     load_history,
     measured_rates,
     with_baseline,
+    with_own_history,
     write_baseline,
 )
 from janus_cluster.preflight.gate import judge_active
+from janus_cluster.preflight.model import CheckResult, Verdict
 from janus_cluster.resources import jobs_dir
 from janus_cluster.rundir import RunDir, write_json_atomically
 
@@ -107,3 +109,22 @@ def test_the_baseline_of_another_profile_is_kept(tmp_path: Path) -> None:
     write_baseline(site, write_run(tmp_path / "run", {"n1": 1.0}))
     assert load_baseline(site, "h800-ib", num_nodes=2) == {"gemm": 700.0}
     assert load_baseline(site, "cpu", num_nodes=2)["gemm"] == 10.0
+
+
+def test_a_slow_pair_is_told_beside_what_its_nodes_did_before(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    row = CheckResult(
+        id="rail.ib0", phase="active", node="n1,n2", state="FAIL", measured="slow", expected="fast", fix="swap one end"
+    )
+    sound = CheckResult(id="gemm", phase="active", node="n1", state="PASS", measured="fast", expected="fast")
+    verdict = Verdict(state="FAIL", job_id="7", config_hash="x", nodes=NODES, created_at=5.0, results=(row, sound))
+    slow = write_run(tmp_path / "slow", {"n1": 1.0, "n2": 1.0}, state="FAIL")
+    for i in range(3):
+        assert with_own_history(verdict, site, slow) == verdict, f"{i} earlier runs say too little"
+        append_history(site, write_run(tmp_path / f"run{i}", {"n1": 1.0, "n2": 2.0}))
+    append_history(site, slow)
+    told = with_own_history(verdict, site, slow)
+    assert told.results[0].fix == (
+        "swap one end; n1: 1.00 of its own median over 3 runs; n2: 0.50 of its own median over 3 runs"
+    )
+    assert (told.results[1], told.state) == (sound, "FAIL")

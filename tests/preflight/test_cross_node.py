@@ -82,6 +82,12 @@ def test_agreement_says_who_differs_in_what() -> None:
     assert extra.measured == "gpu1: n1 nothing, n2 H800"
 
 
+def test_a_node_that_gave_no_answer_differs_in_nothing_and_agrees_in_nothing() -> None:
+    """A hung nvidia-smi is no other driver: the pair is not judged, and the node's own check says why."""
+    (result,) = (r for r in judge_agreement(tables(gpus=None)) if r.id == "same.gpus")
+    assert (result.state, result.measured) == ("ERROR", "nothing to compare: n2 gave no answer")
+
+
 def test_files_that_differ_only_in_time_are_a_warning() -> None:
     assert judge_agreement(tables(files={"m.hash": "a", "m.mtime": 2, "m.bytes": 5}))[0].state == "WARN"
     assert judge_agreement(tables(files={"m.hash": "b", "m.mtime": 2, "m.bytes": 5}))[0].state == "FAIL"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from janus_cluster.training.reshard import load_resharded
+from janus_cluster.training.world import run_and_leave
 
 MODEL_WEIGHTS = "model_weights.pt"
 
@@ -94,4 +96,4 @@ def main(plan: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_and_leave(partial(main, Path(sys.argv[1])))

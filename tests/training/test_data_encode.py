@@ -26,6 +26,7 @@ from janus_cluster.errors import TrainingFailed, UsageError  # noqa: E402
 from janus_cluster.training.data.dataset import NavigationDataset, collate  # noqa: E402
 from janus_cluster.training.data.encode import SampleEncoder  # noqa: E402
 from janus_cluster.training.data.index import load_samples  # noqa: E402
+from janus_cluster.training.data.indexing import run_tasks  # noqa: E402
 from janus_cluster.training.data.lengths import load_token_counts  # noqa: E402
 from janus_cluster.training.data.prompt import (  # noqa: E402
     render_prompt_parts,
@@ -33,6 +34,7 @@ from janus_cluster.training.data.prompt import (  # noqa: E402
     render_user_parts,
     sample_texts,
 )
+from janus_cluster.training.data.text_counts import CountTask, count_texts, whole_table  # noqa: E402
 from janus_cluster.training.data.tokenizer import (  # noqa: E402
     build_tiny_tokenizer,
     image_token_ids,
@@ -249,6 +251,18 @@ def test_token_counts_are_those_of_the_encoded_samples(tokenizer, tmp_path, make
         lengths = [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
         assert load_token_counts(samples, tokenizer=tokenizer, data=data).tolist() == lengths
     assert len(list((tmp_path / "index").rglob("tokens-*.npy"))) == 1
+
+
+def test_processes_count_what_this_process_counts(tokenizer, tmp_path):
+    root = str(write_episodes(tmp_path / "data", episodes=4))
+    data = Data(roots=[root], validation_fraction=0, history=2, **SMALL)
+    (store,) = load_samples(data, seed=0, index_dir=tmp_path / "index").train.stores
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tasks = [CountTask(store.folder, n, n + 4, 2, False, tmp_path / "tokenizer.json") for n in range(0, 16, 4)]
+    counts = [result.tolist() for _, result in run_tasks(tasks, 2)]
+    table = whole_table(store, max_history=2, pad_history=False)
+    assert [count for part in counts for count in part] == count_texts(table, tokenizer.backend_tokenizer).tolist()
+    assert len({tuple(part) for part in counts}) == 1 < len(set(counts[0])), "four steps of each of the four episodes"
 
 
 def test_samples_that_are_too_long_are_named_before_training(tokenizer, tmp_path):

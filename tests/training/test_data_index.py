@@ -104,21 +104,24 @@ def age(folder: Path, days: float) -> Path:
     return folder
 
 
-def test_indexes_that_nobody_used_for_a_month_are_removed_but_for_the_newest(tmp_path):
+@pytest.mark.parametrize(
+    ("ages_days", "num_kept"), [((29, 31, 32, 33, 34, 35, 36, 37), 4), ((1, 1, 1, 1, 1, 29, 31, 400), 6)]
+)
+def test_indexes_that_nobody_used_for_a_month_are_removed_but_for_the_newest(tmp_path, ages_days, num_kept):
     root = write_episodes(tmp_path / "data")
     said: list[str] = []
     load(root, tmp_path / "index", said)
     (used,) = (tmp_path / "index").iterdir()
     others = [shutil.copytree(used, tmp_path / "index" / f"{i:016x}-{i:016x}") for i in range(8)]
     foreign = [shutil.copytree(used, tmp_path / "index" / name) for name in ("mine", ".building-x", ".building-y")]
-    for folder, days in zip(others, (29, 31, 32, 33, 34, 35, 36, 37), strict=True):
+    for folder, days in zip(others, ages_days, strict=True):
         age(folder, days)
     for folder, days in zip([used, *foreign], (400, 400, 400, 1), strict=True):
         age(folder, days)
     load(root, tmp_path / "index", said)
     # The one that is used now is the newest: four more are kept, however old they are.
-    assert set((tmp_path / "index").iterdir()) == {used, *others[:4], foreign[0], foreign[2]}
-    assert sum("was not used for 30 days: removed" in line for line in said) == 4
+    assert set((tmp_path / "index").iterdir()) == {used, *others[:num_kept], foreign[0], foreign[2]}
+    assert sum("was not used for 30 days: removed" in line for line in said) == len(others) - num_kept
     load(root, tmp_path / "index", said)
     assert not was_read(said)
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 from training_run import resolve
 
-from janus_cluster.errors import UsageError
 from janus_cluster.rundir import RunDir
 from janus_cluster.training.batches import build_batches
-from janus_cluster.training.checkpoint import agree_on_resume, find_newest_complete, remove_old, write_manifest
+from janus_cluster.training.checkpoint import find_newest_complete
 from janus_cluster.training.data.dataset import NavigationDataset, collate
 from janus_cluster.training.data.demo import write_demo_episodes
 from janus_cluster.training.data.index import load_samples
@@ -174,6 +173,22 @@ def test_a_resumed_epoch_reads_only_what_the_uninterrupted_one_had_left(episodes
     assert losses_of_both == pytest.approx(losses, rel=1e-5)
 
 
+def test_a_run_that_has_become_longer_follows_the_longer_schedule_at_once(episodes: Path, tmp_path: Path) -> None:
+    def rates(trainer: JanusTrainer) -> list[float]:
+        return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+
+    whole = build_trainer(episodes, tmp_path / "whole", max_steps=5, lr_scheduler="cosine")
+    whole.train()
+    build_trainer(episodes, tmp_path / "cut", max_steps=2, lr_scheduler="cosine").train()
+    checkpoint = str(find_newest_complete(tmp_path / "cut" / "checkpoints"))
+    longer = build_trainer(episodes, tmp_path / "cut", max_steps=5, lr_scheduler="cosine")
+    longer._prepare_for_training(5, longer.get_train_dataloader(), checkpoint)
+    used = [group["lr"] for group in longer.optimizer.param_groups if group["name"] == "llm"]
+    assert used == [rates(whole)[2]], "not the short schedule's last rate, 0"
+    longer.train(resume_from_checkpoint=checkpoint)
+    assert rates(longer)[2:] == rates(whole)[2:]
+
+
 def test_loader_processes_do_not_change_the_batches(episodes: Path, tmp_path: Path) -> None:
     def rows(num_workers: int) -> list[list[list[int]]]:
         trainer = build_trainer(episodes, tmp_path / "run", data={"num_workers": num_workers}, per_device_batch_size=1)
@@ -207,42 +222,3 @@ def test_token_counts_are_those_of_the_encoded_samples(episodes: Path, tmp_path:
     counts = load_token_counts(dataset.samples, tokenizer=tokenizer, data=job.data)
     assert counts.tolist() == [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
     assert len(set(counts.tolist())) > 1
-
-
-def test_a_checkpoint_of_another_number_of_processes_is_refused_with_both_numbers(tmp_path: Path) -> None:
-    write_manifest(make_checkpoint(tmp_path, 7), step=7, world_size=16)
-    with pytest.raises(UsageError, match="written by 16 processes, this attempt has 1") as refused:
-        agree_on_resume(tmp_path, resume="auto", world=ALONE)
-    assert "start it on 16 processes" in str(refused.value.hint)
-    assert agree_on_resume(tmp_path, resume="never", world=ALONE) is None
-
-
-def make_checkpoint(checkpoints: Path, step: int, *, whole: bool = True) -> Path:
-    folder = checkpoints / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    (folder / "weights.bin").write_bytes(b"w" * step)
-    if whole:
-        write_manifest(folder, step=step, world_size=1)
-    return folder
-
-
-def test_the_newest_whole_checkpoint_is_found_by_step_not_by_name(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, 9)
-    newest = make_checkpoint(tmp_path, 10)
-    make_checkpoint(tmp_path, 20, whole=False)
-    assert find_newest_complete(tmp_path) == newest
-    (newest / "weights.bin").write_bytes(b"short")
-    assert find_newest_complete(tmp_path) == tmp_path / "checkpoint-9"
-
-
-def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
-    assert find_newest_complete(tmp_path / "never-made") is None
-
-
-def test_old_checkpoints_go_and_what_is_being_written_stays(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        make_checkpoint(tmp_path, step)
-    make_checkpoint(tmp_path, 2000, whole=False)
-    make_checkpoint(tmp_path, 0, whole=False)
-    remove_old(tmp_path, keep_last=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-2000", "checkpoint-3"]

@@ -161,7 +161,10 @@ def demo_data(out: Path, episodes: int, seed: int, size: tuple[int, int], level:
     if written is None:
         click.echo(f"{what} already there")
     else:
-        click.echo(f"{what} written: {written.frames} frames, {written.memory_frames} of them need memory")
+        click.echo(
+            f"{what} written: {written.frames} frames; the goal of {written.memory_frames} of them was shown "
+            "by earlier ones only"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

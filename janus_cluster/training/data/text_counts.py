@@ -16,9 +16,9 @@ from janus_cluster.training.data.table import Indices, SampleTable
 
 
 class CountTask(NamedTuple):
-    """Count the texts of rows `first` to `last` - 1 of an index; `tokenizer_json` is the file of the tokenizer."""
+    """Count the texts of rows `first` to `last` - 1 of the index in a folder. `tokenizer_json` is a file."""
 
-    index: Path
+    folder: Path
     first: int
     last: int
     max_history: int
@@ -28,7 +28,7 @@ class CountTask(NamedTuple):
 
 def run_count_task(task: CountTask) -> Indices:
     """Tokens of text of each row. Shapes: [last - first]."""
-    table = whole_table(_open_store(task.index), max_history=task.max_history, pad_history=task.pad_history)
+    table = whole_table(_open_store(task.folder), max_history=task.max_history, pad_history=task.pad_history)
     return count_texts(table[task.first : task.last], _open_tokenizer(task.tokenizer_json))
 
 

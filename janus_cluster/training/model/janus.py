@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from janus_cluster.config.networks import VggtConfig
@@ -28,7 +28,9 @@ from janus_cluster.config.weight_names import OWN_PREFIXES
 from janus_cluster.errors import UsageError
 from janus_cluster.training import loss as losses
 from janus_cluster.training.model import pixels
+from janus_cluster.training.model.layout import TextLayout, read_layout
 from janus_cluster.training.model.vggt import Aggregator
+from janus_cluster.training.model.vision import plan_vision, use_grouped_attention
 
 KEYS_SHOWN = 5
 
@@ -95,6 +97,7 @@ class JanusModel(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
         )
         # A tuple keeps VGGT out of the module tree: no ZeRO hooks (11,936 calls a pass), optimizer state or checkpoint.
         self._vggt: tuple[Aggregator, ...] = ()
+        use_grouped_attention(self.model.visual)
         self.post_init()
 
     @classmethod
@@ -173,24 +176,65 @@ class JanusModel(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
         """Fused embeddings of every image, in batch order; VGGT runs only where `memories` are not given.
 
         Shapes: [patches, 1176], [ΣS, 3], B × [S, 3, H, W] in [0, 1], B × [T, 4, 2C] as `remember` gives them;
-                ΣS × [T, H] out.
+                ΣS × [T, H] out. A grid on the host spares a wait for the device.
         """
-        image_embeds = self.model.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output
+        grid = image_grid_thw.cpu()
+        plan = plan_vision(self.model.visual, grid, pixel_values.device)
+        image_embeds = self.model.get_image_features(pixel_values, grid, return_dict=True, **plan).pooler_output
         if memories is None:
             memories = [self.remember(frames) for frames in vggt_frames]
         return self.fuse(image_embeds, self.merge_memories(memories), [len(frames) for frames in vggt_frames])
 
+    def read_layout(
+        self,
+        input_ids: Tensor,
+        *,
+        image_grid_thw: Tensor,
+        mm_token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> TextLayout:
+        """Where the batch's images and labels stand: the step's one wait for the device, before its work begins."""
+        is_image = input_ids == self.config.image_token_id if mm_token_type_ids is None else mm_token_type_ids == 1
+        return read_layout(
+            input_ids,
+            is_image_BL=is_image,
+            image_grid_thw=image_grid_thw.cpu(),
+            find_positions=self.model.get_rope_index,
+            attention_mask_BL=attention_mask,
+            labels_BL=labels,
+            position_ids=position_ids,
+        )
+
     def hidden_states(
-        self, image_embeds: Sequence[Tensor], *, input_ids: Tensor, image_grid_thw: Tensor, **inputs: Any
+        self,
+        image_embeds: Sequence[Tensor],
+        *,
+        input_ids: Tensor,
+        image_grid_thw: Tensor,
+        layout: TextLayout | None = None,
+        **inputs: Any,
     ) -> Tensor:
-        """Last hidden states [B, L, H], after the final norm."""
-        encoded = BaseModelOutputWithPooling(pooler_output=tuple(image_embeds))
-        out = self.model(
-            input_ids=input_ids,
-            image_grid_thw=image_grid_thw,
-            mm_encoder_outputs={"image": encoded},
+        """Last hidden states [B, L, H], after the final norm. `layout` as read_layout gives it for these inputs.
+
+        Raises: ValueError if there are not as many image tokens as embeddings.
+        """
+        if layout is None:
+            layout = self.read_layout(input_ids, image_grid_thw=image_grid_thw, **inputs)
+        images_NH = torch.cat(list(image_embeds))
+        if len(images_NH) != len(layout.image_positions_N):
+            raise ValueError(f"{len(layout.image_positions_N)} image tokens in the text, {len(images_NH)} embeddings")
+        text_BLH = self.get_input_embeddings()(input_ids)
+        # index_copy: its backward picks rows by number; that of masked_scatter would ask the device how many.
+        embeds_BLH = (
+            text_BLH.flatten(0, 1).index_copy(0, layout.image_positions_N, images_NH.to(text_BLH.dtype)).view_as(text_BLH)
+        )
+        out = self.model.language_model(
+            inputs_embeds=embeds_BLH,
+            position_ids=layout.position_ids_3BL,
+            attention_mask=layout.attention_mask_BL,
             use_cache=False,
-            **inputs,
         )
         return out.last_hidden_state  # type: ignore[no-any-return]
 
@@ -206,7 +250,7 @@ class JanusModel(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
         return self.action_head(hidden_BLH[rows, at]).float()  # type: ignore[no-any-return]
 
     def label_logits(self, hidden_BLH: Tensor, labels_BL: Tensor) -> Tensor:
-        """[N, vocabulary] at the label positions only (~160 of ~4,000), row-major over the batch."""
+        """[M, vocabulary] at the label positions only (~160 of ~4,000), row-major over the batch."""
         return self.lm_head(hidden_BLH[:, :-1][losses.label_mask(labels_BL)])  # type: ignore[no-any-return]
 
     def forward(  # noqa: PLR0917 — the batch's keys
@@ -246,12 +290,16 @@ class JanusModel(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
         if input_ids is None or image_grid_thw is None:
             raise ValueError("a batch with frames needs input_ids and image_grid_thw")
         _check_batch(input_ids, frames, image_grid_thw)
+        # The grid follows from the frames' shapes, which the host knows.
+        grid = torch.tensor([(1, *pixels.patch_grid(*f.shape[-2:])) for f in frames for _ in range(len(f))])
+        layout = self.read_layout(input_ids, image_grid_thw=grid, labels=labels, **text_inputs)
         patches = torch.cat([pixels.qwen_patches(sample) for sample in frames])
         unit_frames = [pixels.unit_frames(sample) for sample in frames]
-        fused = self.encode_images(patches, image_grid_thw, unit_frames, memories)
-        hidden = self.hidden_states(fused, input_ids=input_ids, image_grid_thw=image_grid_thw, **text_inputs)
+        fused = self.encode_images(patches, grid, unit_frames, memories)
+        hidden = self.hidden_states(fused, input_ids=input_ids, image_grid_thw=grid, layout=layout)
         return self.judge_hidden(
             hidden,
+            label_positions=layout.label_positions_M,
             attention_mask=attention_mask,
             labels=labels,
             loss_weights=loss_weights,
@@ -272,17 +320,23 @@ class JanusModel(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
         actions: Tensor | None = None,
         action_loss_weight: float = 1.0,
         loss_denominator: Tensor | None = None,
+        label_positions: Tensor | None = None,
     ) -> JanusOutput:
-        """Action logits, and the losses where there are labels. Arguments as in `forward`."""
+        """Action logits, and the losses where there are labels. Arguments as in `forward`.
+
+        `label_positions` as TextLayout holds them; without them the device is asked where the labels are.
+        """
         action_logits = self.action_logits(hidden_BLH, labels, attention_mask)
         if labels is None:
             return JanusOutput(action_logits=action_logits.detach())
-        mask, targets = losses.label_mask(labels), labels[:, 1:]
+        if label_positions is None:
+            label_positions = F.pad(losses.label_mask(labels), (0, 1)).flatten().nonzero().squeeze(1)
+        at_label = label_positions + 1
         weights = torch.ones_like(labels, dtype=torch.float32) if loss_weights is None else loss_weights
         segments = torch.zeros_like(labels) if segment_ids is None else segment_ids
         actions = labels.new_full((len(labels),), losses.IGNORE_INDEX) if actions is None else actions
-        logits = self.label_logits(hidden_BLH, labels)
-        text = losses.text_terms(logits, targets[mask], weights[:, 1:][mask], segments[:, 1:][mask])
+        logits_MV = self.lm_head(hidden_BLH.flatten(0, 1).index_select(0, label_positions))
+        text = losses.text_terms(logits_MV, *(x.flatten()[at_label] for x in (labels, weights, segments)))
         total, text_loss, action_loss = losses.combine(
             text,
             losses.action_loss_sum(action_logits, actions),

@@ -5,6 +5,8 @@ Shape legend: S frames, H and W pixels, G patches of all frames.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -35,6 +37,12 @@ def unit_frames(frames_S3HW: Tensor) -> Tensor:
     return frames_S3HW.float() / 255.0
 
 
+@lru_cache(maxsize=16)
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[3, 1, 1] fp32 on `device`, made once: a copy from a list would make the host wait at every call."""
+    return torch.tensor(values, device=device)[:, None, None]
+
+
 def qwen_patches(frames_S3HW: Tensor) -> Tensor:
     """Qwen's pixel_values of uint8 frames: CLIP-normalised patches, four of a 2×2 group in a row.
 
@@ -43,8 +51,8 @@ def qwen_patches(frames_S3HW: Tensor) -> Tensor:
     """
     grid_h, grid_w = patch_grid(*frames_S3HW.shape[-2:])
     pixels = unit_frames(frames_S3HW)[:, :, : grid_h * PATCH_SIZE]
-    mean = pixels.new_tensor(OPENAI_CLIP_MEAN)[:, None, None]
-    std = pixels.new_tensor(OPENAI_CLIP_STD)[:, None, None]
+    mean = per_channel(tuple(OPENAI_CLIP_MEAN), pixels.device)
+    std = per_channel(tuple(OPENAI_CLIP_STD), pixels.device)
     cell = (MERGE_SIZE, PATCH_SIZE)
     cells = ((pixels - mean) / std).reshape(-1, 3, grid_h // MERGE_SIZE, *cell, grid_w // MERGE_SIZE, *cell)
     # [S, 3, rows/2, 2, 14, columns/2, 2, 14] -> [S, rows/2, columns/2, 2, 2, 3, 14, 14]

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from janus_cluster.config.networks import VggtConfig
+from janus_cluster.training.model.pixels import per_channel
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -196,8 +197,8 @@ class Aggregator(nn.Module):
     @torch.no_grad()
     def patch_tokens(self, frames_S3HW: Tensor) -> Tensor:
         """DINOv2's normalised patch tokens [S, P, C] of frames in [0, 1]."""
-        mean = frames_S3HW.new_tensor(IMAGENET_MEAN)[:, None, None]
-        std = frames_S3HW.new_tensor(IMAGENET_STD)[:, None, None]
+        mean = per_channel(IMAGENET_MEAN, frames_S3HW.device)
+        std = per_channel(IMAGENET_STD, frames_S3HW.device)
         tokens = self.patch_embed(((frames_S3HW - mean) / std).to(self.dtype)).last_hidden_state
         return tokens[:, self.config.num_special_tokens :]  # type: ignore[no-any-return]
 

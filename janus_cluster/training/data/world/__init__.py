@@ -3,5 +3,5 @@
 geometry.py  houses, doors, things, poses: what is where         textures.py  what their surfaces look like
 render.py    what a walker sees                                  plan.py      shortest ways
 layout.py    random houses of a level                            tasks.py     a walk: house, instruction, actions
-words.py     instructions and descriptions in several phrasings
+words.py     instructions in several phrasings, descriptions of what is seen
 """

@@ -1,4 +1,4 @@
-"""Instructions and descriptions of what is seen, each in several phrasings."""
+"""Instructions in several phrasings, and descriptions of what is seen."""
 
 from __future__ import annotations
 

@@ -1,0 +1,205 @@
+"""Bytes on one GPU at the fullest moment of a step, part by part. No torch.
+
+What lies there all the time (weights, gradients, optimizer state, VGGT, buckets) plus the larger of three moments:
+encoding the frames, the start of the backward pass, and the optimizer's step. e is the bytes of an element.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from janus_cluster.plan.sample import Sample
+from janus_cluster.plan.setup import Setup
+from janus_cluster.plan.sizes import Sizes
+
+GB = 1e9
+# fp32 master weight and AdamW's two moments.
+OPTIMIZER_BYTES = 12
+FP32 = 4
+# Widths of temporaries that live at once inside one block without gradient, counted in the code: VGGT's global block
+# (stream, qkv, turned q, k, v, keys and values of all frames, the result), Qwen's vision block (the same and the MLP).
+VGGT_WIDTHS = 14
+VISION_WIDTHS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one GPU. `optimizer` is what lies on the GPU; `host_per_node` what offloading moves off it."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    vggt: float
+    buckets: float
+    activations: float
+    logits: float
+    encoder: float
+    step: float
+    host_per_node: float
+
+    @property
+    def states(self) -> float:
+        """What lies there all the time, VGGT's weights included."""
+        return self.weights + self.gradients + self.optimizer + self.vggt
+
+    @property
+    def resident(self) -> float:
+        return self.states + self.buckets
+
+    @property
+    def passing(self) -> float:
+        """What comes and goes: the fullest of the three moments of a step."""
+        return max(self.encoder, self.activations + self.logits, self.step)
+
+    @property
+    def total(self) -> float:
+        return self.resident + self.passing
+
+    def in_gb(self) -> dict[str, float]:
+        """Every part and the total in GB (1e9 bytes), rounded."""
+        names = (
+            "weights", "gradients", "optimizer", "vggt", "buckets", "activations", "logits", "encoder", "step",
+            "host_per_node", "total",
+        )  # fmt: skip
+        return {name: round(getattr(self, name) / GB, 2) for name in names}
+
+
+def plan_memory(sizes: Sizes, sample: Sample, setup: Setup) -> Memory:
+    """The memory of one GPU that trains micro-batches of `sample`."""
+    weights, gradients, optimizer = state_bytes(sizes, setup)
+    trained = sizes.trained_parameters(setup.work.tune, setup.work.lora)
+    host = 0.0
+    share = trained / (setup.world_size if setup.stage else 1)
+    if setup.offload_optimizer:
+        host += (OPTIMIZER_BYTES + FP32) * share * setup.ranks_per_node
+        optimizer = 0.0
+        # Each gradient goes to the host when its bucket is reduced.
+        gradients = 0.0 if setup.stage >= 2 else gradients
+    if setup.offload_parameters:
+        host += setup.element_bytes * sizes.engine_parameters(setup.work.lora) / setup.nodes
+        weights = float(setup.element_bytes * sizes.small_parameters(setup.persistence_threshold))
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        vggt=float(setup.element_bytes * sizes.vggt_parameters),
+        buckets=_buckets(sizes, setup),
+        activations=activation_bytes(sizes, sample, setup) + _backward_workspace(sizes, sample, setup),
+        logits=_logits(sizes, sample, setup),
+        encoder=_encoder(sizes, sample, setup),
+        step=0.0 if setup.offload_optimizer else FP32 * share,
+        host_per_node=host,
+    )
+
+
+def state_bytes(sizes: Sizes, setup: Setup) -> tuple[float, float, float]:
+    """Weights, gradients and optimizer state of one rank, nothing offloaded, without VGGT.
+
+    ZeRO-1 cuts the optimizer state among the ranks, ZeRO-2 the gradients too, ZeRO-3 the weights too, the frozen ones
+    included; there, tensors up to the persistence threshold stay whole on every rank.
+    """
+    work, e = setup.work, setup.element_bytes
+    trained = sizes.trained_parameters(work.tune, work.lora)
+    everything = sizes.engine_parameters(work.lora)
+    ranks = setup.world_size
+    weights = e * everything / (ranks if setup.stage == 3 else 1)
+    if setup.stage == 3:
+        weights += e * sizes.small_parameters(setup.persistence_threshold)
+    gradients = e * trained / (ranks if setup.stage >= 2 else 1)
+    optimizer = OPTIMIZER_BYTES * trained / (ranks if setup.stage >= 1 else 1)
+    return weights, gradients, optimizer
+
+
+def layer_bytes_per_token(sizes: Sizes, element_bytes: int) -> float:
+    """What one language layer keeps of each token for its backward pass, through a fused attention kernel.
+
+    Both norms keep their input in fp32 (4 each), its normalised copy and their result (e each); attention its queries
+    and result (e each), keys and values (e each, at their own width) and a number per head; the MLP four tensors of
+    its width (e each); both norms one more number. Measured with torch's saved-tensor hooks: equal to the byte.
+    """
+    language, e = sizes.language, element_bytes
+    # In fp32 a norm's input is the residual stream, which it shares with its normalised copy's product: one tensor.
+    norms = 2 * (FP32 + 2 * e) * language.hidden
+    attention = 2 * e * language.hidden + 2 * e * language.kv_dim + FP32 * language.heads
+    return norms + attention + 4 * e * language.wide + 2 * FP32
+
+
+def activation_bytes(sizes: Sizes, sample: Sample, setup: Setup) -> float:
+    """What the layers of the language model and what learns before it keep for the backward pass."""
+    work, e = setup.work, setup.element_bytes
+    tokens = setup.micro_batch * sample.tokens
+    language = sizes.language
+    kept = 0.0
+    if work.reaches_language:
+        again = math.ceil(language.layers / work.recompute_every) if work.recompute_every else 0
+        whole = (language.layers - again) * layer_bytes_per_token(sizes, e)
+        kept += tokens * (whole + again * e * language.hidden)
+    if work.tune.projector or work.tune.vision:
+        kept += setup.micro_batch * _image_merger_bytes(sizes, sample, e)
+    if work.tune.vision:
+        kept += setup.micro_batch * _vision_bytes(sizes, sample, setup)
+    return kept
+
+
+def _image_merger_bytes(sizes: Sizes, sample: Sample, e: int) -> float:
+    """Qwen's merger: its norm on every patch, then three tensors of four patches' width for each token."""
+    vision = sizes.vision
+    patches = sample.vision_patches
+    return patches * (FP32 + 2 * e) * vision.dim + 3 * e * patches * vision.dim
+
+
+def _vision_bytes(sizes: Sizes, sample: Sample, setup: Setup) -> float:
+    """The vision tower where it learns: recomputed block by block, or kept whole."""
+    vision, e = sizes.vision, setup.element_bytes
+    per_block = 2 * (FP32 + 2 * e) * vision.dim + 4 * e * vision.dim + 4 * e * vision.wide
+    if setup.work.recompute_every:
+        return sample.vision_patches * (vision.depth * e * vision.dim + per_block)
+    return sample.vision_patches * vision.depth * per_block
+
+
+def _backward_workspace(sizes: Sizes, sample: Sample, setup: Setup) -> float:
+    """What the backward pass needs beside what was kept: one layer computed again, its gradients, a whole gradient."""
+    if not setup.work.reaches_language:
+        return 0.0
+    e, language = setup.element_bytes, sizes.language
+    tokens = setup.micro_batch * sample.tokens
+    again = layer_bytes_per_token(sizes, e) if setup.work.recompute_every else 0.0
+    gradients = e * (3 * language.wide + 4 * language.hidden)
+    largest = sizes.largest_tensor if setup.work.learns_language and setup.stage >= 2 else 0
+    return tokens * (again + gradients) + e * largest
+
+
+def _logits(sizes: Sizes, sample: Sample, setup: Setup) -> float:
+    """Logits, their fp32 copy's log-probabilities, and the gradients of both, at the positions that have a label."""
+    positions = sample.tokens if setup.work.head_on_all else sample.label_tokens
+    copies = 2 * setup.element_bytes + 3 * FP32
+    return float(setup.micro_batch * positions * sizes.language.vocabulary * copies)
+
+
+def _encoder(sizes: Sizes, sample: Sample, setup: Setup) -> float:
+    """The larger of VGGT's pass (one sample at a time) and the vision tower's (the whole micro-batch)."""
+    e, vision, vggt = setup.element_bytes, sizes.vision, sizes.vggt
+    pixels = 2 * 3 * FP32 * sample.frames * sample.width * sample.height
+    tokens = sample.frames * (sample.vggt_patches + vggt.num_special_tokens)
+    memory = tokens * VGGT_WIDTHS * vggt.embed_dim * e + pixels
+    inputs = vision.patch_inputs * (FP32 + e)
+    patches = setup.micro_batch * sample.vision_patches
+    return max(memory, patches * (VISION_WIDTHS * vision.dim * e + inputs))
+
+
+def _buckets(sizes: Sizes, setup: Setup) -> float:
+    """DeepSpeed's own buffers.
+
+    ZeRO-1 and 2: the reduction bucket, a second one where communication overlaps, and a flat copy on its way.
+    ZeRO-3: one bucket, its copy, and the gathered weights that may live at once, prefetched ones included.
+    """
+    e = setup.element_bytes
+    if not setup.stage:
+        return float(e * min(setup.reduce_bucket, sizes.engine_parameters(setup.work.lora)))
+    copies = 2 + int(setup.overlap and setup.stage < 3)
+    buffers = e * copies * setup.reduce_bucket
+    if setup.stage == 3:
+        live = max(setup.live_parameters, setup.prefetch_bucket)
+        buffers += e * min(live, sizes.engine_parameters(setup.work.lora))
+    return float(buffers)

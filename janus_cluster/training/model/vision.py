@@ -1,0 +1,117 @@
+"""Qwen's vision tower in few kernels: windows of one length share a call, and what follows from the grid is kept.
+
+transformers runs one attention call a window where flash attention is not installed: 30 windows an image, 9 images and
+28 blocks are 7,560 calls a micro-step, and asks the device for the window lengths three times a block.
+Shape legend: N patches of all images, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLVisionAttention,
+    apply_rotary_pos_emb_vision,
+)
+from transformers.utils.generic import is_flash_attention_requested
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+
+PLANS_KEPT = 64
+
+Groups = tuple[tuple[Tensor, int], ...]
+
+
+class GroupedVisionAttention(Qwen2_5_VLVisionAttention):  # type: ignore[misc]
+    """The same attention with one call for all windows of a length, exact and without a mask."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        max_seqlen: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Shapes: [N, H · D] in and out; cu_seqlens on the host, or there is a wait for the device."""
+        if self.config._attn_implementation != "sdpa" or position_embeddings is None:
+            out: Tensor = super().forward(hidden_states, cu_seqlens, position_embeddings, max_seqlen, **kwargs)
+            return out
+        num_patches = hidden_states.shape[0]
+        q, k, v = self.qkv(hidden_states).reshape(num_patches, 3, self.num_heads, -1).unbind(1)
+        q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
+        groups, back_N = group_windows(tuple(cu_seqlens.tolist()), hidden_states.device)
+        mixed = [self._attend(q, k, v, index, length) for index, length in groups]
+        mixed_NHD = mixed[0] if back_N is None else torch.cat(mixed).index_select(0, back_N)
+        return self.proj(mixed_NHD.reshape(num_patches, -1))  # type: ignore[no-any-return]
+
+    def _attend(self, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, index: Tensor | None, length: int) -> Tensor:
+        """[n · length, H, D]: attention inside each of the n windows that `index` lists; None: all, as they lie."""
+        parts = (x if index is None else x.index_select(0, index) for x in (q_NHD, k_NHD, v_NHD))
+        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in parts)
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scaling)
+        return mixed.transpose(1, 2).flatten(0, 1)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def group_windows(
+    boundaries: tuple[int, ...], device: torch.device
+) -> tuple[tuple[tuple[Tensor | None, int], ...], Tensor | None]:
+    """(for each length: the patches of its windows, and the length), and where each patch then lies.
+
+    One length only: nothing is moved, both are None.
+    """
+    return _group_windows(boundaries, device)
+
+
+@lru_cache(maxsize=PLANS_KEPT)
+def _group_windows(
+    boundaries: tuple[int, ...], device: torch.device
+) -> tuple[tuple[tuple[Tensor | None, int], ...], Tensor | None]:
+    windows: dict[int, list[int]] = {}
+    for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+        windows.setdefault(end - start, []).extend(range(start, end))
+    if len(windows) == 1:
+        return ((None, next(iter(windows))),), None
+    back = torch.tensor([patch for members in windows.values() for patch in members]).argsort()
+    groups = tuple((torch.tensor(members, device=device), length) for length, members in windows.items())
+    return groups, back.to(device)
+
+
+def use_grouped_attention(visual: nn.Module) -> None:
+    """Every block of the tower groups its windows. The class changes and no weight does, so nothing is drawn anew."""
+    for block in visual.blocks:  # type: ignore[union-attr]
+        block.attn.__class__ = GroupedVisionAttention
+
+
+def plan_vision(visual: nn.Module, image_grid_thw: Tensor, device: torch.device) -> dict[str, Any]:
+    """What the tower would work out from the grid for every batch, as keyword arguments of get_image_features."""
+    config: Any = visual.config
+    if is_flash_attention_requested(config):
+        return {}
+    grid = tuple(tuple(row) for row in image_grid_thw.tolist())
+    sizes = (visual.spatial_merge_size, visual.window_size, visual.patch_size)
+    position_ids, window_index, cu_seqlens, cu_window_seqlens = _plan_vision(grid, sizes, device)  # type: ignore[arg-type]
+    # Lengths stay on the host: kernels take them as shapes.
+    return {
+        "image_position_ids": position_ids,
+        "image_window_index": window_index,
+        "image_cu_seqlens": cu_seqlens,
+        "image_cu_window_seqlens": cu_window_seqlens,
+    }
+
+
+@lru_cache(maxsize=PLANS_KEPT)
+def _plan_vision(
+    grid: tuple[tuple[int, ...], ...], sizes: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grid_thw = torch.tensor(grid)
+    merge_size, window_size, patch_size = sizes
+    window_index, cu_window_seqlens = get_vision_window_index(
+        grid_thw, spatial_merge_size=merge_size, window_size=window_size, patch_size=patch_size
+    )
+    position_ids = get_vision_position_ids(grid_thw, merge_size)
+    return position_ids.to(device), window_index.to(device), get_vision_cu_seqlens(grid_thw), cu_window_seqlens
