@@ -26,6 +26,8 @@ READS = frozenset(
     "unique unique_consecutive equal allclose".split()
 )
 FROM_LISTS = frozenset(("tensor", "new_tensor", "as_tensor"))
+# Lengths of windows lie on the host there, made before anything is counted.
+_ON_HOST_AT = ("model/vision.py",)
 _IGNORED_FRAMES = ("torch/", "benchmarks/counting.py", "contextlib.py")
 
 
@@ -54,15 +56,26 @@ class HostWaits(TorchFunctionMode):
         given = list(_tensors((args, kwargs)))
         on_host = all(getattr(tensor, "_on_host", False) for tensor in given) and "device" not in kwargs
         if given and not on_host and _waits(name, args):
-            self.at[f"{name} at {_caller()}"] += 1
+            self._add(name)
         elif name in FROM_LISTS and (kwargs.get("device") is not None or name == "new_tensor"):
-            self.at[f"{name} at {_caller()}"] += 1
+            self._add(name)
+        to_device = name == "to" and _names_device(args[1:], kwargs)
+        if to_device and all(getattr(t, "_on_host", False) for t in given) and not kwargs.get("non_blocking"):
+            self._add(name)
         result = func(*args, **kwargs)
-        copied_to_device = name == "to" and not (len(args) == 2 and isinstance(args[1], torch.dtype))
-        if name == "cpu" or (on_host and not copied_to_device):
+        if name == "cpu" or (on_host and not to_device):
             for tensor in _tensors(result):
-                tensor._on_host = True
+                tensor._on_host = True  # type: ignore[attr-defined]
         return result
+
+    def _add(self, name: str) -> None:
+        caller = _caller()
+        if not caller.startswith(_ON_HOST_AT):
+            self.at[f"{name} at {caller}"] += 1
+
+
+def _names_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return "device" in kwargs or any(isinstance(a, (torch.device, str, Tensor)) for a in args)
 
 
 def _waits(name: str, args: tuple[Any, ...]) -> bool:
@@ -86,7 +99,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _caller() -> str:
-    frame = sys._getframe(2)
+    frame = sys._getframe(3)
     while frame.f_back is not None and any(part in frame.f_code.co_filename for part in _IGNORED_FRAMES):
         frame = frame.f_back
     path = Path(frame.f_code.co_filename)

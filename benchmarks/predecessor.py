@@ -154,13 +154,12 @@ class FrameByFrameAggregator(Aggregator):
 class SwitchableModel(JanusModel):
     """JanusModel whose parts compute as the predecessor's where the switches say so."""
 
-    vggt_inside: Aggregator | None = None
     head_on_all_positions = False
     plain_vision = False
 
     def put_vggt_inside(self, *, frame_by_frame: bool) -> None:
         """VGGT is a submodule from now on: the engine hooks it, shards it and keeps it in checkpoints."""
-        self.vggt_inside = FrameByFrameAggregator(self.vggt) if frame_by_frame else self.vggt
+        self.add_module("vggt_inside", FrameByFrameAggregator(self.vggt) if frame_by_frame else self.vggt)
 
     def use_plain_vision(self) -> None:
         """Windows one by one, and everything that follows from grids and ids worked out on the device each time."""
@@ -169,9 +168,8 @@ class SwitchableModel(JanusModel):
             block.attn.__class__ = Qwen2_5_VLVisionAttention
 
     def remember(self, frames_S3HW: Tensor) -> Tensor:
-        if self.vggt_inside is None:
-            return super().remember(frames_S3HW)
-        return pixels.merge_groups(self.vggt_inside(frames_S3HW))
+        inside = self._modules.get("vggt_inside")
+        return super().remember(frames_S3HW) if inside is None else pixels.merge_groups(inside(frames_S3HW))
 
     def forward(self, *, pixel_values: Tensor | None = None, **batch: Any) -> Any:
         """As JanusModel.forward; with `pixel_values` the frames are floats in [0, 1] and the patches come ready."""

@@ -43,6 +43,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "render",
         "Print the script, environment or ZeRO JSON of a job; write nothing.",
     ),
+    "plan": (
+        "janus_cluster.plan.cli",
+        "plan",
+        "Predict memory and time for every ZeRO stage, batch and number of nodes; name the way to take.",
+    ),
     "config": ("janus_cluster.commands", "config", "Show a job's values and origins, or the JSON Schema of job files."),
     "demo-data": (
         "janus_cluster.training.data.demo",

@@ -18,7 +18,8 @@
   logs/attempt_<n>/       <node>.log, <node>.rank<r>.log, torchrun/<node>/ (its error files), attempt.json (from which
                           step, and how it ended), stop.json (asked to stop), heartbeats/rank<r>.json,
                           versions.json (packages that it ran with)
-  checkpoints/checkpoint-<step>/      export/      evaluation/
+  checkpoints/checkpoint-<step>/ (whole), .partial/ (being written), checkpoint-<step>.broken/ (found damaged on resume)
+      export/      evaluation/
 """
 
 from __future__ import annotations

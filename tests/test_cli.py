@@ -72,6 +72,7 @@ def test_the_command_surface_is_frozen() -> None:
         "resume": ["--follow", "--nodes", "--runs-dir", "--set"],
         "nodes": ["--all", "--json"],
         "render": ["--nodes", "--part", "--set"],
+        "plan": ["--gpu", "--json", "--nodes", "--samples", "--set"],
         "config": [],
         "demo-data": ["--episodes", "--level", "--seed", "--size"],
         "verify-core": ["--compile", "--device", "--dtype", "--json"],

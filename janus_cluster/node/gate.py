@@ -88,7 +88,7 @@ def check_speed(attempt: Attempt) -> list[CheckResult]:
     counters = attempt.read_reports(lambda n: run.counters_json(number, n), wait_s=wait_s)
     around = Surroundings(
         counters={n: c and counter_deltas(c["before"], c["after"]) for n, c in counters.items()},
-        gpu_load={n: c and c.get("gpu_load") for n, c in counters.items()},
+        gpu_load={n: c.get("gpu_load") if c else None for n, c in counters.items()},
         nccl={n: read_nccl_logs(run.nccl_logs(number, n)) for n in attempt.launcher.nodes},
         evidence=describe_loopback(attempt.connections),
     )

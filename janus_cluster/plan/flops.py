@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 from janus_cluster.config.schema import Lora, Tune
@@ -29,8 +29,8 @@ class Work:
     `head_on_all`: logits at every position instead of the labels'.
     """
 
-    tune: Tune = Tune()
-    lora: Lora = Lora()
+    tune: Tune = field(default_factory=Tune)
+    lora: Lora = field(default_factory=Lora)
     recompute_every: int = 1
     whole_recompute: bool = False
     causal: bool = True
@@ -78,7 +78,7 @@ class Flops:
     @cached_property
     def total(self) -> float:
         """Everything the GPU computes."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(getattr(self, part.name) for part in fields(self))
 
     @property
     def model(self) -> float:
@@ -87,7 +87,7 @@ class Flops:
 
     def tflop(self) -> Mapping[str, float]:
         """Every part and the total in TFLOP, rounded."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)} | {"total": self.total}
+        values = {part.name: getattr(self, part.name) for part in fields(self)} | {"total": self.total}
         return {name: round(value / 1e12, 3) for name, value in values.items()}
 
 

@@ -71,6 +71,9 @@ def plan_memory(sizes: Sizes, sample: Sample, setup: Setup) -> Memory:
     trained = sizes.trained_parameters(setup.work.tune, setup.work.lora)
     host = 0.0
     share = trained / (setup.world_size if setup.stage else 1)
+    if setup.stage == 2 and setup.accumulation > 1:
+        # What the earlier micro-steps have summed up, beside the running one's.
+        gradients *= 2
     if setup.offload_optimizer:
         host += (OPTIMIZER_BYTES + FP32) * share * setup.ranks_per_node
         optimizer = 0.0
@@ -88,7 +91,8 @@ def plan_memory(sizes: Sizes, sample: Sample, setup: Setup) -> Memory:
         activations=activation_bytes(sizes, sample, setup) + _backward_workspace(sizes, sample, setup),
         logits=_logits(sizes, sample, setup),
         encoder=_encoder(sizes, sample, setup),
-        step=0.0 if setup.offload_optimizer else FP32 * share,
+        # A flat copy of this rank's gradients, and the same in fp32.
+        step=0.0 if setup.offload_optimizer else (FP32 + setup.element_bytes) * share,
         host_per_node=host,
     )
 
@@ -134,28 +138,30 @@ def activation_bytes(sizes: Sizes, sample: Sample, setup: Setup) -> float:
     if work.reaches_language:
         again = math.ceil(language.layers / work.recompute_every) if work.recompute_every else 0
         whole = (language.layers - again) * layer_bytes_per_token(sizes, e)
-        kept += tokens * (whole + again * e * language.hidden)
+        final_norm = (FP32 + e) * language.hidden
+        kept += tokens * (whole + again * e * language.hidden + final_norm)
+    if work.tune.vggt_merger:
+        inputs = sizes.vggt.feature_dim * sizes.vision.merge**2
+        per_token = (FP32 + e) * inputs + 2 * e * sizes.vggt_merger_dim
+        kept += setup.micro_batch * sample.memory_tokens * per_token
     if work.tune.projector or work.tune.vision:
-        kept += setup.micro_batch * _image_merger_bytes(sizes, sample, e)
+        # Its norm on every patch, then three tensors of four patches' width for each token.
+        norm = e + FP32 * int(work.tune.vision)
+        kept += setup.micro_batch * sample.vision_patches * sizes.vision.dim * (norm + 3 * e)
     if work.tune.vision:
         kept += setup.micro_batch * _vision_bytes(sizes, sample, setup)
     return kept
 
 
-def _image_merger_bytes(sizes: Sizes, sample: Sample, e: int) -> float:
-    """Qwen's merger: its norm on every patch, then three tensors of four patches' width for each token."""
-    vision = sizes.vision
-    patches = sample.vision_patches
-    return patches * (FP32 + 2 * e) * vision.dim + 3 * e * patches * vision.dim
-
-
 def _vision_bytes(sizes: Sizes, sample: Sample, setup: Setup) -> float:
-    """The vision tower where it learns: recomputed block by block, or kept whole."""
+    """The vision tower where it learns: recomputed block by block, or kept whole.
+
+    As a language layer, but the values keep the whole product of queries, keys and values alive.
+    """
     vision, e = sizes.vision, setup.element_bytes
-    per_block = 2 * (FP32 + 2 * e) * vision.dim + 4 * e * vision.dim + 4 * e * vision.wide
-    if setup.work.recompute_every:
-        return sample.vision_patches * (vision.depth * e * vision.dim + per_block)
-    return sample.vision_patches * vision.depth * per_block
+    per_block = 2 * (FP32 + 2 * e) * vision.dim + 7 * e * vision.dim + 4 * e * vision.wide
+    blocks = vision.depth * (e * vision.dim if setup.work.recompute_every else per_block)
+    return float(sample.vision_patches * (e * vision.patch_inputs + blocks))
 
 
 def _backward_workspace(sizes: Sizes, sample: Sample, setup: Setup) -> float:

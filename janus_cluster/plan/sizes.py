@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,12 @@ class Sizes:
         inputs = self.vggt.feature_dim * self.vision.merge**2
         return self.vggt_merger_dim * (inputs + self.language.hidden)
 
-    @property
+    @cached_property
     def vggt_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.vggt_shapes.values())
 
-    def parameters(self) -> dict[str, int]:
+    @cached_property
+    def parameters(self) -> Mapping[str, int]:
         """Parameters of every part that `training.tune` names."""
         counts = dict.fromkeys(PARTS, 0)
         for name, shape in self.shapes.items():
@@ -129,23 +131,26 @@ class Sizes:
 
     def trained_parameters(self, tune: Tune, lora: Lora) -> int:
         """Parameters that the optimizer holds."""
-        counts = self.parameters()
+        counts = dict(self.parameters)
         if lora.enabled:
             counts["llm"] = self.adapter_parameters(lora)
         return sum(count for part, count in counts.items() if getattr(tune, part))
 
     def engine_parameters(self, lora: Lora) -> int:
         """Parameters of the module that DeepSpeed gets: all but VGGT's."""
-        return sum(self.parameters().values()) + self.adapter_parameters(lora)
+        return sum(self.parameters.values()) + self.adapter_parameters(lora)
+
+    @cached_property
+    def tensor_sizes(self) -> tuple[int, ...]:
+        return tuple(math.prod(shape) for shape in self.shapes.values())
 
     def small_parameters(self, threshold: int) -> int:
         """Parameters in tensors that ZeRO-3 keeps whole on every rank."""
-        counts = (math.prod(shape) for shape in self.shapes.values())
-        return sum(count for count in counts if count <= threshold)
+        return sum(count for count in self.tensor_sizes if count <= threshold)
 
     @property
     def largest_tensor(self) -> int:
-        return max(math.prod(shape) for shape in self.shapes.values())
+        return max(self.tensor_sizes)
 
 
 def part_of(name: str) -> str:

@@ -151,7 +151,7 @@ def judge_throttle(row: Row) -> Opinion:
 
 
 def judge_pcie(row: Row, width: int) -> Opinion:
-    """Only the width: an idle link reports generation 1 on a sound machine."""
+    """Only the width: an idle link reports generation 1 on a sound machine; gpu_load.py judges it under load."""
     current = parse_number(row.get("pcie.link.width.current", ""))
     if current is None:
         return "ERROR", "width not told"

@@ -24,7 +24,14 @@ def checkpoint_room_bytes(job: JobConfig) -> int:
     total, learning = count_parameters(job)
     precision = job.training.precision
     export = total * _WEIGHT_BYTES[precision] if job.checkpoint.export else 0
-    return (job.checkpoint.keep_last + 1) * learning * _STATE_BYTES[precision] + export
+    return (_num_checkpoints(job) + 1) * learning * _STATE_BYTES[precision] + export
+
+
+def _num_checkpoints(job: JobConfig) -> int:
+    """How many the run keeps at its end; those of keep_every only where the number of steps is in the job."""
+    checkpoint, max_steps = job.checkpoint, job.training.max_steps
+    kept_for_ever = max_steps // checkpoint.keep_every if checkpoint.keep_every and max_steps else 0
+    return checkpoint.keep_last + kept_for_ever
 
 
 def count_parameters(job: JobConfig) -> tuple[int, int]:

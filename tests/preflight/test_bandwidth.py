@@ -21,6 +21,7 @@ from janus_cluster.resources import templates_dir
 
 H800 = load_profile(templates_dir(), "h800-ib")
 CPU = load_profile(templates_dir(), "cpu")
+ETHERNET = load_profile(templates_dir(), "h800-ethernet")
 NODES = ("n1", "n2")
 GIB = 1 << 30
 
@@ -58,6 +59,14 @@ def test_a_rail_is_judged_against_the_other_rails_where_line_rate_is_not_known(r
     assert {found[f"rail.ib{i}"].state for i in range(7)} == {"PASS"}
     assert found["rail.ib7"].state == state
     assert "median of the other rails (1)" in found["rail.ib7"].threshold_source
+
+
+@pytest.mark.parametrize(("rate", "state"), [(2.9, "PASS"), (1.5001, "PASS"), (1.19, "FAIL")])
+def test_eight_pairs_over_one_25_gb_link_are_sound_and_over_a_link_that_fell_back_to_10_are_not(
+    rate: float, state: str
+) -> None:
+    found = judged([rail(f"gpu{k}", rate, together=rate / 8) for k in range(8)], ETHERNET)
+    assert {r.state for r in found.values()} == {state}
 
 
 def test_half_of_two_rails_is_found() -> None:

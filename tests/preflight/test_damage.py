@@ -16,7 +16,8 @@ from node_fixtures import KERNEL_PHYS, KERNEL_STATES, gpu_rows, smi_texts, sound
 
 from janus_cluster.preflight.gpu import judge_gpus
 from janus_cluster.preflight.gpu_health import judge_gpu_health
-from janus_cluster.preflight.gpu_query import FAMILIES, REMAPPED, parse_table
+from janus_cluster.preflight.gpu_load import judge_gpu_load
+from janus_cluster.preflight.gpu_query import FAMILIES, LOAD, REMAPPED, parse_table
 from janus_cluster.preflight.hca import port_name
 from janus_cluster.preflight.hca_judge import judge_hcas
 from janus_cluster.preflight.ibstat import parse_ibstat
@@ -78,7 +79,7 @@ def tables(family: str, text: str) -> dict[str, Any]:
         if name == "nvlink":
             found[name] = {"text": told, "problem": None, "error": None}
         else:
-            fields = REMAPPED if name == "remapped" else FAMILIES[name][0]
+            fields = {"remapped": REMAPPED, "load": LOAD[0]}.get(name) or FAMILIES[name][0]
             found[name] = {**parse_table(told, fields), "problem": None, "error": None}
     return found
 
@@ -89,6 +90,7 @@ def judge_smi(family: str, text: str) -> str:
         *judge_gpus(told, H800["gpu"], node="n", gpus_per_node=8),
         *judge_gpu_health(told, H800["gpu"], node="n", gpus_per_node=8),
         *judge_nvlink(told["nvlink"], H800["gpu"], node="n", gpus_per_node=8),
+        *judge_gpu_load([told["load"]], H800["gpu"], node="n", gpus_per_node=8),
     ]
     return worst([r.state for r in results])
 
@@ -121,6 +123,7 @@ SMI_FACTS: dict[str, Callable[[int], str]] = {
     "ecc": lambda i: rf"^\s*{i}\s*,\s*0+[ .]?.*,\s*0+",
     "throttle": lambda i: rf"^\s*{i}\s*,\s*0x0*[0145]\s*$",
     "pcie": lambda i: rf"^\s*{i}\s*,\s*0*(1[6-9]|[2-9]\d|\d{{3,}})",
+    "load": lambda i: rf"^\s*{i}\s*,[^,]*,\s*\d.*,\s*\d.*,\s*0*(1[6-9]|[2-9]\d|\d{{3,}})",
     "persistence": lambda i: rf"^\s*{i}\s*,\s*Enabled\s*$",
     "fabric": lambda i: rf"^\s*{i}\s*,\s*Completed,\s*Success\s*$",
     "remapped": lambda i: r"^\s*\S*\w{6,}\S*,\s*0",
@@ -131,6 +134,7 @@ SMI_FAULTS = {
     "ecc": ("5, 0, 0", "5, 3, 3"),
     "throttle": ("5, 0x0000000000000001", "5, 0x0000000000000040"),
     "pcie": ("5, 16, 16", "5, 8, 16"),
+    "load": ("5, P0, 5, 5, 16", "5, P0, 3, 5, 16"),
     "persistence": ("5, Enabled", "5, Disabled"),
     "fabric": ("5, Completed", "5, In Progress"),
     "remapped": (f"{uuid(5)}, 0, 0, 0, 0", f"{uuid(5)}, 0, 0, 1, 1"),

@@ -201,6 +201,10 @@ def test_room_follows_from_the_models_size_and_what_learns() -> None:
     assert total == pytest.approx(9.4e9, rel=0.05), "Qwen2.5-VL-7B 8.29e9, VGGT's aggregator 0.9e9, mergers"
     assert 7.4e9 < learning < 8e9, "the language model without ViT and VGGT"
     assert checkpoint_room_bytes(seven) == 3 * learning * 14 + total * 2
+    kept = job(
+        model={"preset": "qwen2.5-vl-7b"}, data=roots, checkpoint={"keep_every": 400}, training={"max_steps": 1000}
+    )
+    assert checkpoint_room_bytes(kept) == (3 + 2) * learning * 14 + total * 2
     frozen = job(model={"preset": "qwen2.5-vl-7b"}, data=roots, training={"tune": {"llm": False}})
     lora = job(model={"preset": "qwen2.5-vl-7b"}, data=roots, training={"lora": {"enabled": True}})
     assert count_parameters(frozen)[1] < count_parameters(lora)[1] < learning / 10

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import deepspeed.ops
 import torch
 import torch.distributed as dist
 from model_cases import IDS
@@ -31,32 +32,42 @@ def size(tensors: Any) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def gradients_of(engine: Any, stage: int) -> list[torch.Tensor]:
+    """The gradients that this rank keeps at the end of a backward pass: all of them, or its part."""
+    if stage == 3:
+        return [engine.optimizer.grad_partitions_flat_buffer]
+    if stage == 2:
+        return [tensor for group in engine.optimizer.averaged_gradients.values() for tensor in group or []]
+    return [p.grad for p in engine.module.parameters() if p.grad is not None]
+
+
 def measure(stage: int) -> dict[str, int]:
     config = {
         "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2,
         "bf16": {"enabled": True},
         "zero_optimization": {
-            "stage": stage, "reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": THRESHOLD,
+            "stage": stage,
+            "reduce_bucket_size": 100_000,
+            "allgather_bucket_size": 100_000,
+            "stage3_param_persistence_threshold": THRESHOLD,
         },
         "zero_allow_untested_optimizer": True,
-    }  # fmt: skip
+    }
     handle = HfDeepSpeedConfig(config)  # transformers looks for it while it lives
     training = Training()
-    model = build_model(
-        Model(preset="tiny"), training, tokenizer_ids=IDS, device="cpu", dtype=torch.bfloat16, seed=7
-    )
+    model = build_model(Model(preset="tiny"), training, tokenizer_ids=IDS, device="cpu", dtype=torch.bfloat16, seed=7)
     optimizer = torch.optim.AdamW(parameter_groups(model, training))
     engine, *_ = deepspeed.initialize(model=model, config=handle.config, optimizer=optimizer)
-    output = engine(**make_batch([2], seed=dist.get_rank()))
-    engine.backward(output.loss)
-    zero = engine.optimizer
-    if stage == 3:
-        gradients = size([zero.grad_partitions_flat_buffer])
-    elif stage == 2:
-        gradients = size([g for group in zero.averaged_gradients.values() for g in group if g is not None])
-    else:
-        gradients = size([p.grad for p in model.parameters() if p.grad is not None])
-    engine.step()
+    zero, gradients = engine.optimizer, 0
+    for micro_step in range(2):
+        output = engine(**make_batch([2], seed=dist.get_rank()))
+        engine.backward(output.loss)
+        # ZeRO-1 lets go of whole gradients when the last micro-step has reduced them; ZeRO-2 flattens its part then.
+        if micro_step == int(stage == 2):
+            # Views: a tensor that two ranks share keeps its whole gradient alive, on top of what is each rank's part.
+            gradients = sum(g.numel() * g.element_size() for g in gradients_of(engine, stage))
+        engine.step()
     if stage == 3:
         parameters = list(model.parameters())
         weights = size([p.ds_tensor for p in parameters]) + size([p.data for p in parameters if p.data.numel()])
@@ -73,6 +84,8 @@ def measure(stage: int) -> dict[str, int]:
 
 
 def main(out: str) -> None:
+    # Only inference calls this kernel; building it takes minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo")
     measured = {str(stage): measure(stage) for stage in STAGES}
     if dist.get_rank() == 0:

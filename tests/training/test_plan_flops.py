@@ -63,4 +63,3 @@ def test_the_formulas_count_what_torch_counts(training: Training) -> None:
     real = counted(training)
     print(f"{predicted:.4g} predicted, {real:.4g} counted: {predicted / real - 1:+.2%}")
     assert predicted == pytest.approx(real, rel=0.005)
-

@@ -201,7 +201,6 @@ class JanusModel(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
             input_ids,
             is_image_BL=is_image,
             image_grid_thw=image_grid_thw.cpu(),
-            find_positions=self.model.get_rope_index,
             attention_mask_BL=attention_mask,
             labels_BL=labels,
             position_ids=position_ids,

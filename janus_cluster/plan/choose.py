@@ -1,0 +1,238 @@
+"""Every way to train a job that is worth looking at, what each needs, and which one to take. No torch.
+
+All ways compared learn the same: the effective batch stays, so does the sample. Only nodes, ZeRO, micro-batch and
+recomputing differ; for each of those the least recomputing that fits is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from janus_cluster.config.schema import JobConfig
+from janus_cluster.errors import UsageError
+from janus_cluster.plan.flops import Flops, count_flops
+from janus_cluster.plan.hardware import ASSUMED, Assumptions, Gpu
+from janus_cluster.plan.memory import GB, Memory, plan_memory
+from janus_cluster.plan.sample import Sample, plan_sample
+from janus_cluster.plan.setup import Setup
+from janus_cluster.plan.sizes import Sizes
+from janus_cluster.plan.time import StepTime, plan_step
+
+PROFILES = ("zero1", "zero2", "zero2_offload", "zero3")
+MICRO_BATCHES = (1, 2, 4)
+# Every n-th language layer is computed again; 0: none. Least work first: what fits first is taken.
+RECOMPUTE_EVERY = (0, 4, 2, 1)
+# A way that is faster by less than this is no better: the model is not that exact.
+TIE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One way to train, and what it needs. `job` is the job with this way's keys in it."""
+
+    job: JobConfig
+    setup: Setup
+    sample: Sample
+    flops: Flops
+    memory: Memory
+    time: StepTime
+    memory_limit: float
+
+    @property
+    def profile(self) -> str:
+        return self.job.deepspeed.profile
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.memory_limit
+
+    @property
+    def seconds_per_sample(self) -> float:
+        return self.time.total / self.setup.effective_batch
+
+    def epoch_hours(self, samples: int) -> float:
+        return samples * self.seconds_per_sample / 3600
+
+
+def plan_option(
+    job: JobConfig, *, sizes: Sizes, ranks_per_node: int, gpu: Gpu, assumed: Assumptions = ASSUMED
+) -> Option:
+    """What training `job` as it stands needs. Raises: UsageError for keys that contradict each other."""
+    setup = Setup.of(job, ranks_per_node=ranks_per_node)
+    sample = plan_sample(job.data)
+    return Option(
+        job=job,
+        setup=setup,
+        sample=sample,
+        flops=count_flops(sizes, sample, setup.work),
+        memory=plan_memory(sizes, sample, setup),
+        time=plan_step(sizes, sample, setup, gpu, assumed=assumed),
+        memory_limit=(gpu.memory_gb - assumed.reserve_gb) * GB,
+    )
+
+
+def plan_options(
+    job: JobConfig, *, sizes: Sizes, ranks_per_node: int, gpu: Gpu, nodes: Sequence[int] = (1, 2)
+) -> list[Option]:
+    """Every combination of nodes, ZeRO profile and micro-batch with the job's effective batch; those that fit first,
+    the fastest first.
+
+    Returns: one option per combination, with the least recomputing that fits, or with all of it where none does.
+    """
+    batch = wanted_batch(job, ranks_per_node=ranks_per_node)
+    options = []
+    for number, profile, micro in _combinations(nodes, job):
+        accumulation, rest = divmod(batch, micro * number * ranks_per_node)
+        if rest or not accumulation:
+            continue
+        tried = [
+            plan_option(
+                _variant(job, nodes=number, profile=profile, micro=micro, accumulation=accumulation, every=every),
+                sizes=sizes,
+                ranks_per_node=ranks_per_node,
+                gpu=gpu,
+            )
+            for every in RECOMPUTE_EVERY
+        ]
+        options.append(next((option for option in tried if option.fits), tried[-1]))
+    return sorted(options, key=lambda o: (not o.fits, o.time.total if o.fits else o.memory.total))
+
+
+def wanted_batch(job: JobConfig, *, ranks_per_node: int) -> int:
+    """The effective batch that the job says it means, else what its numbers give."""
+    training = job.training
+    own = training.per_device_batch_size * training.gradient_accumulation_steps * job.nodes * ranks_per_node
+    return training.effective_batch_size or own
+
+
+def with_wanted_batch(job: JobConfig, *, ranks_per_node: int) -> JobConfig:
+    """The job with the accumulation that gives the batch it means: --nodes alone would change it.
+
+    Raises: UsageError where no accumulation does.
+    """
+    per_step = job.training.per_device_batch_size * job.nodes * ranks_per_node
+    batch = wanted_batch(job, ranks_per_node=ranks_per_node)
+    if batch % per_step:
+        raise UsageError(
+            f"training.effective_batch_size: {batch}: not a multiple of per_device_batch_size "
+            f"{job.training.per_device_batch_size} × {job.nodes * ranks_per_node} ranks",
+            hint="--set training.per_device_batch_size=1, or another effective_batch_size",
+        )
+    update = {"gradient_accumulation_steps": batch // per_step}
+    return job.model_copy(update={"training": job.training.model_copy(update=update)})
+
+
+def _combinations(nodes: Sequence[int], job: JobConfig) -> Iterator[tuple[int, str, int]]:
+    profiles = PROFILES if job.deepspeed.profile in PROFILES else (job.deepspeed.profile, *PROFILES)
+    micro_batches = sorted({*MICRO_BATCHES, job.training.per_device_batch_size})
+    for number in nodes:
+        for profile in profiles:
+            for micro in micro_batches:
+                yield number, profile, micro
+
+
+def _variant(job: JobConfig, *, nodes: int, profile: str, micro: int, accumulation: int, every: int) -> JobConfig:
+    training = job.training.model_copy(
+        update={
+            "per_device_batch_size": micro,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_checkpointing": every > 0,
+            "gradient_checkpointing_every": max(1, every),
+        }
+    )
+    return job.model_copy(
+        update={
+            "nodes": nodes,
+            "training": training,
+            "deepspeed": job.deepspeed.model_copy(update={"profile": profile}),
+        }
+    )
+
+
+def choose(options: Sequence[Option], *, nodes: int) -> Option | None:
+    """The option to take on `nodes` nodes: the fastest that fits, and among those as fast as it the roomiest.
+
+    None where nothing fits.
+    """
+    fitting = [option for option in options if option.fits and option.setup.nodes == nodes]
+    if not fitting:
+        return None
+    best = min(option.time.total for option in fitting)
+    near = [option for option in fitting if option.time.total <= best * (1 + TIE)]
+    return min(near, key=lambda o: (o.memory.total, o.time.total))
+
+
+def describe_choice(chosen: Option | None, job_as_it_is: Option, gpu: Gpu, assumed: Assumptions = ASSUMED) -> str:
+    """Why this one: what it needs, and against the job as it stands."""
+    room = f"{gpu.memory_gb - assumed.reserve_gb:.0f} GB ({gpu.memory_gb:.0f} less {assumed.reserve_gb:.0f} reserve)"
+    if chosen is None:
+        least = job_as_it_is.memory.total / GB
+        return (
+            f"nothing fits into {room} with this batch; the job as it stands needs about {least:.0f} GB. "
+            "A shorter data.history, a smaller data.max_pixels, LoRA or the other number of nodes need less"
+        )
+    need = f"about {chosen.memory.total / GB:.0f} of {room}"
+    if keys_of(chosen.job) == keys_of(job_as_it_is.job):
+        return f"the job as it stands: {need}; nothing that fits is more than {TIE:.0%} faster"
+    if not job_as_it_is.fits:
+        return f"{need}; the job as it stands needs about {job_as_it_is.memory.total / GB:.0f} GB and does not fit"
+    gain = job_as_it_is.time.total / chosen.time.total
+    if gain < 1 + TIE:
+        saved = (job_as_it_is.memory.total - chosen.memory.total) / GB
+        return f"{need}; as fast as the job as it stands, with {saved:.0f} GB less"
+    return (
+        f"{need}; {gain:.2f}× as fast as the job as it stands ({job_as_it_is.time.total:.1f} s a step), "
+        "with the same effective batch"
+    )
+
+
+def keys_of(job: JobConfig) -> dict[str, str]:
+    """The keys that an option decides, as `--set` takes them."""
+    training = job.training
+    keys = {
+        "deepspeed.profile": job.deepspeed.profile,
+        "training.per_device_batch_size": str(training.per_device_batch_size),
+        "training.gradient_accumulation_steps": str(training.gradient_accumulation_steps),
+        "training.gradient_checkpointing": str(training.gradient_checkpointing).lower(),
+    }
+    if training.gradient_checkpointing:
+        keys["training.gradient_checkpointing_every"] = str(training.gradient_checkpointing_every)
+    return keys
+
+
+def options_to_type(chosen: Option, job: JobConfig) -> list[str]:
+    """What turns `job` into the chosen option on the command line; empty where nothing has to change."""
+    before = keys_of(job)
+    sets = [f"--set {key}={value}" for key, value in keys_of(chosen.job).items() if before.get(key) != value]
+    nodes = [] if chosen.job.nodes == job.nodes else [f"--nodes {chosen.job.nodes}"]
+    return nodes + sets
+
+
+def other_samples(job: JobConfig) -> list[tuple[str, JobConfig]]:
+    """The job with other histories and smaller frames: what one would type, and the job that it makes."""
+    changes: list[tuple[str, dict[str, object]]] = []
+    for history in (0, 4, 8, 16):
+        if history != job.data.history:
+            changes.append((f"data.history={history}", {"history": history}))
+    sample = plan_sample(job.data)
+    for share in (2, 4):
+        pixels = sample.width * sample.height // share
+        if pixels >= job.data.min_pixels:
+            changes.append((f"data.max_pixels={pixels}", {"max_pixels": pixels}))
+    return [(text, job.model_copy(update={"data": job.data.model_copy(update=update)})) for text, update in changes]
+
+
+def plan_other_samples(
+    job: JobConfig, *, sizes: Sizes, ranks_per_node: int, gpu: Gpu
+) -> list[tuple[str, Option | None]]:
+    """The best option for each other sample on the job's nodes; None where it is too long, or nothing fits."""
+    found: list[tuple[str, Option | None]] = []
+    for text, other in other_samples(job):
+        try:
+            options = plan_options(other, sizes=sizes, ranks_per_node=ranks_per_node, gpu=gpu, nodes=(job.nodes,))
+        except UsageError:
+            found.append((text, None))
+            continue
+        found.append((text, choose(options, nodes=job.nodes)))
+    return found

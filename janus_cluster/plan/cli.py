@@ -1,0 +1,145 @@
+"""`janus-cluster plan`: memory, time and the best way to train, before anything is queued."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+
+from janus_cluster.config.load import LoadedJob, find_job_file, load_job
+from janus_cluster.config.schema import JobConfig
+from janus_cluster.errors import UsageError
+from janus_cluster.plan.choose import (
+    choose,
+    describe_choice,
+    options_to_type,
+    plan_option,
+    plan_options,
+    plan_other_samples,
+    with_wanted_batch,
+)
+from janus_cluster.plan.hardware import GPUS, Gpu
+from janus_cluster.plan.report import (
+    Plan,
+    plan_to_json,
+    render_choice,
+    render_head,
+    render_options,
+    render_other_samples,
+)
+from janus_cluster.plan.sizes import load_sizes
+
+TABLE_WIDTH = 124
+_WITHOUT_DEFAULT = re.compile(r"(?<!\$)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  janus-cluster plan                                      jobs/train_2node.yaml; no variable needs to be set
+  janus-cluster plan my.yaml --nodes 1 --samples 250000   one node only, hours for an epoch of that many samples
+  janus-cluster plan --set model.preset=qwen2.5-vl-3b --set data.history=16
+  janus-cluster plan --gpu h200 --json                    for programs: every figure and every assumption
+"""
+)
+@click.argument("job", required=False)
+@click.option(
+    "--nodes", type=int, metavar="1|2", help="This number of nodes only; default: both, the choice is the job's."
+)
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one key, e.g. data.history=4.")
+@click.option("--gpu", type=click.Choice(list(GPUS)), help="What to plan for; default: hardware.gpu_type, else h800.")
+@click.option(
+    "--samples", type=click.IntRange(min=1), metavar="N", help="Samples of an epoch; default: hours for 100,000."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def plan(
+    *, job: str | None, nodes: int | None, sets: tuple[str, ...], gpu: str | None, samples: int | None, as_json: bool
+) -> None:
+    """Predict memory and time of JOB for every ZeRO stage, batch and number of nodes, and name the way to take.
+
+    Nothing is read but the job file and, where it is there, config.json of model.path; nothing is written. All options
+    have the job's effective batch. What fits comes first.
+    """
+    made = make_plan(job, nodes=nodes, sets=sets, gpu_name=gpu, samples=samples, environ=os.environ)
+    if as_json:
+        click.echo(json.dumps(plan_to_json(made), indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    # A table that is cut where it is piped, or on a narrow terminal, would lose its last columns: the seconds.
+    console.width = max(console.width, TABLE_WIDTH)
+    click.echo("\n".join(render_head(made)))
+    console.print(render_options(made))
+    console.print(render_other_samples(made))
+    click.echo("\n".join(render_choice(made)))
+
+
+def make_plan(
+    name: str | None,
+    *,
+    nodes: int | None,
+    sets: Sequence[str],
+    gpu_name: str | None,
+    samples: int | None,
+    environ: Mapping[str, str],
+) -> Plan:
+    """The plan of a job file. Raises: UsageError."""
+    if nodes not in (None, 1, 2):
+        raise UsageError(f"--nodes {nodes}: there is no job for {nodes} nodes; allowed: 1, 2", hint="--nodes 2")
+    loaded = _load(name, nodes=nodes, sets=sets, environ=environ)
+    job = _as_trained(loaded.config)
+    gpu, notes = _gpu_of(job, gpu_name)
+    sizes = load_sizes(job.model)
+    if job.model.path is None or not Path(job.model.path).is_dir():
+        notes.append(f"no folder at model.path: the published sizes of {job.model.preset} are taken")
+    ranks = job.hardware.processes_per_node or max(1, job.hardware.gpus_per_node)
+    standing = with_wanted_batch(job, ranks_per_node=ranks)
+    as_it_is = plan_option(standing, sizes=sizes, ranks_per_node=ranks, gpu=gpu)
+    options = plan_options(
+        standing, sizes=sizes, ranks_per_node=ranks, gpu=gpu, nodes=(1, 2) if nodes is None else (nodes,)
+    )
+    chosen = choose(options, nodes=job.nodes)
+    return Plan(
+        source=loaded.source,
+        gpu=gpu,
+        sizes=sizes,
+        as_it_is=as_it_is,
+        options=options,
+        chosen=chosen,
+        reason=describe_choice(chosen, as_it_is, gpu),
+        to_type=[] if chosen is None else options_to_type(chosen, job),
+        other_samples=plan_other_samples(standing, sizes=sizes, ranks_per_node=ranks, gpu=gpu),
+        samples=samples,
+        notes=notes,
+    )
+
+
+def _load(name: str | None, *, nodes: int | None, sets: Sequence[str], environ: Mapping[str, str]) -> LoadedJob:
+    """The job file; variables that are not set stand as their own names, since planning opens no path they name."""
+    path = find_job_file(name, nodes=nodes)
+    text = "\n".join([path.read_text(encoding="utf-8", errors="replace"), *sets])
+    unset = {name: f"${name}" for name in _WITHOUT_DEFAULT.findall(text) if not environ.get(name)}
+    return load_job(path, sets=sets, environ={**environ, **unset}, options={"nodes": nodes})
+
+
+def _as_trained(job: JobConfig) -> JobConfig:
+    """The job with what `compat` stands for."""
+    if job.compat == "none":
+        return job
+    return job.model_copy(update={"data": job.data.model_copy(update={"image_mode": "pad"})})
+
+
+def _gpu_of(job: JobConfig, name: str | None) -> tuple[Gpu, list[str]]:
+    wanted = name or job.hardware.gpu_type.lower()
+    gpu = GPUS.get(wanted, GPUS["h800"])
+    notes = []
+    if job.hardware.device == "cpu":
+        notes.append(f"hardware.device is cpu: the figures are those of {gpu.name}s all the same")
+    elif wanted not in GPUS:
+        notes.append(f"hardware.gpu_type {job.hardware.gpu_type!r} is not known here: planned for {gpu.name}")
+    return gpu, notes

@@ -1,0 +1,187 @@
+"""A plan as people and programs read it: the table, the choice, and how far the figures can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from janus_cluster.plan.choose import Option
+from janus_cluster.plan.hardware import ASSUMED, Gpu
+from janus_cluster.plan.memory import GB
+from janus_cluster.plan.sizes import Sizes
+from janus_cluster.plan.time import LOGGED_STEP_S, predecessor_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that `janus-cluster plan` says. `samples` None: hours are for 100,000."""
+
+    source: str
+    gpu: Gpu
+    sizes: Sizes
+    as_it_is: Option
+    options: Sequence[Option]
+    chosen: Option | None
+    reason: str
+    to_type: Sequence[str]
+    other_samples: Sequence[tuple[str, Option | None]]
+    samples: int | None
+    notes: Sequence[str]
+
+    @property
+    def epoch_samples(self) -> int:
+        return self.samples or 100_000
+
+
+def describe_trust() -> str:
+    """What the model was compared with, and how far off it was; the tests hold these bounds."""
+    predicted = predecessor_step().total
+    return (
+        "compared with torch's own count of FLOP (tiny network, CPU): error at most 0.5%; with the weights, gradients "
+        "and optimizer state of real engines (ZeRO-1, 2, 3, two ranks, CPU): at most 1%; with the activations that "
+        "autograd keeps: a language layer to the byte, the whole tiny network at most 10%. Never compared with an H800 "
+        f"run: seconds assume {ASSUMED.efficiency:.0%} of the peak. The predecessor's log (7B, 8×H800: "
+        f"{LOGGED_STEP_S} s a step of 64) is reproduced as {predicted:.1f} s ({predicted / LOGGED_STEP_S - 1:+.0%}), "
+        "four fifths of it ZeRO-3's hooks as measured on another CPU. See docs/performance.md"
+    )
+
+
+def render_head(plan: Plan) -> list[str]:
+    """What is planned: the network, the sample and the batch, a line each."""
+    sample, option = plan.as_it_is.sample, plan.chosen or plan.as_it_is
+    trained = plan.sizes.trained_parameters(option.setup.work.tune, option.setup.work.lora)
+    return [
+        f"job      {plan.source}: {plan.sizes.name}, {trained / 1e9:.2f}e9 of "
+        f"{(plan.sizes.engine_parameters(option.setup.work.lora) + plan.sizes.vggt_parameters) / 1e9:.2f}e9 "
+        f"parameters learn; effective batch {plan.as_it_is.setup.effective_batch}",
+        f"sample   {sample.frames} frames of {sample.width}×{sample.height}: {sample.tokens:,} tokens "
+        f"({sample.memory_tokens} an image), {option.flops.total / 1e12:.0f} TFLOP "
+        f"({option.flops.vggt / 1e12:.0f} VGGT, {option.flops.vision / 1e12:.0f} ViT, "
+        f"{option.flops.recompute / 1e12:.0f} recomputed); a full history, the longest sample",
+    ]
+
+
+def render_options(plan: Plan) -> Table:
+    """One row an option, those that fit first."""
+    title = f"one {plan.gpu.name}, GB of 1e9 bytes; hours for {plan.epoch_samples:,} samples"
+    names = (
+        "", "nodes", "ZeRO", "batch", "recompute", "params", "grads", "optim", "buffers", "activ", "logits", "VGGT",
+        "total", "fits", "s/step", "hours",
+    )  # fmt: skip
+    table = _table(title, names, left=("", "ZeRO", "recompute", "fits"))
+    for option in plan.options:
+        memory, time = option.memory, option.time
+        parts = (
+            memory.weights, memory.gradients, memory.optimizer, memory.buckets, memory.activations, memory.logits,
+            memory.vggt, memory.total,
+        )  # fmt: skip
+        table.add_row(
+            "→" if option is plan.chosen else "",
+            str(option.setup.nodes),
+            option.profile,
+            f"{option.setup.micro_batch}×{option.setup.accumulation}",
+            describe_recompute(option.setup.work.recompute_every),
+            *(f"{part / GB:.1f}" for part in parts),
+            "yes" if option.fits else "no",
+            f"{time.total:.1f}",
+            f"{option.epoch_hours(plan.epoch_samples):.1f}",
+            style="bold" if option is plan.chosen else None if option.fits else "dim",
+        )
+    return table
+
+
+def render_other_samples(plan: Plan) -> Table:
+    """What other histories and smaller frames cost, with the best option for each."""
+    names = ("--set", "tokens", "TFLOP", "ZeRO", "batch", "recompute", "total", "s/step", "hours")
+    table = _table("other samples, the best option for each", names, left=("--set", "ZeRO", "recompute"))
+    for text, option in plan.other_samples:
+        if option is None:
+            table.add_row(text, "", "", "too long, or nothing fits", style="dim")
+            continue
+        table.add_row(
+            text,
+            f"{option.sample.tokens:,}",
+            f"{option.flops.total / 1e12:.0f}",
+            option.profile,
+            f"{option.setup.micro_batch}×{option.setup.accumulation}",
+            describe_recompute(option.setup.work.recompute_every),
+            f"{option.memory.total / GB:.1f}",
+            f"{option.time.total:.1f}",
+            f"{option.epoch_hours(plan.epoch_samples):.1f}",
+        )
+    return table
+
+
+def render_choice(plan: Plan) -> list[str]:
+    """The option to take and why, what to type, and how far to trust it."""
+    if plan.chosen is None:
+        lines = [f"choice   none: {plan.reason}"]
+    else:
+        chosen = plan.chosen
+        lines = [
+            f"choice   {chosen.profile}, batch {chosen.setup.micro_batch}×{chosen.setup.accumulation}, recompute "
+            f"{describe_recompute(chosen.setup.work.recompute_every)}, {chosen.setup.nodes} node"
+            f"{'s' * (chosen.setup.nodes > 1)}: {plan.reason}",
+            f"type     {' '.join(plan.to_type) or 'nothing: the job has it'}",
+        ]
+    return [*lines, *(f"note     {note}" for note in plan.notes), f"trust    {describe_trust()}"]
+
+
+def describe_recompute(every: int) -> str:
+    """How much is computed again, in words."""
+    return {0: "none", 1: "all", 2: "every 2nd", 3: "every 3rd"}.get(every, f"every {every}th")
+
+
+def _table(title: str, names: Sequence[str], *, left: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    return table
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as one JSON object; GB of 1e9 bytes, seconds, TFLOP."""
+    return {
+        "job": plan.source,
+        "gpu": plan.gpu.name,
+        "network": plan.sizes.name,
+        "effective_batch": plan.as_it_is.setup.effective_batch,
+        "sample": asdict(plan.as_it_is.sample) | {"tokens": plan.as_it_is.sample.tokens},
+        "epoch_samples": plan.epoch_samples,
+        "as_it_is": option_to_json(plan.as_it_is, plan.epoch_samples),
+        "options": [option_to_json(option, plan.epoch_samples) for option in plan.options],
+        "choice": None if plan.chosen is None else option_to_json(plan.chosen, plan.epoch_samples),
+        "reason": plan.reason,
+        "type": list(plan.to_type),
+        "other_samples": [
+            {"set": text, "best": None if option is None else option_to_json(option, plan.epoch_samples)}
+            for text, option in plan.other_samples
+        ],
+        "assumptions": asdict(ASSUMED) | {"gpu": asdict(plan.gpu)},
+        "notes": list(plan.notes),
+        "trust": describe_trust(),
+    }
+
+
+def option_to_json(option: Option, samples: int) -> dict[str, Any]:
+    """One option with everything it was judged by."""
+    setup = option.setup
+    return {
+        "nodes": setup.nodes,
+        "profile": option.profile,
+        "micro_batch": setup.micro_batch,
+        "accumulation": setup.accumulation,
+        "recompute_every": setup.work.recompute_every,
+        "fits": option.fits,
+        "tokens": option.sample.tokens,
+        "tflop_per_sample": option.flops.tflop(),
+        "memory_gb": option.memory.in_gb(),
+        "memory_limit_gb": round(option.memory_limit / GB, 1),
+        "step_s": {name: round(value, 3) for name, value in asdict(option.time).items()}
+        | {"total": round(option.time.total, 3)},
+        "epoch_hours": round(option.epoch_hours(samples), 2),
+    }
