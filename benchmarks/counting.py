@@ -1,8 +1,8 @@
 """What a step does, counted rather than timed: module calls, waits for the device, collectives, operators, memory.
 
-A wait is what stops the host until an accelerator is done: reading a value back (item, tolist, int(), bool(), printing),
-asking how many elements a mask picks (nonzero, boolean indices), and copying from or to unpinned memory. On the CPU
-nothing waits, so the calls that would are counted; tensors made on the host on purpose are told apart by following them.
+A wait is what stops the host until an accelerator is done: reading a value back (item, tolist, int(), bool()), asking
+how many elements a mask picks (nonzero, boolean indices), copying from or to unpinned memory. On the CPU nothing waits,
+so the calls that would are counted; tensors made on the host on purpose are told apart by following them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.profiler import ProfilerActivity, profile
 
 READS = frozenset(
-    "item tolist __int__ __float__ __bool__ __index__ __format__ __contains__ numpy cpu nonzero argwhere masked_select "
-    "unique unique_consecutive equal allclose".split()
-)
+    (
+        "item", "tolist", "numpy", "cpu", "__int__", "__float__", "__bool__", "__index__", "__format__",
+        "__contains__", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "equal", "allclose",
+    )
+)  # fmt: skip
 FROM_LISTS = frozenset(("tensor", "new_tensor", "as_tensor"))
 # Lengths of windows lie on the host there, made before anything is counted.
 _ON_HOST_AT = ("model/vision.py",)
@@ -55,9 +57,8 @@ class HostWaits(TorchFunctionMode):
         name = (resolve_name(func) or getattr(func, "__name__", "")).rsplit(".", 1)[-1]
         given = list(_tensors((args, kwargs)))
         on_host = all(getattr(tensor, "_on_host", False) for tensor in given) and "device" not in kwargs
-        if given and not on_host and _waits(name, args):
-            self._add(name)
-        elif name in FROM_LISTS and (kwargs.get("device") is not None or name == "new_tensor"):
+        from_list = name in FROM_LISTS and (kwargs.get("device") is not None or name == "new_tensor")
+        if from_list or (given and not on_host and _waits(name, args)):
             self._add(name)
         to_device = name == "to" and _names_device(args[1:], kwargs)
         if to_device and all(getattr(t, "_on_host", False) for t in given) and not kwargs.get("non_blocking"):

@@ -33,6 +33,7 @@ from janus_cluster.training.data.images import load_frame
 from janus_cluster.training.model import pixels
 from janus_cluster.training.model.janus import JanusModel, JanusOutput
 from janus_cluster.training.model.vggt import Aggregator, Attention, Block, Mlp, RopeTable
+from janus_cluster.training.model.vision import use_grouped_attention
 
 KeysAndValues = tuple[Tensor, Tensor]
 
@@ -166,6 +167,11 @@ class SwitchableModel(JanusModel):
         self.plain_vision = True
         for block in self.model.visual.blocks:
             block.attn.__class__ = Qwen2_5_VLVisionAttention
+
+    def use_own_vision(self) -> None:
+        """Windows of one length together again."""
+        self.plain_vision = False
+        use_grouped_attention(self.model.visual)
 
     def remember(self, frames_S3HW: Tensor) -> Tensor:
         inside = self._modules.get("vggt_inside")

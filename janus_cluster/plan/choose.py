@@ -151,16 +151,17 @@ def _variant(job: JobConfig, *, nodes: int, profile: str, micro: int, accumulati
 
 
 def choose(options: Sequence[Option], *, nodes: int) -> Option | None:
-    """The option to take on `nodes` nodes: the fastest that fits, and among those as fast as it the roomiest.
+    """The option to take on `nodes` nodes: the fastest that fits; among those about as fast, the roomiest.
 
-    None where nothing fits.
+    There, ZeRO-3 and offloading come last: what their hooks and copies cost is the least certain of all.
+    Returns: None where nothing fits.
     """
     fitting = [option for option in options if option.fits and option.setup.nodes == nodes]
     if not fitting:
         return None
     best = min(option.time.total for option in fitting)
     near = [option for option in fitting if option.time.total <= best * (1 + TIE)]
-    return min(near, key=lambda o: (o.memory.total, o.time.total))
+    return min(near, key=lambda o: (o.setup.stage == 3 or o.setup.offload_optimizer, o.memory.total))
 
 
 def describe_choice(chosen: Option | None, job_as_it_is: Option, gpu: Gpu, assumed: Assumptions = ASSUMED) -> str:

@@ -78,7 +78,7 @@ class Flops:
     @cached_property
     def total(self) -> float:
         """Everything the GPU computes."""
-        return sum(getattr(self, part.name) for part in fields(self))
+        return float(sum(getattr(self, part.name) for part in fields(self)))
 
     @property
     def model(self) -> float:

@@ -54,14 +54,14 @@ def render_head(plan: Plan) -> list[str]:
     """What is planned: the network, the sample and the batch, a line each."""
     sample, option = plan.as_it_is.sample, plan.chosen or plan.as_it_is
     trained = plan.sizes.trained_parameters(option.setup.work.tune, option.setup.work.lora)
+    everything = plan.sizes.engine_parameters(option.setup.work.lora) + plan.sizes.vggt_parameters
+    flops = option.flops
     return [
-        f"job      {plan.source}: {plan.sizes.name}, {trained / 1e9:.2f}e9 of "
-        f"{(plan.sizes.engine_parameters(option.setup.work.lora) + plan.sizes.vggt_parameters) / 1e9:.2f}e9 "
+        f"job      {plan.source}: {plan.sizes.name}, {trained / 1e6:,.1f} of {everything / 1e6:,.1f} million "
         f"parameters learn; effective batch {plan.as_it_is.setup.effective_batch}",
         f"sample   {sample.frames} frames of {sample.width}×{sample.height}: {sample.tokens:,} tokens "
-        f"({sample.memory_tokens} an image), {option.flops.total / 1e12:.0f} TFLOP "
-        f"({option.flops.vggt / 1e12:.0f} VGGT, {option.flops.vision / 1e12:.0f} ViT, "
-        f"{option.flops.recompute / 1e12:.0f} recomputed); a full history, the longest sample",
+        f"({sample.memory_tokens} an image), {flops.total / 1e12:.3g} TFLOP ({flops.vggt / 1e12:.3g} VGGT, "
+        f"{flops.vision / 1e12:.3g} ViT, {flops.recompute / 1e12:.3g} recomputed); a full history, the longest sample",
     ]
 
 

@@ -226,11 +226,9 @@ class JanusModel(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
             raise ValueError(f"{len(layout.image_positions_N)} image tokens in the text, {len(images_NH)} embeddings")
         text_BLH = self.get_input_embeddings()(input_ids)
         # index_copy: its backward picks rows by number; that of masked_scatter would ask the device how many.
-        embeds_BLH = (
-            text_BLH.flatten(0, 1).index_copy(0, layout.image_positions_N, images_NH.to(text_BLH.dtype)).view_as(text_BLH)
-        )
+        flat_NH = text_BLH.flatten(0, 1).index_copy(0, layout.image_positions_N, images_NH.to(text_BLH.dtype))
         out = self.model.language_model(
-            inputs_embeds=embeds_BLH,
+            inputs_embeds=flat_NH.view_as(text_BLH),
             position_ids=layout.position_ids_3BL,
             attention_mask=layout.attention_mask_BL,
             use_cache=False,

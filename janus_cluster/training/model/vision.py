@@ -8,6 +8,7 @@ Shape legend: N patches of all images, H heads, D head width.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 
 PLANS_KEPT = 64
 
-Groups = tuple[tuple[Tensor, int], ...]
+# For each length: the patches of its windows (None: all patches as they lie), and the length.
+Groups = tuple[tuple[Tensor | None, int], ...]
 
 
 class GroupedVisionAttention(Qwen2_5_VLVisionAttention):  # type: ignore[misc]
@@ -51,28 +53,21 @@ class GroupedVisionAttention(Qwen2_5_VLVisionAttention):  # type: ignore[misc]
     def _attend(self, q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, index: Tensor | None, length: int) -> Tensor:
         """[n · length, H, D]: attention inside each of the n windows that `index` lists; None: all, as they lie."""
         parts = (x if index is None else x.index_select(0, index) for x in (q_NHD, k_NHD, v_NHD))
-        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in parts)
+        q, k, v = (x.reshape(-1, length, *x.shape[1:]).transpose(1, 2) for x in parts)
         mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scaling)
         return mixed.transpose(1, 2).flatten(0, 1)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def group_windows(
-    boundaries: tuple[int, ...], device: torch.device
-) -> tuple[tuple[tuple[Tensor | None, int], ...], Tensor | None]:
-    """(for each length: the patches of its windows, and the length), and where each patch then lies.
-
-    One length only: nothing is moved, both are None.
-    """
+def group_windows(boundaries: tuple[int, ...], device: torch.device) -> tuple[Groups, Tensor | None]:
+    """The windows by length, and where each patch then lies; None where there is one length and nothing is moved."""
     return _group_windows(boundaries, device)
 
 
 @lru_cache(maxsize=PLANS_KEPT)
-def _group_windows(
-    boundaries: tuple[int, ...], device: torch.device
-) -> tuple[tuple[tuple[Tensor | None, int], ...], Tensor | None]:
+def _group_windows(boundaries: tuple[int, ...], device: torch.device) -> tuple[Groups, Tensor | None]:
     windows: dict[int, list[int]] = {}
-    for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+    for start, end in pairwise(boundaries):
         windows.setdefault(end - start, []).extend(range(start, end))
     if len(windows) == 1:
         return ((None, next(iter(windows))),), None
@@ -94,7 +89,7 @@ def plan_vision(visual: nn.Module, image_grid_thw: Tensor, device: torch.device)
         return {}
     grid = tuple(tuple(row) for row in image_grid_thw.tolist())
     sizes = (visual.spatial_merge_size, visual.window_size, visual.patch_size)
-    position_ids, window_index, cu_seqlens, cu_window_seqlens = _plan_vision(grid, sizes, device)  # type: ignore[arg-type]
+    position_ids, window_index, cu_seqlens, cu_window_seqlens = _plan_vision(grid, sizes, device)
     # Lengths stay on the host: kernels take them as shapes.
     return {
         "image_position_ids": position_ids,
