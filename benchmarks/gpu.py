@@ -400,8 +400,8 @@ def render_result(result: Result) -> str:
     parts = ", ".join(f"{name} {seconds * 1e3:.0f}" for name, seconds in result.parts_s.items())
     return (
         f"{result.name}: {statistics.median(result.step_s):.3f} s ({spread}), {result.samples_per_s:.2f} samples/s, "
-        f"{result.tflops_per_s:.1f} TFLOP/s{mfu}, {result.peak_gb:.1f} GB, data wait {result.data_wait_s * 1e3:.1f} ms, "
-        f"{result.host_waits} waits, {result.kernel_launches} launches; ms: {parts}"
+        f"{result.tflops_per_s:.1f} TFLOP/s{mfu}, {result.peak_gb:.1f} GB, "
+        f"data wait {result.data_wait_s * 1e3:.1f} ms, {result.host_waits} waits, {result.kernel_launches} launches; ms: {parts}"
     )
 
 

@@ -38,8 +38,17 @@ from janus_cluster.training.model.vision import use_grouped_attention
 KeysAndValues = tuple[Tensor, Tensor]
 
 
-def old_zero3_config(hidden_size: int) -> dict[str, Any]:
-    """zero_optimization of the predecessor's JSON for a network of that width."""
+# Of the predecessor's 7B network with VGGT-1B inside.
+OLD_PARAMETERS = 9.2e9
+
+
+def old_zero3_config(hidden_size: int, num_parameters: int) -> dict[str, Any]:
+    """zero_optimization of the predecessor's JSON for a network of that size.
+
+    What it counts in parameters is scaled down with the network: 1e9 of a network of a few million would never be
+    reached, and DeepSpeed's scan over that distance would take minutes at each new order of modules.
+    """
+    billion = round(1e9 * min(1.0, num_parameters / OLD_PARAMETERS))
     return {
         "stage": 3,
         "overlap_comm": True,
@@ -48,8 +57,8 @@ def old_zero3_config(hidden_size: int) -> dict[str, Any]:
         "reduce_bucket_size": hidden_size**2,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
         "stage3_param_persistence_threshold": 10 * hidden_size,
-        "stage3_max_live_parameters": 1_000_000_000,
-        "stage3_max_reuse_distance": 1_000_000_000,
+        "stage3_max_live_parameters": billion,
+        "stage3_max_reuse_distance": billion,
         "stage3_gather_16bit_weights_on_model_save": True,
     }
 

@@ -162,11 +162,13 @@ class Bench:
             seed=SEED,
         )
 
-    def ds_config(self, way: Way, hidden_size: int, world_size: int) -> dict[str, Any]:
+    def ds_config(self, way: Way, model: SwitchableModel, world_size: int) -> dict[str, Any]:
         stage = way.zero[0]
         profile = json.loads((templates_dir() / "deepspeed" / f"zero{stage}.json").read_text(encoding="utf-8"))
         if way.zero == "3, old JSON":
-            profile["zero_optimization"] = old_zero3_config(hidden_size)
+            hidden_size = model.config.text_config.hidden_size
+            num_parameters = sum(p.numel() for p in model.parameters())
+            profile["zero_optimization"] = old_zero3_config(hidden_size, num_parameters)
         elif self.device.type == "cpu":
             # Buckets are allocated whole: the shipped ones are a hundred times these networks.
             profile["zero_optimization"] |= {k: 100_000 for k in BUCKETS if k in profile["zero_optimization"]}
@@ -251,7 +253,7 @@ class Rig:
         model = bench.build_model(way)
         training = bench.training(way)
         groups = parameter_groups(model, training)
-        config = bench.ds_config(way, model.config.text_config.hidden_size, dist.get_world_size())
+        config = bench.ds_config(way, model, dist.get_world_size())
         self.engine, *_ = deepspeed.initialize(
             model=model,
             config=copy.deepcopy(config),

@@ -55,6 +55,8 @@ _SETTLE_S = {"slurm": 30.0, "sandbox": 3.0, "local": 1.0}
 _LONGEST_WAIT_S = 24 * 3600.0
 _LONGEST_SILENCE_S = 3600.0
 _NUDGES = 20
+# Begun again in the second of its requeue, slurmd takes the job for the one that it has just killed, and it fails.
+_SETTLED_S = 5.0
 
 Say = Callable[[str], None]
 
@@ -297,13 +299,18 @@ class _Nudge:
         self._watch = watch
         self._left = _NUDGES
         self._last_s = -math.inf
+        self._held_since_s: float | None = None
 
     def __call__(self) -> None:
         watch = self._watch
         is_held = watch.state.state == "PENDING" and watch.state.reason == "BeginTime"
-        if not is_held or not self._left or time.monotonic() - self._last_s < _ASK_S[watch.cluster]:
+        now_s = time.monotonic()
+        if not is_held or not self._left:
             return
-        self._last_s, self._left = time.monotonic(), self._left - 1
+        self._held_since_s = now_s if self._held_since_s is None else self._held_since_s
+        if now_s - self._held_since_s < _SETTLED_S or now_s - self._last_s < _ASK_S[watch.cluster]:
+            return
+        self._last_s, self._left = now_s, self._left - 1
         try:
             Slurm(conf=watch.slurm_conf).start_now(watch.job_id)
         except JanusError as e:

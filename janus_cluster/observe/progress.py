@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from janus_cluster.rundir import RunDir
@@ -33,6 +33,8 @@ class Progress:
     majority_accuracy: float | None = None
     checkpoint: str | None = None
     export: str | None = None
+    # What differs between ranks at the last logged step, a list by rank: see training/metrics.py.
+    ranks: Mapping[str, Sequence[float]] = field(default_factory=dict)
     time: float | None = None
 
 
@@ -86,8 +88,17 @@ def build_progress(records: Iterable[dict[str, Any]]) -> Progress:
         majority_accuracy=_number(evaluated.get("majority_accuracy")),
         checkpoint=_last_path(by_kind.get("checkpoint", [])),
         export=_last_path(by_kind.get("export", [])),
+        ranks=_by_rank(last.get("ranks")),
         time=last_time,
     )
+
+
+def _by_rank(value: object) -> dict[str, tuple[float, ...]]:
+    """The lists of numbers among the values."""
+    if not isinstance(value, dict):
+        return {}
+    lists = {str(k): [_number(n) for n in v] for k, v in value.items() if isinstance(v, list) and v}
+    return {k: tuple(n for n in v if n is not None) for k, v in lists.items() if None not in v}
 
 
 def _last_path(records: list[dict[str, Any]]) -> str | None:

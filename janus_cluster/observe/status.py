@@ -92,11 +92,11 @@ def _status_of(run: RunDir, state: JobState) -> RunStatus:
         failed_checks=checks,
         exclude=exclude,
         retry=_load_retry(run),
-        earlier=_load_earlier(run, state.attempt),
+        earlier=load_earlier(run, state.attempt),
     )
 
 
-def _load_earlier(run: RunDir, attempt: int | None) -> tuple[str, ...]:
+def load_earlier(run: RunDir, attempt: int | None) -> tuple[str, ...]:
     """A line for each of the last attempts before `attempt`, of those that left their record."""
     lines = []
     for number in [n for n in run.attempts() if attempt is not None and n < attempt][-_MOST_EARLIER:]:
@@ -192,6 +192,7 @@ def _notes(status: RunStatus) -> list[str]:
         lines.append(f"  {check.state} {check.id} on {where}: {check.measured} (expected: {check.expected})")
         if check.fix:
             lines.append(f"    fix: {check.fix}")
+    lines += [f"  {line}" for line in describe_balance(progress)]
     if progress.action_accuracy is not None and state.is_final:
         majority = progress.majority_accuracy
         beside = f" (majority class {majority:.3f})" if majority is not None else ""
@@ -204,6 +205,28 @@ def _notes(status: RunStatus) -> list[str]:
         lines += [f"  exported model: {progress.export}"] if progress.export else []
     lines += [f"  next: {command}" for command in next_commands(status)]
     return [_clean_indented(line) for line in lines]
+
+
+# What is shown of the ranks, in this order: uneven memory usually has its reason on the next line.
+_BALANCE = (
+    ("gpu_memory_peak_gb", "GPU memory peak", ".1f", " GB"),
+    ("visual_tokens", "visual tokens a step", ",.0f", ""),
+    ("data_wait_s", "waiting for data a step", ".2f", " s"),
+)
+
+
+def describe_balance(progress: Progress) -> list[str]:
+    """The lowest and the highest rank of everything that differs between ranks; nothing for a single rank."""
+    lines = []
+    for key, label, form, unit in _BALANCE:
+        values = progress.ranks.get(key, ())
+        if len(values) > 1:
+            low, high = min(values), max(values)
+            lines.append(
+                f"{label}: {low:{form}}{unit} (rank {values.index(low)}) to {high:{form}}{unit} "
+                f"(rank {values.index(high)})"
+            )
+    return lines
 
 
 def _clean_indented(text: str) -> str:

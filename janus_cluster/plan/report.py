@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from janus_cluster.plan.hardware import ASSUMED, Gpu
 from janus_cluster.plan.memory import GB
 from janus_cluster.plan.sizes import Sizes
 from janus_cluster.plan.time import LOGGED_STEP_S, predecessor_step
+
+LINE_WIDTH = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,9 @@ def describe_trust() -> str:
     return (
         "compared with torch's own count of FLOP (tiny network, CPU): error at most 0.5%; with the weights, gradients "
         "and optimizer state of real engines (ZeRO-1, 2, 3, two ranks, CPU): at most 1%; with the activations that "
-        "autograd keeps: a language layer to the byte, the whole tiny network at most 10%. Never compared with an H800 "
-        f"run: seconds assume {ASSUMED.efficiency:.0%} of the peak. The predecessor's log (7B, 8×H800: "
+        "autograd keeps: a language layer to the byte, the whole tiny network at most 10%; with the "
+        "seconds of a larger network on one CPU thread, from setting to setting: at most 13%. Never compared with an "
+        f"H800 run: seconds assume {ASSUMED.efficiency:.0%} of the peak. The predecessor's log (7B, 8×H800: "
         f"{LOGGED_STEP_S} s a step of 64) is reproduced as {predicted:.1f} s ({predicted / LOGGED_STEP_S - 1:+.0%}), "
         "four fifths of it ZeRO-3's hooks as measured on another CPU. See docs/performance.md"
     )
@@ -128,12 +132,18 @@ def render_choice(plan: Plan) -> list[str]:
             f"{'s' * (chosen.setup.nodes > 1)}: {plan.reason}",
             f"type     {' '.join(plan.to_type) or 'nothing: the job has it'}",
         ]
-    return [*lines, *(f"note     {note}" for note in plan.notes), f"trust    {describe_trust()}"]
+    lines += [*(f"note     {note}" for note in plan.notes), f"trust    {describe_trust()}"]
+    # What is to be typed stays on one line, so that it can be copied.
+    return [line if line.startswith("type") else _wrap(line) for line in lines]
 
 
 def describe_recompute(every: int) -> str:
     """How much is computed again, in words."""
     return {0: "none", 1: "all", 2: "every 2nd", 3: "every 3rd"}.get(every, f"every {every}th")
+
+
+def _wrap(line: str) -> str:
+    return textwrap.fill(line, LINE_WIDTH, subsequent_indent=" " * 9, break_on_hyphens=False)
 
 
 def _table(title: str, names: Sequence[str], *, left: Sequence[str]) -> Table:

@@ -17,7 +17,8 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
     """Writes every logged step, evaluation, checkpoint and export of one attempt.
 
     Units: num_tokens is per optimizer step over all ranks, padding_share the part of the batches that holds none;
-    step_time_s is wall time per optimizer step without checkpoints and evaluations, waiting for data included.
+    step_time_s is wall time per optimizer step without checkpoints and evaluations, waiting for data included; ranks
+    holds lists by rank: data_wait_s and visual_tokens per step, gpu_memory_peak_gb (1e9 bytes) since the start.
     """
 
     def __init__(self, run: RunDir, *, attempt: int, is_main: bool, effective_batch_size: int) -> None:
@@ -27,6 +28,8 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
         self._effective_batch_size = effective_batch_size
         self._since_s = time.perf_counter()
         self.last_logged_step = 0
+        # Of the step that is logged next: a list by rank for everything that differs between ranks.
+        self.ranks: dict[str, list[float]] = {}
 
     def append(self, kind: str, step: int, **values: Any) -> None:
         """One line more in metrics.jsonl, if this is rank 0."""
@@ -76,6 +79,7 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
             padding_share=round(logs["padding_share"], 4),
             step_time_s=step_time_s,
             samples_per_s=self._effective_batch_size / step_time_s,
+            ranks=self.ranks,
         )
         self.say(
             f"step {state.global_step}/{state.max_steps} loss {logs['loss']:.3f} action {logs['loss_action']:.3f} "

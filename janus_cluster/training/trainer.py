@@ -150,6 +150,8 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
         self._sums_since_log = torch.zeros(2 + 2 * len(SEGMENT_NAMES), device=self.args.device)
         # over all ranks, since the last log: tokens, and the places for tokens that the batches hold
         self._tokens_since_log = torch.zeros(2, device=self.args.device)
+        # since the last log, on this rank: s waited for batches, and tokens of images after the ViT's merging
+        self._data_wait_s, self._visual_tokens = 0.0, 0
         # micro-batches of this rank whose loss was no finite number
         self._num_not_finite = torch.zeros((), device=self.args.device)
         if self.is_deepspeed_enabled:
@@ -200,12 +202,16 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
         Raises: TrainingFailed if a loss of the step before was no finite number.
         """
         self._beat("data")
+        asked_s = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._data_wait_s += time.perf_counter() - asked_s
         self._beat("agreement")
         if batches:
             text = torch.stack([text_weight_sum(b["labels"], b["loss_weights"]).float() for b in batches]).sum()
             actions = torch.stack([action_count(b["actions"]).float() for b in batches]).sum()
             masks = [b["attention_mask"] for b in batches]
+            merged = self.model.config.vision_config.spatial_merge_size**2
+            self._visual_tokens += sum(int(b["image_grid_thw"].prod(-1).sum()) // merged for b in batches)
             counts = torch.tensor([sum(int(m.sum()) for m in masks), sum(m.numel() for m in masks)])
             asked = torch.tensor([float(self._pulse is not None and self._pulse.is_asked_to_stop())])
             own = torch.cat([torch.stack([text, actions]), counts, asked]).to(self.args.device)
@@ -304,7 +310,20 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
             self._tokens_since_log.zero_()
             logs["num_tokens"] = round(num_tokens / num_steps)
             logs["padding_share"] = 1 - num_tokens / num_places if num_places else 0.0
+            self._metrics.ranks = self._gather_ranks(num_steps)
         super().log(logs, start_time)
+
+    def _gather_ranks(self, num_steps: int) -> dict[str, list[float]]:
+        """What differs between ranks, by rank: per step since the last log, and the GPU memory's peak so far."""
+        own = [self._data_wait_s / num_steps, self._visual_tokens / num_steps]
+        if self.args.device.type == "cuda":
+            own.append(torch.cuda.max_memory_allocated(self.args.device) / 1e9)
+        self._data_wait_s, self._visual_tokens = 0.0, 0
+        place = torch.zeros(self._world.world_size, len(own), device=self.args.device)
+        place[self._world.rank] = torch.tensor(own, device=self.args.device)
+        names = ("data_wait_s", "visual_tokens", "gpu_memory_peak_gb")
+        columns = self._sum_over_ranks(place).T.tolist()
+        return {name: [round(v, 4) for v in column] for name, column in zip(names, columns, strict=False)}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The checkpoint of this step is whole and has its name, or the ones before it are as they were.

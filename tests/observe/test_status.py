@@ -10,8 +10,15 @@ import pytest
 from rich.console import Console
 
 from janus_cluster.node.status import StatusFile as StatusWriter
-from janus_cluster.observe.progress import TAIL_BYTES, load_progress
-from janus_cluster.observe.status import RunStatus, collect_status, render_duration, render_status
+from janus_cluster.observe.progress import TAIL_BYTES, Progress, build_progress, load_progress
+from janus_cluster.observe.status import (
+    RunStatus,
+    collect_status,
+    describe_balance,
+    load_earlier,
+    render_duration,
+    render_status,
+)
 from janus_cluster.preflight.model import CheckResult, Verdict
 from janus_cluster.rundir import RunDir, write_json_atomically
 
@@ -170,3 +177,31 @@ def test_dry_run_tells_how_to_submit_it(tmp_path: Path) -> None:
 )
 def test_durations_are_short(seconds: float, text: str) -> None:
     assert render_duration(seconds) == text
+
+
+def test_uneven_ranks_are_named_with_their_lowest_and_highest() -> None:
+    ranks = {"gpu_memory_peak_gb": (46.12, 78.04, 60.0), "visual_tokens": (9100.0, 15400.0, 12000.0)}
+    assert describe_balance(Progress(ranks=ranks)) == [
+        "GPU memory peak: 46.1 GB (rank 0) to 78.0 GB (rank 1)",
+        "visual tokens a step: 9,100 (rank 0) to 15,400 (rank 1)",
+    ]
+    assert describe_balance(Progress(ranks={"data_wait_s": (0.5,)})) == []
+
+
+def test_what_is_no_list_of_numbers_by_rank_is_left_out() -> None:
+    damaged = {"visual_tokens": [1, "x"], "data_wait_s": None, "gpu_memory_peak_gb": [], "ok": [1, 2.5]}
+    assert build_progress([{"kind": "train", "ranks": damaged}]).ranks == {"ok": (1.0, 2.5)}
+    assert build_progress([{"kind": "train", "ranks": 7}]).ranks == {}
+
+
+def test_earlier_attempts_are_told_with_their_reason(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path)
+    run.begin_attempt()
+    record = {"from_step": 4, "state": "FAILED", "reason": "rank 1: SIGKILL", "ended_at": 1.0}
+    write_json_atomically(run.attempt_json(1), record)
+    write_json_atomically(run.attempt_json(2), record | {"ended_at": None, "reason": None, "from_step": 8})
+    run.begin_attempt()
+    assert load_earlier(run, 3) == (
+        "attempt 1, from step 4: FAILED: rank 1: SIGKILL",
+        "attempt 2, from step 8: killed before it could say why",
+    )
