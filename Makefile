@@ -70,8 +70,9 @@ check: $(STAMP)  ## Format, lint, types, boundaries
 format: $(STAMP)  ## Rewrite in house format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## What the command line costs, as ratios
+bench: $(STAMP)  ## What the command line and a training step cost, as ratios (CPU, minutes; benchmarks/README.md)
 	@$(BIN)/python -m benchmarks.startup
+	@OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m benchmarks.training_step
 
 submit: $(STAMP)  ## Submit the main job: make submit NODES=2 CLUSTER=slurm
 	@$(JANUS) submit --nodes $(NODES) --cluster $(CLUSTER)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -23,18 +22,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader
 
-from benchmarks.counting import HostWaits
-from benchmarks.gpu_timeline import Timeline
+from benchmarks.gpu_measure import Result, loss_now, measure, render_result
 from benchmarks.ways import OURS, PREDECESSOR, SEED, Bench, Rig, Size, Way, describe, one_process
 from janus_cluster.config.networks import PRESETS
 from janus_cluster.plan.flops import Flops, Work, count_flops
@@ -42,7 +37,6 @@ from janus_cluster.plan.hardware import GPUS
 from janus_cluster.plan.sample import plan_sample
 from janus_cluster.plan.sizes import TINY_VOCABULARY, Sizes, sizes_of
 from janus_cluster.training.entry import quiet_libraries
-from janus_cluster.training.held_out import move_to
 from janus_cluster.training.model.build import set_recompute
 from janus_cluster.training.model.compile import compile_blocks
 
@@ -76,28 +70,6 @@ def network_sizes(size: Size) -> Sizes:
     return sizes_of(values, preset=preset, name=size.preset)
 
 
-@dataclass
-class Result:
-    """One way, measured; times in seconds of a micro-step with its share of the optimizer's."""
-
-    name: str
-    way: dict[str, Any]
-    rows: int
-    step_s: list[float] = field(default_factory=list)
-    data_wait_s: float = 0.0
-    parts_s: dict[str, float] = field(default_factory=dict)
-    samples_per_s: float = 0.0
-    tokens_per_s: float = 0.0
-    tflops_per_s: float = 0.0
-    mfu: float | None = None
-    peak_gb: float = 0.0
-    host_waits: int = 0
-    waits_at: dict[str, int] = field(default_factory=dict)
-    kernel_launches: int = 0
-    loss: float = 0.0
-    problem: str | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Lever:
     """`switch` turns ours into the way without the lever, on the same engine; another engine where it cannot."""
@@ -108,7 +80,7 @@ class Lever:
     rows: int = 1
 
 
-def levers(device: str, with_compile: bool) -> list[Lever]:
+def levers(with_compile: bool) -> list[Lever]:
     """In the order in which time is spent on them."""
     found = [
         Lever(name="grouped windows", off=replace(OURS, vision="one window at a time"), same_engine=True),
@@ -125,8 +97,10 @@ def levers(device: str, with_compile: bool) -> list[Lever]:
         Lever(name="ZeRO-2 (off: ZeRO-3)", off=replace(OURS, zero="3"), same_engine=False),
         Lever(name="ZeRO-2 (on) or ZeRO-1", off=replace(OURS, zero="1"), same_engine=False),
         Lever(name="VGGT outside, one pass", off=replace(OURS, vggt=PREDECESSOR.vggt), same_engine=False),
-        Lever(name="everything (off: the predecessor)", off=PREDECESSOR, same_engine=False),
     ]
+
+
+BEFORE = Lever(name="everything (off: the predecessor)", off=PREDECESSOR, same_engine=False)
 
 
 def switch(rig: Rig, way: Way) -> None:
@@ -145,154 +119,13 @@ def switch(rig: Rig, way: Way) -> None:
             module._compiled_call_impl = None
 
 
-@contextmanager
-def watched(rig: Rig, timeline: Timeline) -> Iterator[None]:
-    """Forward passes of the parts enter and leave the timeline."""
-    model = rig.engine.module
-    vggt = model._modules.get("vggt_inside") or model.vggt
-    parts: list[tuple[nn.Module, str]] = [
-        (model.model.visual, "ViT"),
-        (vggt, "VGGT"),
-        (vggt.patch_embed, "DINO"),
-        (model.model.language_model, "LLM forward"),
-    ]
-    handles = []
-    for module, name in parts:
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: timeline.enter(name)))
-        handles.append(module.register_forward_hook(lambda *_: timeline.leave()))
-    # After the language model there is nothing but heads and loss.
-    handles.append(model.model.language_model.register_forward_hook(lambda *_: timeline.rename("heads and loss")))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class Feed:
-    """Micro-batches from loader processes, pinned, for ever."""
-
-    def __init__(self, rig: Rig, *, rows: int, workers: int) -> None:
-        count = len(rig.bench.samples)
-        batches = [[(row + rows * n) % count for row in range(rows)] for n in range(10_000)]
-        self._loader: Any = DataLoader(
-            rig.dataset,
-            batch_sampler=batches,
-            collate_fn=rig.collate,
-            num_workers=workers,
-            pin_memory=rig.bench.device.type == "cuda",
-        )
-        self._batches: Iterator[dict[str, Any]] = iter(self._loader)
-        self.waited_s = 0.0
-
-    def next(self) -> dict[str, Any]:
-        begun = time.perf_counter()
-        batch = next(self._batches)
-        self.waited_s += time.perf_counter() - begun
-        return batch
-
-
-def train_step(rig: Rig, feed: Feed, timeline: Timeline) -> tuple[torch.Tensor, int]:
-    """One optimizer step. Returns: its loss, still on the device, and the tokens of its micro-batches."""
-    total, tokens = torch.zeros((), device=rig.bench.device), 0
-    for _ in range(rig.bench.accumulation):
-        batch = feed.next()
-        tokens += batch["input_ids"].numel()
-        with timeline.within("host to device"):
-            batch = move_to(batch, rig.bench.device)
-        with timeline.within("merge and embed"):
-            loss = rig.engine(**batch).loss
-        with timeline.within("backward"):
-            rig.engine.backward(loss)
-        with timeline.within("optimizer"):
-            rig.engine.step()
-        total += loss.detach() / rig.bench.accumulation
-    return total, tokens
-
-
-def measure(rig: Rig, name: str, way: Way, *, rows: int, options: argparse.Namespace, flops: Flops) -> Result:
-    """`way` on this engine: timed steps without any hook, then one step each for parts, waits and launches."""
-    result = Result(name=name, way=asdict(way), rows=rows)
-    cuda = rig.bench.device.type == "cuda"
-    feed = Feed(rig, rows=rows, workers=options.workers)
-    off = Timeline(None)
-    for _ in range(options.warm_up):
-        loss, _ = train_step(rig, feed, off)
-    result.loss = float(loss)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    feed.waited_s, tokens = 0.0, 0
-    for _ in range(options.steps):
-        begun = time.perf_counter()
-        _, seen = train_step(rig, feed, off)
-        _synchronise(cuda)
-        result.step_s.append((time.perf_counter() - begun) / rig.bench.accumulation)
-        tokens += seen
-    num_micro_steps = options.steps * rig.bench.accumulation
-    step_s = statistics.median(result.step_s)
-    result.data_wait_s = feed.waited_s / num_micro_steps
-    result.samples_per_s = rows / step_s
-    result.tokens_per_s = tokens / num_micro_steps / step_s
-    result.tflops_per_s = flops.model / 1e12 * result.samples_per_s
-    result.mfu = result.tflops_per_s / options.peak_tflops if options.peak_tflops else None
-    rss_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    result.peak_gb = torch.cuda.max_memory_allocated() / 1e9 if cuda else rss_gb
-    _look_inside(rig, feed, result)
-    return result
-
-
-def _look_inside(rig: Rig, feed: Feed, result: Result) -> None:
-    """Parts, waits and kernel launches of a micro-step; none of it disturbs the timed steps."""
-    cuda, per_step = rig.bench.device.type == "cuda", rig.bench.accumulation
-    timeline = Timeline(rig.bench.device.type)
-    with watched(rig, timeline):
-        train_step(rig, feed, timeline)
-    result.parts_s = {part: seconds / per_step for part, seconds in timeline.seconds().items()}
-    counted = _count_cuda_waits if cuda else _count_host_waits
-    result.host_waits, result.waits_at = counted(lambda: train_step(rig, feed, Timeline(None)))
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
-    with profile(activities=activities) as profiled:
-        train_step(rig, feed, Timeline(None))
-        _synchronise(cuda)
-    marks = ("LaunchKernel", "GraphLaunch") if cuda else ("aten::",)
-    launches = sum(e.count for e in profiled.key_averages() if any(mark in e.key for mark in marks))
-    result.host_waits = round(result.host_waits / per_step)
-    result.kernel_launches = round(launches / per_step)
-
-
-def _count_host_waits(step: Callable[[], object]) -> tuple[int, dict[str, int]]:
-    with HostWaits() as waits:
-        step()
-    return sum(waits.at.values()), dict(waits.at.most_common(20))
-
-
-def _count_cuda_waits(step: Callable[[], object]) -> tuple[int, dict[str, int]]:
-    """torch warns of every wait; the line that waited is counted."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    at: dict[str, int] = {}
-    for warning in caught:
-        if "synchroniz" in str(warning.message):
-            place = f"{Path(warning.filename).parent.name}/{Path(warning.filename).name}:{warning.lineno}"
-            at[place] = at.get(place, 0) + 1
-    return sum(at.values()), dict(sorted(at.items(), key=lambda item: -item[1])[:20])
-
-
-def _synchronise(cuda: bool) -> None:
-    if cuda:
-        torch.cuda.synchronize()
-
-
 class Session:
     """Engines one after the other on one GPU, within the time that there is."""
 
-    def __init__(self, bench: Bench, size: Size, options: argparse.Namespace, deadline: float) -> None:
-        self.bench, self.size, self.options, self.deadline = bench, size, options, deadline
+    def __init__(
+        self, bench: Bench, size: Size, options: argparse.Namespace, *, deadline: float, save: Callable[[], None]
+    ) -> None:
+        self.bench, self.size, self.options, self.deadline, self._save = bench, size, options, deadline, save
         self.results: list[Result] = []
         self.ratios: list[dict[str, Any]] = []
         self.left_out: list[str] = []
@@ -300,7 +133,9 @@ class Session:
 
     def run(self) -> None:
         """Ours, then every lever that there is time for."""
-        chosen = [x for x in levers(self.options.device, self.options.compile) if self._wanted(x)]
+        chosen = [lever for lever in levers(self.options.compile) if self._wanted(lever)]
+        if self.options.predecessor:
+            chosen.append(BEFORE)
         with self._engine(OURS) as rig:
             ours = self._measure(rig, "ours", OURS, rows=1)
             for lever in [lever for lever in chosen if lever.same_engine]:
@@ -310,7 +145,8 @@ class Session:
                 continue
             with self._engine(lever.off) as other:
                 result = self._measure(other, lever.name, lever.off, rows=1)
-            self._compare(lever.name, [result], [ours])
+            # Both began with the same weights and batches.
+            self._compare(lever.name, [result], [ours], abs(result.first_loss - ours.first_loss))
 
     def _on_same_engine(self, rig: Rig | None, lever: Lever) -> None:
         """Off, on, off, on: what the GPU's clock does meanwhile meets both."""
@@ -318,18 +154,29 @@ class Session:
             return
         off, on = [], []
         for _ in range(self.options.pairs):
+            switch(rig, OURS)
+            on_loss = loss_now(rig)
             switch(rig, lever.off)
+            difference = abs(loss_now(rig) - on_loss)
             off.append(self._measure(rig, f"{lever.name}: other", lever.off, rows=lever.rows))
             switch(rig, OURS)
             on.append(self._measure(rig, f"{lever.name}: ours", OURS, rows=1))
-        self._compare(lever.name, off, on)
+        self._compare(lever.name, off, on, difference)
 
-    def _compare(self, name: str, off: Sequence[Result], on: Sequence[Result]) -> None:
+    def _compare(self, name: str, off: Sequence[Result], on: Sequence[Result], loss_difference: float) -> None:
         if any(r.problem for r in (*off, *on)):
             return
         ratios = [b.samples_per_s / a.samples_per_s for a, b in zip(off, on, strict=True)]
-        found = {"lever": name, "ratio": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-        self.ratios.append(found | {"peak_gb": [off[0].peak_gb, on[0].peak_gb], "loss": [off[0].loss, on[0].loss]})
+        self.ratios.append(
+            {
+                "lever": name,
+                "ratio": statistics.median(ratios),
+                "min": min(ratios),
+                "max": max(ratios),
+                "peak_gb": [off[0].peak_gb, on[0].peak_gb],
+                "loss_difference": loss_difference,
+            }
+        )
 
     def _measure(self, rig: Rig | None, name: str, way: Way, *, rows: int) -> Result:
         begun = time.perf_counter()
@@ -342,8 +189,12 @@ class Session:
             except torch.OutOfMemoryError as error:
                 rig.engine.zero_grad()
                 result = Result(name=name, way=asdict(way), rows=rows, problem=str(error).splitlines()[0])
-        self._longest_s = max(self._longest_s, time.perf_counter() - begun)
+        if not way.compile_vggt:
+            # Compiling takes its minute once.
+            self._longest_s = max(self._longest_s, time.perf_counter() - begun)
         self.results.append(result)
+        # A call that is ended from outside has lost only what it was about.
+        self._save()
         print(render_result(result), file=sys.stderr, flush=True)
         return result
 
@@ -374,6 +225,16 @@ class Session:
         sample = plan_sample(data, camera=self.size.camera, text_tokens=text, label_tokens=int(self.bench.label_tokens))
         return count_flops(sizes, sample, Work(recompute_every=way.recompute_every))
 
+    def as_record(self) -> dict[str, Any]:
+        """What the JSON file holds of this network."""
+        return {
+            "size": {key: str(value) for key, value in asdict(self.size).items()},
+            "flops_per_sample": self._flops(OURS).tflop(),
+            "results": [asdict(result) for result in self.results],
+            "ratios": self.ratios,
+            "left_out": self.left_out,
+        }
+
     def _wanted(self, lever: Lever) -> bool:
         return not self.options.levers or any(word in lever.name for word in self.options.levers)
 
@@ -391,30 +252,19 @@ def extrapolate(few: Result, many: Result, *, layers: tuple[int, int], whole: in
     return b + (whole - layers[1]) * (b - a) / (layers[1] - layers[0])
 
 
-def render_result(result: Result) -> str:
-    """One line."""
-    if result.problem:
-        return f"{result.name}: {result.problem}"
-    spread = f"{min(result.step_s):.3f}–{max(result.step_s):.3f}"
-    mfu = "" if result.mfu is None else f" {result.mfu:.1%} MFU"
-    parts = ", ".join(f"{name} {seconds * 1e3:.0f}" for name, seconds in result.parts_s.items())
-    return (
-        f"{result.name}: {statistics.median(result.step_s):.3f} s ({spread}), {result.samples_per_s:.2f} samples/s, "
-        f"{result.tflops_per_s:.1f} TFLOP/s{mfu}, {result.peak_gb:.1f} GB, "
-        f"data wait {result.data_wait_s * 1e3:.1f} ms, {result.host_waits} waits, {result.kernel_launches} launches; ms: {parts}"
-    )
-
-
 def render_ratios(session: Session) -> str:
     """Markdown, a row a lever."""
     lines = [
-        "| lever | ours against the other, samples/s | min–max | peak GB other → ours |",
-        "| --- | --- | --- | --- |",
+        "| lever | ours against the other, samples/s | min–max | peak GB other → ours | loss differs by |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for found in session.ratios:
         memory = " → ".join(f"{gb:.1f}" for gb in found["peak_gb"])
-        lines.append(f"| {found['lever']} | {found['ratio']:.2f} | {found['min']:.2f}–{found['max']:.2f} | {memory} |")
-    lines += [f"| {name} | no time left | – | – |" for name in session.left_out]
+        lines.append(
+            f"| {found['lever']} | {found['ratio']:.2f} | {found['min']:.2f}–{found['max']:.2f} | {memory} | "
+            f"{found['loss_difference']:.1e} |"
+        )
+    lines += [f"| {name} | no time left | – | – | – |" for name in session.left_out]
     return "\n".join(lines)
 
 
@@ -432,6 +282,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=6)
     parser.add_argument(
         "--levers", nargs="*", help="only those whose name holds one of these words; none: `--levers -`"
+    )
+    parser.add_argument(
+        "--predecessor",
+        action="store_true",
+        help="its way too: minutes, of which DeepSpeed scans most before the second step; give it a call of its own",
     )
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--peak-tflops", type=float, help="dense bf16; else from the GPU's name")
@@ -452,33 +307,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.peak_tflops is None and about["gpu"]:
         options.peak_tflops = next((peak for name, peak in PEAK_OF.items() if name in about["gpu"]), None)
     record: dict[str, Any] = {"about": about, "settings": {k: str(v) for k, v in vars(options).items()}, "networks": []}
-    firsts: list[tuple[int, Result]] = []
+    sessions: list[Session] = []
+
+    def save() -> None:
+        record["networks"] = [session.as_record() for session in sessions]
+        if options.json:
+            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
     with one_process(options.device):
         for size in sizes_for(options.size):
             with tempfile.TemporaryDirectory(prefix="gpu-benchmark-") as folder:
                 bench = Bench(
                     Path(folder) / "demo", size=size, device=options.device, accumulation=options.accumulation
                 )
-                session = Session(bench, size, options, deadline)
-                session.run()
-            firsts.append((size.text_layers, session.results[0]))
-            record["networks"].append(
-                {
-                    "size": {k: str(v) for k, v in asdict(size).items()},
-                    "flops_per_sample": session._flops(OURS).tflop(),
-                    "results": [asdict(result) for result in session.results],
-                    "ratios": session.ratios,
-                    "left_out": session.left_out,
-                }
-            )
-            print(f"\n{render_ratios(session)}\n", flush=True)
+                sessions.append(Session(bench, size, options, deadline=deadline, save=save))
+                sessions[-1].run()
+            print(f"\n{render_ratios(sessions[-1])}\n", flush=True)
+    firsts = [(session.size.text_layers, session.results[0]) for session in sessions]
     if len(firsts) == 2 and not any(result.problem for _, result in firsts):
         (a, few), (b, many) = firsts
         whole_s = extrapolate(few, many, layers=(a, b), whole=28)
         record["extrapolated"] = {"layers": 28, "micro_step_s": whole_s}
         print(f"28 layers, extrapolated from {a} and {b}: {whole_s:.3f} s a micro-step")
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    save()
 
 
 if __name__ == "__main__":

@@ -96,6 +96,8 @@ def plan(*, with_compile: bool, few: bool) -> tuple[dict[str, Way], list[Compari
             "ours, ZeRO-1": replace(OURS, zero="1"),
             "ours, every 2nd recomputed": replace(OURS, recompute_every=2),
             "predecessor, VGGT in one pass inside": replace(PREDECESSOR, vggt="inside, one pass"),
+            "ours, 4 mixed rows as drawn": replace(OURS, batches="mixed, as drawn"),
+            "ours, 4 mixed rows by length": replace(OURS, batches="mixed, by length"),
         }
         compared += [
             Comparison(lever="ZeRO-3 → ZeRO-2", what="our JSONs, last", off="ours, ZeRO-3", on="ours"),
@@ -110,6 +112,14 @@ def plan(*, with_compile: bool, few: bool) -> tuple[dict[str, Way], list[Compari
                 on="predecessor, VGGT in one pass inside",
             ),
         ]
+        compared.append(
+            Comparison(
+                lever="rows of like length together",
+                what="4 rows of 1 to 9 frames, last",
+                off="ours, 4 mixed rows as drawn",
+                on="ours, 4 mixed rows by length",
+            )
+        )
     if with_compile:
         ways["ours, VGGT compiled"] = replace(OURS, compile_vggt=True)
         compared.append(

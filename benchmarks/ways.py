@@ -45,6 +45,7 @@ from janus_cluster.training.model.vggt import Aggregator
 
 SEED = 0
 HISTORY = 8
+MIXED_ROWS = 4
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
 
 
@@ -61,6 +62,7 @@ class Way:
     vision: str = "grouped"  # "one window at a time"
     pixels: str = "uint8"  # "floats"
     compile_vggt: bool = False
+    batches: str = "whole history"  # "mixed, as drawn" | "mixed, by length": several rows of one to nine frames
 
 
 OURS = Way()
@@ -124,7 +126,7 @@ class Bench:
 
     def __init__(self, folder: Path, *, size: Size, device: str, accumulation: int) -> None:
         self.size, self.device, self.accumulation = size, torch.device(device), accumulation
-        write_walk(folder / "walk", steps=HISTORY + 2 * accumulation, camera=size.camera)
+        write_walk(folder / "walk", steps=HISTORY + MIXED_ROWS * accumulation, camera=size.camera)
         self.data = {
             mode: Data(
                 roots=[str(folder)],
@@ -136,7 +138,10 @@ class Bench:
             )
             for mode in ("crop", "pad")
         }
-        self.samples = load_samples(self.data["crop"], seed=SEED).train[HISTORY:]
+        every = load_samples(self.data["crop"], seed=SEED).train
+        # The first ones have a short history, the others a whole one.
+        self.samples = every[HISTORY:]
+        self.mixed = [every[i] for i in np.random.default_rng(SEED).permutation(MIXED_ROWS * accumulation)]
         self.tokenizer = build_tiny_tokenizer(sample_texts(self.samples))
         self.ids = tokenizer_ids(self.tokenizer)
         dataset = self.dataset("crop")
@@ -147,9 +152,12 @@ class Bench:
         self.label_tokens = statistics.mean(labels)
         self.text_tokens = statistics.mean(n - k for n, k in zip(lengths, images, strict=True)) - 2 * frames
 
-    def dataset(self, image_mode: str) -> NavigationDataset:
+    def dataset(self, image_mode: str, *, mixed: bool = False) -> NavigationDataset:
         return NavigationDataset(
-            self.samples, tokenizer=self.tokenizer, data=self.data[image_mode], segment_weights=SegmentWeights()
+            self.mixed if mixed else self.samples,
+            tokenizer=self.tokenizer,
+            data=self.data[image_mode],
+            segment_weights=SegmentWeights(),
         )
 
     def training(self, way: Way) -> Training:
@@ -244,7 +252,8 @@ class Rig:
 
     def __init__(self, bench: Bench, way: Way) -> None:
         self.bench, self.way = bench, way
-        ours = bench.dataset(way.image_mode)
+        self.mixed = way.batches != OURS.batches
+        ours = bench.dataset(way.image_mode, mixed=self.mixed)
         floats = way.pixels == "floats"
         self.dataset: Any = ours
         if floats:
@@ -267,10 +276,14 @@ class Rig:
     def load(self) -> list[dict[str, Any]]:
         """The micro-batches of the next optimizer step."""
         per_step = self.bench.accumulation
-        batches = []
-        for micro in range(per_step):
-            index = (self.number * per_step + micro) % len(self.bench.samples)
-            batches.append(self.collate([self.dataset[index]]))
+        if self.mixed:
+            lengths = [len(sample.frames) for sample in self.bench.mixed]
+            by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+            chosen = by_length if self.way.batches == "mixed, by length" else list(range(len(lengths)))
+            rows = [chosen[MIXED_ROWS * micro : MIXED_ROWS * (micro + 1)] for micro in range(per_step)]
+        else:
+            rows = [[(self.number * per_step + micro) % len(self.bench.samples)] for micro in range(per_step)]
+        batches = [self.collate([self.dataset[index] for index in row]) for row in rows]
         self.number += 1
         return batches
 

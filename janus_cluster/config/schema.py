@@ -295,7 +295,8 @@ class Restart(Section):
     """What happens to a job whose attempt ended before its work was done."""
 
     on_stop: Literal["requeue", "end"] = Field(
-        "requeue", description="After a stop signal (walltime, preemption) and a checkpoint: back into the queue, or over"
+        "requeue",
+        description="After a stop signal (walltime, preemption) and a checkpoint: back into the queue, or over",
     )
     on_failure: Literal["transient", "always", "never"] = Field(
         "transient",

@@ -76,11 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def leave_stop_signals_to_the_ranks() -> dict[str, str]:
     """This process, and the torchrun that it becomes, live on when Slurm signals all processes of a step.
 
-    torchrun would end its ranks at once, before they could save. Returns: variables for torchrun.
+    torchrun would end its ranks at once, before they could save.
+    Returns: variables for torchrun; this one is its option --signals-to-handle, where it has that.
     """
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
-    return {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT"}
+    return {"PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT"}
 
 
 def _read_facts(resolved: ResolvedJob, identity: NodeIdentity, args: argparse.Namespace) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from janus_cluster.training.model.pixels import MERGE_SIZE
 class TextLayout:
     """Indices count positions of the flattened [B · L]; all tensors lie on the batch's device.
 
-    `attention_mask` is None where no row is padded: attention then needs no mask, and nobody asks the device for one.
+    `attention_mask` is None where rows are padded behind their end only, or not at all: no token sees what comes after
+    it, so causal attention without a mask gives every real token the same, by the fastest kernel, and nobody asks the
+    device what the mask hides. What it gives the padding is never read.
     """
 
     position_ids_3BL: Tensor
@@ -59,7 +61,7 @@ def read_layout(
         position_ids_3BL=on_device(position_ids),
         image_positions_N=on_device(types.flatten().nonzero().squeeze(1)),
         label_positions_M=on_device(has_label.flatten().nonzero().squeeze(1)),
-        attention_mask_BL=None if bool(attended.all()) else attention_mask_BL,
+        attention_mask_BL=attention_mask_BL if bool((attended.diff(dim=1) > 0).any()) else None,
     )
 
 
