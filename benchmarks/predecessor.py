@@ -203,7 +203,7 @@ class SwitchableModel(JanusModel):
             return self.judge_hidden(hidden, attention_mask=text["attention_mask"], **batch)
         layout = self.read_layout(image_grid_thw=grid, labels=batch["labels"], **text)
         fused = self.encode_images(pixel_values, grid, frames)
-        hidden = self.hidden_states(fused, input_ids=text["input_ids"], image_grid_thw=grid, layout=layout)
+        hidden = self.hidden_states(fused, layout, input_ids=text["input_ids"], image_grid_thw=grid)
         return self.judge_hidden(
             hidden, attention_mask=text["attention_mask"], label_positions=layout.label_positions_M, **batch
         )

@@ -70,6 +70,7 @@ def test_ctrl_c_while_sbatch_works_leaves_a_recorded_run(tmp_path: Path) -> None
     assert "submitted as job 7 all the same; janus-cluster cancel 7 ends it" in err
 
 
+@pytest.mark.slow
 def test_a_signal_at_any_moment_leaves_a_submitted_run_or_nothing(tmp_path: Path) -> None:
     moments = [
         (delay_ms, signum) for delay_ms in (150, 500, 900, 1300, 1800) for signum in (signal.SIGINT, signal.SIGTERM)

@@ -96,6 +96,7 @@ def test_progress_bar_shows_its_last_version_only(tmp_path: Path) -> None:
     assert GrowingFile(path).read_new()[0] == ["100%", "windows line"]
 
 
+@pytest.mark.slow
 def test_endless_line_stays_within_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.log"
     with path.open("wb") as f:

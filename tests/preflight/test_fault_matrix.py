@@ -47,6 +47,7 @@ def test_a_fault_is_found_and_named(tmp_path: Path, fault: str) -> None:
         assert "h800-01" in result.fix or result.fix.startswith("as root") or "nvidia-smi" in result.fix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HANGS)
 def test_a_hung_nvidia_smi_is_an_error_within_its_time_limit(tmp_path: Path, how: str) -> None:
     node = h800_node(tmp_path, programs={"nvidia-smi": HANGS[how]}, sets=("preflight.command_timeout_s=1.5",)).write()

@@ -72,6 +72,7 @@ def test_the_load_is_judged_over_all_samples(
     assert all(r.fix for r in found.values() if r.state != "PASS")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["sound", "hangs"])
 def test_nvidia_smi_is_asked_while_the_probe_runs(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     programs = {"nvidia-smi": "#!/bin/sh\nexec sleep 60\n"} if how == "hangs" else {}

@@ -15,6 +15,8 @@ import pytest
 
 from janus_cluster.rundir import RunDir, read_json
 
+pytestmark = pytest.mark.slow
+
 # Sits in C for a minute, as a rank does in a collective: no Python handler could run meanwhile.
 RANK = """
 import ctypes, sys, time

@@ -209,10 +209,11 @@ class JanusModel(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
     def hidden_states(
         self,
         image_embeds: Sequence[Tensor],
+        layout: TextLayout | None = None,
+        /,
         *,
         input_ids: Tensor,
         image_grid_thw: Tensor,
-        layout: TextLayout | None = None,
         **inputs: Any,
     ) -> Tensor:
         """Last hidden states [B, L, H], after the final norm. `layout` as read_layout gives it for these inputs.
@@ -293,7 +294,7 @@ class JanusModel(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
         patches = torch.cat([pixels.qwen_patches(sample) for sample in frames])
         unit_frames = [pixels.unit_frames(sample) for sample in frames]
         fused = self.encode_images(patches, grid, unit_frames, memories)
-        hidden = self.hidden_states(fused, input_ids=input_ids, image_grid_thw=grid, layout=layout)
+        hidden = self.hidden_states(fused, layout, input_ids=input_ids, image_grid_thw=grid)
         return self.judge_hidden(
             hidden,
             label_positions=layout.label_positions_M,
