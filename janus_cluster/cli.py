@@ -8,12 +8,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from janus_cluster import __version__
 from janus_cluster.errors import JanusError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 # name → (module, object, one line of help). The order is that of a user's day.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -34,6 +37,12 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "evaluate",
         "Judge a trained model on held-out episodes: actions, F1, perplexity, samples with pictures.",
     ),
+    "report": (
+        "janus_cluster.report.cli",
+        "report",
+        "Write a page with pictures of a run, of two, or of an old training log.",
+    ),
+    "compare": ("janus_cluster.report.cli", "compare", "Print two runs beside each other: figures and configuration."),
     "list": ("janus_cluster.observe.cli", "list_runs", "List runs, the newest first."),
     "cancel": ("janus_cluster.observe.cli", "cancel", "End a job; ask first when much work would be lost."),
     "resume": ("janus_cluster.commands", "resume", "Send an ended run once more, on from its newest checkpoint."),
@@ -62,6 +71,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "sandbox": ("janus_cluster.sandbox.cli", "sandbox", "A real two-node Slurm on this machine, to rehearse on."),
 }
 
+# What click's own completion scripts set; see docs/completion.md.
+COMPLETION_VARIABLE = "_JANUS_CLUSTER_COMPLETE"
+
 EPILOG = """\
 \b
 JOB is a job id, a run name or a run folder.
@@ -82,7 +94,18 @@ class LazyGroup(click.Group):
             return None
         module, name, _ = COMMANDS[cmd_name]
         command: click.Command = getattr(importlib.import_module(module), name)
+        if COMPLETION_VARIABLE in os.environ:
+            from janus_cluster.completion import add_completion
+
+            add_completion(command)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        # click's own would import every command to ask whether it is hidden.
+        names = [CompletionItem(n, help=text) for n, (_, _, text) in COMMANDS.items() if n.startswith(incomplete)]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

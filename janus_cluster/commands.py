@@ -368,10 +368,16 @@ def config() -> None:
 
 
 @config.command("schema")
-def config_schema() -> None:
+@click.option("--markdown", is_flag=True, help="A page for people instead: every key, its default, limits and meaning.")
+def config_schema(markdown: bool) -> None:
     """Print the JSON Schema of job files (editors complete keys from it)."""
     from janus_cluster.config.schema import JobConfig
 
+    if markdown:
+        from janus_cluster.config.reference import render_reference
+
+        click.echo(render_reference(JobConfig.model_json_schema()), nl=False)
+        return
     schema = JobConfig.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     click.echo(json.dumps(schema, indent=2, ensure_ascii=False))
 

@@ -19,7 +19,7 @@
                           step, and how it ended), stop.json (asked to stop), heartbeats/rank<r>.json,
                           versions.json (packages that it ran with)
   checkpoints/checkpoint-<step>/ (whole), .partial/ (being written), checkpoint-<step>.broken/ (found damaged on resume)
-      export/      evaluation/
+      export/      evaluation/      report/ (pages and pictures; may be deleted)
 """
 
 from __future__ import annotations
@@ -124,6 +124,10 @@ class RunDir:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
 
     @property
     def logs(self) -> Path:
@@ -235,11 +239,16 @@ class RunDir:
 
 def write_text_atomically(path: Path, text: str, *, mode: int = 0o644) -> None:
     """`path` holds all of `text` or what it held before, whatever happens; readers never see half of it."""
+    write_bytes_atomically(path, text.encode("utf-8"), mode=mode)
+
+
+def write_bytes_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """`path` holds all of `data` or what it held before, whatever happens; readers never see half of it."""
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(fd, "w", encoding="utf-8") as f:
+        with os.fdopen(fd, "wb") as f:
             os.fchmod(f.fileno(), mode)
-            f.write(text)
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         Path(tmp).replace(path)

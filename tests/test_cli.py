@@ -67,6 +67,8 @@ def test_the_command_surface_is_frozen() -> None:
             "--data", "--device", "--generate", "--json", "--max-new-tokens", "--out", "--runs-dir", "--samples",
             "--vggt-path",
         ],
+        "report": ["--from-log", "--out", "--runs-dir", "--tensorboard"],
+        "compare": ["--json", "--runs-dir"],
         "list": ["--json", "--runs-dir", "-n"],
         "cancel": ["--runs-dir", "--yes"],
         "resume": ["--follow", "--nodes", "--runs-dir", "--set"],

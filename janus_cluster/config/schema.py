@@ -146,7 +146,7 @@ def _roots(value: object) -> object:
 class Root(Section):
     """One data set."""
 
-    path: str
+    path: str = Field(description="A folder of episodes, or a file of records")
     weight: float = Field(1.0, gt=0, le=1000, description="How often its samples are drawn, against the other roots'")
     format: Literal["auto", "episodes", "json", "annotation", "trajectories"] = Field(
         "auto", description="auto: told from what lies there"
@@ -199,29 +199,29 @@ class Data(Section):
 class SegmentWeights(Section):
     """Weight of each part of the target text in the loss; 0 means 0."""
 
-    subinstruction: float = Field(1.0, ge=0)
-    description_2d: float = Field(1.0, ge=0)
-    description_3d: float = Field(1.0, ge=0)
-    action: float = Field(3.0, ge=0)
+    subinstruction: float = Field(1.0, ge=0, description="SUBINSTRUCTION")
+    description_2d: float = Field(1.0, ge=0, description="2D_DESCRIPTION")
+    description_3d: float = Field(1.0, ge=0, description="3D_DESCRIPTION")
+    action: float = Field(3.0, ge=0, description="ACTION")
 
 
 class Tune(Section):
     """Which parts learn; the rest is frozen, outside DeepSpeed and not saved again."""
 
-    llm: bool = True
+    llm: bool = Field(True, description="The language model and lm_head")
     projector: bool = Field(True, description="visual.merger")
     vision: bool = Field(False, description="the ViT blocks")
-    vggt_merger: bool = True
-    action_head: bool = True
+    vggt_merger: bool = Field(True, description="The layers that bring VGGT's memory to the embeddings")
+    action_head: bool = Field(True, description="The head that predicts the action")
 
 
 class Lora(Section):
     """Low-rank adapters on the language model instead of its own weights (peft)."""
 
-    enabled: bool = False
-    rank: int = Field(16, ge=1, le=1024)
-    alpha: int = Field(32, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    enabled: bool = Field(False, description="true: adapters learn, the language model's own weights do not")
+    rank: int = Field(16, ge=1, le=1024, description="Inner width of an adapter")
+    alpha: int = Field(32, ge=1, description="An adapter's output is multiplied by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before an adapter")
     target_modules: OneOrMany = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj"], description="Linear layers of the language model that get an adapter"
     )
@@ -230,23 +230,25 @@ class Lora(Section):
 class Training(Section):
     """Optimisation. Effective batch = per_device_batch_size × gradient_accumulation_steps × ranks."""
 
-    per_device_batch_size: int = Field(1, ge=1, le=1024)
-    gradient_accumulation_steps: int = Field(8, ge=1, le=4096)
+    per_device_batch_size: int = Field(1, ge=1, le=1024, description="Samples of a rank in one micro-step")
+    gradient_accumulation_steps: int = Field(8, ge=1, le=4096, description="Micro-steps per optimizer step")
     effective_batch_size: int | None = Field(
         None, ge=1, description="What you mean it to be; the job is refused when the arithmetic says otherwise"
     )
-    num_epochs: float = Field(1.0, gt=0)
+    num_epochs: float = Field(1.0, gt=0, description="Passes over the data")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; wins over num_epochs")
-    learning_rate: float = Field(2e-5, gt=0, le=1)
+    learning_rate: float = Field(2e-5, gt=0, le=1, description="Of all parts that have none of their own")
     projector_learning_rate: float = Field(1e-5, gt=0, le=1, description="visual.merger and the VGGT merger")
     vision_learning_rate: float = Field(1e-6, gt=0, le=1, description="ViT blocks, where tune.vision is true")
-    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    max_grad_norm: float = Field(1.0, gt=0)
-    precision: Literal["bf16", "fp32"] = "bf16"
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="The course of the learning rates after the warm-up"
+    )
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which learning rates rise")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's β1")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's β2")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients of a larger norm are scaled down to it")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="Numbers that training computes in")
     gradient_checkpointing: bool = Field(True, description="Recompute activations of the language layers")
     gradient_checkpointing_every: int = Field(
         1, ge=1, description="Of the language layers every n-th is recomputed; 1: all"
@@ -259,8 +261,8 @@ class Training(Section):
     )
     segment_weights: SegmentWeights = SegmentWeights()
     tune: Tune = Tune()
-    seed: int = Field(42, ge=0)
-    logging_steps: int = Field(1, ge=1)
+    seed: int = Field(42, ge=0, description="Decides held-out episodes, order of samples, new weights")
+    logging_steps: int = Field(1, ge=1, description="Optimizer steps between two lines of metrics.jsonl")
     ddp_timeout_s: int = Field(7200, ge=30, description="How long a collective may hang before the job is ended")
     hang_timeout_s: int = Field(
         1800, ge=5, description="Without progress of any rank for this long, after the first step, the attempt is ended"
@@ -270,7 +272,9 @@ class Training(Section):
 class DeepSpeed(Section):
     """The ZeRO JSON: a shipped profile, and single values over it."""
 
-    profile: Literal["zero0", "zero1", "zero2", "zero2_offload", "zero3"] = "zero3"
+    profile: Literal["zero0", "zero1", "zero2", "zero2_offload", "zero3"] = Field(
+        "zero3", description="templates/deepspeed/<profile>.json"
+    )
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="Dotted DeepSpeed keys, e.g. zero_optimization.reduce_bucket_size: 5e8"
     )
@@ -279,8 +283,8 @@ class DeepSpeed(Section):
 class Checkpoint(Section):
     """What is saved, and from where a run goes on."""
 
-    every_steps: int = Field(500, ge=1)
-    keep_last: int = Field(2, ge=1)
+    every_steps: int = Field(500, ge=1, description="Optimizer steps between two checkpoints")
+    keep_last: int = Field(2, ge=1, description="So many of the newest checkpoints stay")
     keep_every: int | None = Field(None, ge=1, description="A checkpoint whose step is a multiple of it stays for ever")
     export: bool = Field(True, description="Write a folder at the end that from_pretrained loads")
     confirm_cancel_min: float = Field(
@@ -315,8 +319,8 @@ class JobConfig(Section):
     """One job file."""
 
     name: Slot = Field(description="Run folders, Slurm's job name and `tail NAME` use it")
-    kind: Literal["train", "preflight"] = "train"
-    nodes: Literal[1, 2] = 1
+    kind: Literal["train", "preflight"] = Field("train", description="preflight: the gate alone, nothing is trained")
+    nodes: Literal[1, 2] = Field(1, description="Number of nodes; --nodes wins over it")
     compat: Literal["none", "predecessor"] = Field(
         "none", description="predecessor: pad, reference_frame last and padded history, for comparison only"
     )

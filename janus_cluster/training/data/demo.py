@@ -162,8 +162,8 @@ def demo_data(out: Path, episodes: int, seed: int, size: tuple[int, int], level:
         click.echo(f"{what} already there")
     else:
         click.echo(
-            f"{what} written: {written.frames} frames; the goal of {written.memory_frames} of them was shown "
-            "by earlier ones only"
+            f"{what} written: {written.frames} frames"
+            + (f"; {written.memory_frames} do not show their goal, an earlier one did" if written.memory_frames else "")
         )
 
 

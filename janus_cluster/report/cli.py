@@ -1,0 +1,146 @@
+"""report and compare as click commands: parse, call, print."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from janus_cluster.config.home import runs_dir
+from janus_cluster.errors import JanusError, UsageError
+from janus_cluster.observe.find import find_run
+from janus_cluster.observe.text import to_json
+from janus_cluster.rundir import RunDir
+
+if TYPE_CHECKING:
+    from janus_cluster.report.history import History
+
+_runs_dir_option = click.option(
+    "--runs-dir",
+    "runs_dirs",
+    multiple=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of run folders; may be repeated. Default: $JANUS_HOME/runs, else ./runs.",
+)
+
+
+@click.command("report")
+@click.argument("runs", nargs=-1, metavar="[RUN] [RUN2]")
+@click.option(
+    "--from-log",
+    "log",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A log of the predecessor's training instead of a run, alone or beside RUN.",
+)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write here; default: <run>/report.")
+@click.option("--tensorboard", is_flag=True, help="Also write TensorBoard event files of each, from the metrics.")
+@_runs_dir_option
+def report(
+    *, runs: tuple[str, ...], log: Path | None, out: Path | None, tensorboard: bool, runs_dirs: tuple[Path, ...]
+) -> None:
+    """Write one HTML page and its pictures: loss, accuracy, speed, ranks, attempts, configuration.
+
+    With two runs: both curves in one picture, and what differs in their configurations. The page holds its pictures
+    and asks no other place for anything. The run may still be training.
+
+    \b
+    Examples:
+      janus-cluster report demo
+      janus-cluster report demo-20261121T111709Z-10be demo-20261121T111959Z-b25f --out /tmp/both
+      janus-cluster report --from-log train.log demo
+      janus-cluster report demo --tensorboard
+    """
+    from janus_cluster.report.history import load_history
+    from janus_cluster.report.old_log import load_old_log
+    from janus_cluster.report.pictures import require_matplotlib
+    from janus_cluster.report.write import default_folder, write_report
+
+    if not 1 <= len(runs) + (log is not None) <= 2:
+        raise UsageError(
+            f"report takes one or two: runs, or a run and --from-log; {len(runs) + (log is not None)} given",
+            hint="janus-cluster report RUN [RUN2]; janus-cluster list shows the runs",
+        )
+    require_matplotlib()
+    if tensorboard:
+        from janus_cluster.report.tensorboard import require_tensorboard
+
+        require_tensorboard()
+    found = _find(runs, runs_dirs)
+    histories = [load_history(run) for run in found] + ([load_old_log(log)] if log else [])
+    _require_something(histories)
+    folder = out or default_folder(found, log)
+    try:
+        written = write_report(histories, folder, made_at=time.time(), tensorboard=tensorboard)
+    except OSError as e:
+        raise JanusError(f"{e.filename or folder}: {e.strerror}", hint="--out DIR writes elsewhere") from e
+    click.echo(f"report: {written}")
+    if tensorboard:
+        click.echo(f"next: tensorboard --logdir {folder / 'tensorboard'}")
+
+
+@click.command("compare")
+@click.argument("runs", nargs=2, metavar="A B")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; nothing else on stdout.")
+@_runs_dir_option
+def compare(*, runs: tuple[str, str], as_json: bool, runs_dirs: tuple[Path, ...]) -> None:
+    """Print two runs beside each other: figures, and what differs in their configurations.
+
+    \b
+    Examples:
+      janus-cluster compare 4711 4712
+      janus-cluster compare demo-20261121T111709Z-10be demo-20261121T111959Z-b25f --json
+    """
+    from janus_cluster.report.history import load_history
+    from janus_cluster.report.summary import comparison_to_json
+
+    one, two = (load_history(run) for run in _find(runs, runs_dirs))
+    if as_json:
+        click.echo(to_json(comparison_to_json(one, two)))
+        return
+    _print_comparison(one, two)
+
+
+def _print_comparison(a: History, b: History) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from janus_cluster.report.summary import ROWS, compare_settings, render_value, summarize
+
+    console = Console(highlight=False)
+    # A pipe has no width: a folded table could not be searched line by line.
+    console = console if console.is_terminal else Console(width=220, highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("", a.name, b.name):
+        table.add_column(Text(heading), overflow="fold")
+    summaries = [summarize(h) for h in (a, b)]
+    for key, label, form in ROWS:
+        table.add_row(label, *(Text(render_value(s, key, form)) for s in summaries))
+    differences = compare_settings(a, b)
+    table.add_section()
+    table.add_row("")
+    for d in differences:
+        table.add_row(Text(d.key), *(Text("–" if v is None else v) for v in (d.a, d.b)))
+    console.print(table)
+    if not differences:
+        console.print(
+            "configuration: no difference" if a.settings and b.settings else "configuration: not known of both"
+        )
+
+
+def _find(refs: Sequence[str], runs_dirs: Sequence[Path]) -> list[RunDir]:
+    folders = list(runs_dirs) or [runs_dir(os.environ, Path.cwd())]
+    return [find_run(ref, folders) for ref in refs]
+
+
+def _require_something(histories: Sequence[History]) -> None:
+    for history in histories:
+        if not len(history.steps) and not history.attempts:
+            raise UsageError(
+                f"{history.source}: no step and no attempt is recorded: there is nothing to report yet",
+                hint=f"janus-cluster status {history.name}",
+            )

@@ -1,0 +1,120 @@
+"""What is read from a run folder, damaged ones too, and the figures of it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from janus_cluster.report.history import load_history
+from janus_cluster.report.page import render_page
+from janus_cluster.report.summary import compare_settings, comparison_to_json, summarize
+from janus_cluster.report.table import Table
+from janus_cluster.rundir import read_json, write_json_atomically
+
+
+def test_a_run_is_summed_up_without_the_steps_that_warm_up(make_run) -> None:
+    summary = summarize(load_history(make_run()))
+    assert (summary.steps, summary.total_steps, summary.loss, summary.loss_last_10) == (6, 6, 4.0, 6.5)
+    assert (summary.step_time_s, summary.samples_per_s) == (2.5, 4.0)
+    assert (summary.attempts, summary.nodes, summary.state) == (2, 2, "COMPLETED")
+    assert (summary.action_accuracy, summary.majority_accuracy) == (0.6, 0.4)
+
+
+def test_events_of_metrics_and_gate_stand_in_the_order_of_time(make_run) -> None:
+    assert [e.kind for e in load_history(make_run()).events] == ["gate", "checkpoint", "stop", "gate"]
+
+
+def test_a_failed_gate_tells_its_causes(make_run) -> None:
+    run = make_run()
+    result = {"id": "gpu.count", "node": "n2", "state": "FAIL", "measured": "7 of 8 GPUs"}
+    write_json_atomically(run.verdict_json(2), {"state": "FAIL", "created_at": 1105.0, "results": [result]})
+    assert load_history(run).events[-1].text == "FAIL: gpu.count on n2: 7 of 8 GPUs"
+
+
+def test_damaged_lines_change_no_figure(make_run) -> None:
+    run = make_run()
+    before = summarize(load_history(run))
+    with run.metrics_jsonl.open("ab") as f:
+        f.write(b'{"kind": "train", "step": \n3\n[1]\nnull\n\xff\xfe\n{"kind": ["train"]}\n{"kind": "train", "step"')
+    history = load_history(run)
+    assert summarize(history) == before
+    assert any("3 lines" in note for note in history.notes)
+
+
+def test_values_of_a_wrong_kind_are_gaps_and_no_error(make_run) -> None:
+    run = make_run()
+    bad = {"kind": "train", "step": 7, "loss": "nan?", "step_time_s": True, "samples_per_s": None, "ranks": [1],
+           "loss_segments": 3, "attempt": {}}  # fmt: skip
+    with run.metrics_jsonl.open("a") as f:
+        f.write(json.dumps(bad) + "\n" + '{"kind": "train", "step": 8, "loss": NaN, "ranks": {"data_wait_s": ["x"]}}\n')
+        f.write(f'{{"kind": "train", "step": 9, "loss": {10**400}}}\n')
+    steps = load_history(run).steps
+    assert all(math.isnan(v) for v in steps.column("loss")[-3:])
+    assert summarize(load_history(run)).loss == 4.0
+
+
+def test_a_folder_with_broken_files_has_an_empty_history(make_run) -> None:
+    run = make_run()
+    for path in (run.resolved_json, run.status_json, run.attempt_json(1), run.verdict_json(1)):
+        path.write_bytes(b"\xff{")
+    run.attempt_json(2).write_text("[]")
+    run.metrics_jsonl.unlink()
+    history = load_history(run)
+    assert (len(history.steps), list(history.attempts), dict(history.settings)) == (0, [], {})
+
+
+def test_an_attempt_that_another_one_followed_does_not_run(make_run) -> None:
+    run = make_run()
+    value = read_json(run.attempt_json(1)) | {"ended_at": None, "state": "RUNNING"}
+    write_json_atomically(run.attempt_json(1), value)
+    first, second = load_history(run).attempts
+    assert (first.state, first.reason) == ("KILLED", "killed before it could say why")
+    assert second.state == "COMPLETED"
+
+
+def test_two_runs_differ_in_what_was_set(make_run) -> None:
+    a, b = load_history(make_run("a-1-1")), load_history(make_run("b-1-1", seed=7, tune="all"))
+    assert [(d.key, d.a, d.b) for d in compare_settings(a, b)] == [
+        ("training.seed", "0", "7"),
+        ("training.tune", None, "all"),
+    ]
+    value = comparison_to_json(a, b)
+    assert [r["name"] for r in value["runs"]] == ["a-1-1", "b-1-1"]
+    assert json.dumps(value, allow_nan=False)
+
+
+def test_no_secret_is_shown_and_text_is_escaped(make_run) -> None:
+    run = make_run()
+    value = read_json(run.resolved_json)
+    value["job"]["environment"]["variables"] = {"HF_TOKEN": "hf_plainvalue", "PROXY": "http://me:hunter22@proxy"}
+    value["job"]["slurm"] = {"comment": "<script>alert(1)</script>"}
+    value["origins"] |= {"environment.variables": "job.yaml:9", "slurm.comment": "job.yaml:3"}
+    write_json_atomically(run.resolved_json, value)
+    run.secrets_env.write_text("export WANDB_API_KEY=sekret-123456\n")
+    run.append_metric({"kind": "checkpoint_broken", "time": 1066.0, "attempt": 1, "step": 3, "path": "/c",
+                       "reason": "sekret-123456 \x1b[31m<b>"})  # fmt: skip
+    page = render_page([load_history(run)], [], made_at=0.0)
+    for secret in ("hf_plainvalue", "hunter22", "sekret-123456", "<script>", "\x1b", "<b>"):
+        assert secret not in page
+    for shown in ("&lt;HF_TOKEN&gt;", "&lt;WANDB_API_KEY&gt;", "&lt;script&gt;", "job.yaml:9", "broken checkpoint"):
+        assert shown in page
+
+
+def test_the_page_asks_no_other_place_for_anything(make_run) -> None:
+    page = render_page([load_history(make_run("a-1-1")), load_history(make_run("b-1-1"))], [], made_at=0.0)
+    for word in ('src="http', "href=", "<script", "@import", "url("):
+        assert word not in page
+    assert "default-src 'none'" in page
+
+
+@pytest.mark.parametrize("num_rows", [10, 11, 1000, 12345])
+def test_a_table_stays_small_and_keeps_its_rows_evenly(num_rows: int) -> None:
+    table = Table(max_rows=10)
+    for i in range(num_rows):
+        table.add({"step": float(i)} | ({"late": 1.0} if i > 5 else {}))
+    assert len(table) <= 10
+    steps = list(table.column("step"))
+    assert steps == [float(i * table.stride) for i in range(len(steps))]
+    assert len(table.column("late")) == len(table.column("never")) == len(table)
