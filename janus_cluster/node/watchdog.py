@@ -22,12 +22,16 @@ _CACHE_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """What one rank told, and when (by the watcher's clock, s) its life and its progress were last seen to change."""
+    """What one rank told, and when (by the watcher's clock, s) its life and its progress were last seen to change.
+
+    `has_begun`: this rank has been at a step, past the reduction over all ranks that each one begins with.
+    """
 
     rank: int
     node: str
     doing: str
     step: int
+    has_begun: bool
     alive_s: float
     progress_s: float
 
@@ -87,6 +91,7 @@ class Watchdog:
             value = read_json(path)
             told = int(value["count"]), float(value["time"])
             node, doing, step = str(value["node"]), str(value["doing"]), int(value["step"])
+            has_begun = bool(value["has_begun"])
         except (OSError, ValueError, KeyError, TypeError):
             # Not begun, or caught between two writes: what was seen before stands.
             return
@@ -95,7 +100,15 @@ class Watchdog:
             progress_s = now if told[0] != self._told[rank][0] else last.progress_s
             alive_s = now if told[1] != self._told[rank][1] else last.alive_s
         self._told[rank] = told
-        self._beats[rank] = Beat(rank=rank, node=node, doing=doing, step=step, alive_s=alive_s, progress_s=progress_s)
+        self._beats[rank] = Beat(
+            rank=rank,
+            node=node,
+            doing=doing,
+            step=step,
+            has_begun=has_begun,
+            alive_s=alive_s,
+            progress_s=progress_s,
+        )
 
 
 def judge_progress(
@@ -107,7 +120,9 @@ def judge_progress(
     """
     if not beats:
         return None
-    is_starting = any(b.doing == "start" for b in beats.values())
+    # The first step begins with a reduction over all ranks: one rank past it tells that all have begun, whatever the file
+    # of a rank says that fell silent before its next heartbeat.
+    is_starting = not any(b.has_begun for b in beats.values())
     limit_s = start_timeout_s if is_starting else hang_timeout_s
     if now_s - max(b.progress_s for b in beats.values()) < limit_s:
         return None

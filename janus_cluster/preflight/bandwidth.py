@@ -62,7 +62,7 @@ def judge_rails(
     `evidence` is what else is known of the hosts; it is told where nobody can be blamed.
     """
     row = profile["rails"]
-    # A rail that was slow was measured twice: the better of the two counts.
+    # A rail that was slow was measured again, until it was not or profile.rails.repeats were spent.
     statistic = row["statistic"]
     alone = {rail["name"]: rail_rate(rail, "times_s", "again_s", statistic=statistic) for rail in rails}
     together = {rail["name"]: rail_rate(rail, "together_s", statistic=statistic) for rail in rails}
@@ -84,7 +84,7 @@ def judge_rails(
             (f"rails_together.{name}", together, row["together_gb_per_s"], row.get("of_median_together")),
         ):
             limits = [*profile_limits(floor), *baseline_limits(profile, test), *_median_limits(name, rates, share)]
-            times = "twice, " if rates is alone and rail["again_s"] else ""
+            times = "repeated, " if rates is alone and rail["again_s"] else ""
             detail = f"{statistic}, {times}{rail['payload_bytes'] / 1e6:g} MB, {' and '.join(nodes)}"
             rate = rates[name] or 0.0
             results.append(judge_rate(rate, limits, id=test, node=node, unit="GB/s", detail=detail, fix=fix))

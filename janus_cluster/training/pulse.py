@@ -52,6 +52,7 @@ class Pulse:
         self._hang_timeout_s = hang_timeout_s
         self._interval_s = min(_LONGEST_INTERVAL_S, hang_timeout_s / 4)
         self._doing, self._step, self._count = "start", 0, 0
+        self._has_begun = False
         self._changed_s = time.monotonic()
         self.stop_signal: int | None = None
 
@@ -62,8 +63,12 @@ class Pulse:
         return self
 
     def beat(self, doing: str, step: int) -> None:
-        """Training has got on: it is now `doing` something for that optimizer step. Costs no system call."""
+        """Training has got on: it is now `doing` something for that optimizer step. Costs no system call.
+
+        "step" is past the reduction over all ranks that a step begins with.
+        """
         self._doing, self._step = doing, step
+        self._has_begun = self._has_begun or doing == "step"
         self._count += 1
         self._changed_s = time.monotonic()
 
@@ -78,7 +83,7 @@ class Pulse:
             info = signal.sigtimedwait(_TAKEN, self._interval_s)
             if info is not None:
                 self._take(info.si_signo, sender=info.si_pid)
-            is_stuck = self._doing != "start" and time.monotonic() - self._changed_s >= self._hang_timeout_s
+            is_stuck = self._has_begun and time.monotonic() - self._changed_s >= self._hang_timeout_s
             if is_stuck and said_stuck != self._count:
                 said_stuck = self._count
                 print(f"no progress in {self._hang_timeout_s:.0f} s ({self._doing}, step {self._step}); the stacks:")
@@ -94,7 +99,8 @@ class Pulse:
             print(f"{signal.Signals(signum).name}: asked to stop at the next step boundary", flush=True)
 
     def _write(self) -> None:
-        value = {"doing": self._doing, "step": self._step, "count": self._count, "time": time.time()}
+        value = {"doing": self._doing, "step": self._step, "has_begun": self._has_begun}
+        value |= {"count": self._count, "time": time.time()}
         try:
             write_json_atomically(self._path, self._who | value)
         except OSError as error:

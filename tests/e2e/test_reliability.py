@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Runs:
         self.folder = folder
         self.sandbox = sandbox
         self.data = data
+        self.jobs: list[Job] = []
         (folder / "sandbox").symlink_to(sandbox.home)
 
     def janus(self, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -74,7 +76,15 @@ class Runs:
         )
         assert done.returncode == 0, done.stderr
         value = json.loads(done.stdout)
-        return Job(self, RunDir(Path(value["run_dir"])), value["job_id"])
+        self.jobs.append(Job(self, RunDir(Path(value["run_dir"])), value["job_id"]))
+        return self.jobs[-1]
+
+    def end_all(self) -> None:
+        """No job of this file is in the queue any more: one that a failed test left would hold up all that follow."""
+        while self.jobs:
+            job = self.jobs.pop()
+            self.slurm("scancel", job.id, check=False)
+            job.wait_until(partial(job.is_in_state, ""), limit_s=60)
 
 
 class Job:
@@ -120,6 +130,10 @@ class Job:
 
     def slurm_state(self) -> str:
         return self.runs.slurm("squeue", "--noheader", f"--jobs={self.id}", "--format=%T", check=False).strip()
+
+    def is_in_state(self, state: str) -> bool:
+        """Whether that is what squeue says; "" of a job that is no more."""
+        return self.slurm_state() == state
 
     def is_running_again(self) -> bool:
         """Whether the second attempt has done a step."""
@@ -179,6 +193,13 @@ def runs(sandbox: SandboxInfo, tmp_path_factory: pytest.TempPathFactory) -> Runs
     command = [sys.executable, "-m", "janus_cluster.training.data.demo", str(data), "--episodes", "6"]
     subprocess.run(command, check=True, capture_output=True)
     return Runs(folder, sandbox, data=data)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(runs: Runs) -> Iterator[None]:
+    """Each test begins with an idle Slurm."""
+    yield
+    runs.end_all()
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,15 @@ LIMIT_S = 60.0
 
 
 def beat(rank: int, *, step: int = 7, doing: str = "step", alive_s: float = 100, progress_s: float = 40) -> Beat:
-    node = f"h800-{rank // 8 + 1:02d}"
-    return Beat(rank=rank, node=node, doing=doing, step=step, alive_s=alive_s, progress_s=progress_s)
+    return Beat(
+        rank=rank,
+        node=f"h800-{rank // 8 + 1:02d}",
+        doing=doing,
+        step=step,
+        has_begun=step > 0,
+        alive_s=alive_s,
+        progress_s=progress_s,
+    )
 
 
 def judge(*beats: Beat, now_s: float = 100.0) -> tuple[int | None, str | None, str] | None:
@@ -32,6 +39,12 @@ def test_the_first_step_may_take_longer() -> None:
     assert judge(*ranks, now_s=639) is None
     found = judge(*ranks, now_s=640)
     assert found is not None and "before the first step" in found[2]
+
+
+def test_a_rank_that_fell_silent_before_it_could_tell_of_its_first_step_does_not_count_as_starting() -> None:
+    found = judge(beat(0, step=5), beat(1, step=0, doing="start", alive_s=60))
+    assert found is not None and found[:2] == (1, "h800-01")
+    assert "step 5" in found[2] and "no sign of life since start" in found[2]
 
 
 def test_a_rank_whose_process_is_silent_is_named_and_not_those_that_wait_for_it() -> None:
@@ -82,7 +95,7 @@ def test_only_changes_by_the_watchers_own_clock_count(tmp_path: Path) -> None:
     def write(rank: int, count: int, told: float) -> None:
         path = run.heartbeat_json(1, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        who = {"rank": rank, "node": f"n{rank}", "doing": "step", "step": 3}
+        who = {"rank": rank, "node": f"n{rank}", "doing": "step", "step": 3, "has_begun": True}
         write_json_atomically(path, who | {"count": count, "time": told})
 
     # Node n1's clock is an hour ahead; from 20 s on both stand still and rank 1 is silent, too.
