@@ -120,8 +120,8 @@ def judge_progress(
     """
     if not beats:
         return None
-    # The first step begins with a reduction over all ranks: one rank past it tells that all have begun, whatever the file
-    # of a rank says that fell silent before its next heartbeat.
+    # The first step begins with a reduction over all ranks: one rank past it tells that all have begun, whatever the
+    # file of a rank says that fell silent before its next heartbeat.
     is_starting = not any(b.has_begun for b in beats.values())
     limit_s = start_timeout_s if is_starting else hang_timeout_s
     if now_s - max(b.progress_s for b in beats.values()) < limit_s:
