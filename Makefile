@@ -14,8 +14,8 @@ NODES ?= 2
 CLUSTER ?= slurm
 DEMO_DATA ?= demo_data
 PYTEST_ARGS ?=
-SLURM_PROGRAMS := slurmctld slurmd slurmdbd munged mariadbd ip tc shellcheck cc
-SLURM_PACKAGES := slurm-wlm slurmdbd munge mariadb-server iproute2 shellcheck gcc libc6-dev
+SLURM_PROGRAMS := slurmctld slurmd slurmdbd munged mariadbd ip tc shellcheck cc tmux
+SLURM_PACKAGES := slurm-wlm slurmdbd munge mariadb-server iproute2 shellcheck gcc libc6-dev tmux
 
 .PHONY: help install demo test test-fast check format bench submit preflight tail sandbox slurm clean
 

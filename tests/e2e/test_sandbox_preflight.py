@@ -15,6 +15,7 @@ import pytest
 
 from janus_cluster.rundir import RunDir, read_json
 from janus_cluster.sandbox import SandboxInfo, fault, heal
+from tests.conftest import not_tested
 
 pytestmark = pytest.mark.slurm
 
@@ -27,7 +28,7 @@ RETRY = ("--set", "preflight.on_fail=exclude-and-retry")
 def janus(sandbox: SandboxInfo, tmp_path_factory: pytest.TempPathFactory) -> Janus:
     """janus-cluster against the sandbox of this test session, with a few demo episodes."""
     if sandbox.mode != "namespaces":
-        pytest.skip("NO NAMESPACES HERE, so faults of single hosts were not tested: they need root")
+        not_tested("NO NAMESPACES HERE, so faults of single hosts were not tested: they need root")
     work = tmp_path_factory.mktemp("gate")
     command = [sys.executable, "-m", "janus_cluster.training.data.demo", str(work / "demo_data"), "--episodes", "4"]
     subprocess.run(command, check=True, capture_output=True)

@@ -64,7 +64,7 @@ def judge(done: subprocess.CompletedProcess[str], expected: Found | None) -> dic
 def nodes(sandbox: SandboxInfo, workshop: Workshop) -> SandboxInfo:
     """The sandbox, with a /dev/shm on both nodes that is large enough whatever this machine has."""
     if sandbox.mode != "namespaces":
-        pytest.skip("NO NAMESPACES HERE, so faults of single hosts were not tested: they need root")
+        not_tested("NO NAMESPACES HERE, so faults of single hosts were not tested: they need root")
     (workshop.folder / "home" / "sandbox").symlink_to(sandbox.home)
     for node in sandbox.nodes:
         on_node(sandbox, node.name, "mount -o remount,size=16g /dev/shm")
@@ -162,7 +162,7 @@ def test_a_fault_of_one_node_is_found_by_the_job_and_blamed_on_it(
 def run_here(workshop: Workshop, case: Case) -> subprocess.CompletedProcess[str]:
     """`preflight --local` among mounts of its own, with the fault among them."""
     if problem := namespaces_problem():
-        pytest.skip(f"faults of this host were not tested: {problem}")
+        not_tested(f"faults of this host were not tested: {problem}")
     small_runs = f"mount -t tmpfs -o size={case.runs_size} tmpfs $RUNS" if case.runs_size else ""
     # /dev/shm of this machine may be of any size.
     lines = ["mount -t tmpfs -o size=16g tmpfs /dev/shm", small_runs, case.lines, 'exec "$@"']

@@ -21,7 +21,7 @@ from janus_cluster.sandbox.layout import layout_of
 from janus_cluster.sandbox.lifecycle import node_states
 from janus_cluster.sandbox.network import find_namespaces, find_pids
 from janus_cluster.sandbox.programs import find_missing, namespaces_problem
-from tests.conftest import require_slurm
+from tests.conftest import not_tested, require_slurm
 
 pytestmark = pytest.mark.slurm
 
@@ -77,7 +77,7 @@ def job_state(info: SandboxInfo, job_id: str) -> str:
 def hosts(sandbox: SandboxInfo) -> Iterator[SandboxInfo]:
     """The sandbox where each node is a host of its own; healed afterwards."""
     if sandbox.mode != "namespaces":
-        pytest.skip(f"NOT TESTED: nodes that are hosts of their own. {namespaces_problem()}")
+        not_tested(f"NOT TESTED: nodes that are hosts of their own. {namespaces_problem()}")
     yield sandbox
     heal(Path(sandbox.home))
 
@@ -222,7 +222,7 @@ def test_down_leaves_nothing_but_logs_even_with_a_stubborn_job(
 ) -> None:
     """A second sandbox beside the session's: neither is in the other's way."""
     if mode == "namespaces" and sandbox.mode != mode:
-        pytest.skip(f"NOT TESTED: mode namespaces. {namespaces_problem()}")
+        not_tested(f"NOT TESTED: mode namespaces. {namespaces_problem()}")
     home = tmp_path_factory.mktemp("d") / "sandbox"
     info = up(home, mode=mode)
     try:
@@ -279,7 +279,7 @@ def test_down_finds_hosts_whose_folder_was_deleted(
     sandbox: SandboxInfo, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     if sandbox.mode != "namespaces":
-        pytest.skip(f"NOT TESTED: a deleted folder. {namespaces_problem()}")
+        not_tested(f"NOT TESTED: a deleted folder. {namespaces_problem()}")
     home = tmp_path_factory.mktemp("x") / "sandbox"
     info = up(home)
     try:

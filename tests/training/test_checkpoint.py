@@ -31,6 +31,7 @@ from janus_cluster.training.checkpoint import (
 from janus_cluster.training.data.demo import write_demo_episodes
 from janus_cluster.training.saving import PARTIAL_NAME, new_checkpoint
 from janus_cluster.training.world import World
+from tests.conftest import not_tested
 
 pytestmark = pytest.mark.train
 
@@ -299,7 +300,7 @@ def test_killed_while_it_saves_the_run_goes_on_from_the_one_before(tmp_path: Pat
 
 def require_root() -> None:
     if os.geteuid() != 0:
-        pytest.skip("only root can mount")
+        not_tested("only root can mount")
 
 
 @pytest.fixture

@@ -127,6 +127,14 @@ def test_the_longest_micro_batch_of_a_step_comes_first() -> None:
     assert (np.diff(longest, axis=1) <= 0).all()
 
 
+@pytest.mark.parametrize("accumulation", [1, 2, 3, 8])
+def test_no_rank_computes_the_longer_samples_all_the_time(accumulation: int) -> None:
+    shuffled = order((512, 1.0), batch=4 * accumulation)
+    ranks = [RankBatches(shuffled, rank=rank, world_size=4, rows=1, token_counts=LENGTHS) for rank in range(4)]
+    tokens = [sum(int(LENGTHS[batch].sum()) for batch in rank) for rank in ranks]
+    assert max(tokens) < 1.06 * min(tokens), tokens
+
+
 def test_leaving_out_batches_gives_the_rest_of_the_uninterrupted_order() -> None:
     batches = RankBatches(order((512, 1.0), batch=64), rank=1, world_size=2, rows=4, token_counts=LENGTHS)
     batches.set_epoch(1)

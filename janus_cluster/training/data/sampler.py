@@ -87,6 +87,8 @@ class RankBatches:
     ) -> None:
         """With `token_counts` (one a sample) the samples of a step are computed longest first, like with like.
 
+        Of a micro-step the first rank computes the longest, of the next one the last rank, in turns: over a step or two
+        every rank sees as many tokens.
         Raises: ValueError if the effective batch is no whole number of micro-steps.
         """
         per_micro_step = world_size * rows
@@ -108,10 +110,12 @@ class RankBatches:
         return self._order.steps_per_epoch * self._shape[0]
 
     def __iter__(self) -> Iterator[list[int]]:
+        number = 0
         for step in self._order.steps(self._epoch):
             ordered = step if self._token_counts is None else _longest_first(step, self._token_counts)
             for micro_step in ordered.reshape(self._shape):
-                yield micro_step[self._rank].tolist()
+                yield micro_step[self._rank if number % 2 == 0 else -1 - self._rank].tolist()
+                number += 1
 
 
 def _longest_first(step: Indices, token_counts: Indices) -> Indices:
