@@ -86,11 +86,11 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
             f"lr {logs['learning_rate']:.1e} step_time_s {step_time_s:.2f}"
         )
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.append("checkpoint", state.global_step, path=str(path))
+    def saved(self, step: int, path: Path, duration_s: float) -> None:
+        """The checkpoint stands in metrics.jsonl and in the log; its time is not a step's."""
+        self.append("checkpoint", step, path=str(path), duration_s=duration_s)
         self.say(f"checkpoint {path}")
-        self._since_s = time.perf_counter()
+        self._since_s += duration_s
 
     def evaluated(self, step: int, scores: HeldOutScores, duration_s: float) -> None:
         """The scores stand in metrics.jsonl and, in one line, in the log; their time is not a step's."""

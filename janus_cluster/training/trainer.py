@@ -330,6 +330,7 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
 
         Raises: TrainingFailed where the state is spoilt, or the disk has no room for it.
         """
+        started_s = time.perf_counter()
         self._beat("checkpoint")
         self._require_finite(self._sum_over_ranks(self._num_not_finite).item())
         self._require_finite_gradients()
@@ -344,6 +345,8 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
         ) as self._saves_in:
             super()._save_checkpoint(model, trial)
         self._saves_in = None
+        path = Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self._metrics.saved(self.state.global_step, path, time.perf_counter() - started_s)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the Trainer makes its checkpoint-<step>: aside, while one is being written."""

@@ -42,6 +42,7 @@ def build_trainer(
     *,
     data: dict[str, Any] | None = None,
     dataset: type[NavigationDataset] = NavigationDataset,
+    every_steps: int = 500,
     **training: Any,
 ) -> JanusTrainer:
     """One process, no DeepSpeed: four samples of unequal length make one optimizer step."""
@@ -65,6 +66,7 @@ def build_trainer(
             }
             | (data or {}),
             "training": settings | training,
+            "checkpoint": {"every_steps": every_steps},
         },
         run_dir=folder,
     )
@@ -141,6 +143,16 @@ def test_a_run_that_had_done_all_its_steps_does_no_other(episodes: Path, tmp_pat
     again.train(resume_from_checkpoint=str(find_newest_complete(tmp_path / "run" / "checkpoints")))
     assert (first.state.global_step, again.state.global_step) == (1, 1)
     assert sum(m["kind"] == "train" for m in RunDir(tmp_path / "run").read_metrics()) == 1
+
+
+def test_the_time_of_a_step_holds_all_of_the_steps_and_nothing_of_a_checkpoint(episodes: Path, tmp_path: Path) -> None:
+    batch = {"per_device_batch_size": 1, "gradient_accumulation_steps": 1}
+    build_trainer(episodes, tmp_path, max_steps=8, logging_steps=4, every_steps=3, **batch).train()
+    events = list(RunDir(tmp_path).read_metrics())
+    fourth, last = (m for m in events if m["kind"] == "train")
+    saving_s = sum(m["duration_s"] for m in events if m["kind"] == "checkpoint" and m["step"] == 6)
+    assert saving_s > 0
+    assert 4 * last["step_time_s"] == pytest.approx(last["time"] - fourth["time"] - saving_s, abs=0.01)
 
 
 class RecordingDataset(NavigationDataset):
