@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 PAGES = (*READMES, *sorted((ROOT / "docs").glob("*.md")))
 # `<!-- needs: cluster -->` on the line before a bash block: it cannot run on any machine, so no test runs it.
-NEEDS = ("cluster", "gpu", "network", "minutes", "a trained model", "an interactive shell")
+NEEDS = ("cluster", "gpu", "network", "minutes", "the demo", "a trained model", "an interactive shell")
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NEEDS = re.compile(r"<!-- needs: (.+?) -->\s*$")
@@ -71,7 +71,8 @@ def our_commands(page: Path) -> Iterator[tuple[str, list[str]]]:
         for match in re.finditer(r"(?:^|(?<=[\s(/;]))janus-cluster ([^;&>]*)", command):
             for usage in _alternatives(match[1]):
                 words = shlex.split(usage)
-                yield code.strip(), words[: words.index("|")] if "|" in words else words
+                end = min((words.index(pipe) for pipe in ("|", "||") if pipe in words), default=len(words))
+                yield code.strip(), words[:end]
 
 
 def _alternatives(usage: str) -> list[str]:
