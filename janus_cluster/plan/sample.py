@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from janus_cluster.config.frames import PATCH, frame_shape, qwen_grid
 from janus_cluster.config.schema import Data
 from janus_cluster.errors import UsageError
 
-PATCH = 14
-CELL = 28  # 2 × 2 patches become one token
 MARKS = 2  # <|vision_start|> and <|vision_end|> around each image
 # Habitat's frames, as R2R and ScaleVLN walks are rendered.
 CAMERA = (640, 480)
@@ -61,12 +60,13 @@ def plan_sample(
     Raises: UsageError if it has more tokens than data.max_length allows.
     """
     width, height = frame_shape(*camera, data)
+    _, rows, columns = qwen_grid(width, height)
     sample = Sample(
         frames=data.history + 1,
         width=width,
         height=height,
-        rows=height // CELL * 2,
-        columns=width // PATCH,
+        rows=rows,
+        columns=columns,
         vggt_patches=(height // PATCH) * (width // PATCH),
         text_tokens=text_tokens,
         label_tokens=label_tokens,
@@ -78,30 +78,3 @@ def plan_sample(
             hint=f"--set data.max_length={sample.tokens + text_tokens}, or lower data.history or data.image_width",
         )
     return sample
-
-
-def frame_shape(width: int, height: int, data: Data) -> tuple[int, int]:
-    """(width, height) of a camera's frame after resizing, padding or cropping: as training/data/images.py does it."""
-    target = data.image_width
-    while _area(width, height, target, data) < data.min_pixels:
-        target += CELL
-    while _area(width, height, target, data) > data.max_pixels:
-        target -= CELL
-    scaled = _scaled(width, height, target, data)
-    if data.image_mode == "pad":
-        return max(scaled), max(scaled)
-    return scaled[0], min(scaled)
-
-
-def _area(width: int, height: int, target: int, data: Data) -> int:
-    if data.image_mode == "pad":
-        return target * target
-    scaled = _scaled(width, height, target, data)
-    return scaled[0] * min(scaled)
-
-
-def _scaled(width: int, height: int, target: int, data: Data) -> tuple[int, int]:
-    if data.image_mode == "pad" and height > width:
-        return max(round(width * (target / height) / PATCH) * PATCH, PATCH), target
-    scaled = round(height * (target / width) / PATCH) * PATCH
-    return target, max(scaled, PATCH if data.image_mode == "pad" else CELL)

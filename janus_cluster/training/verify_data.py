@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from janus_cluster.config.frames import qwen_grid
 from janus_cluster.config.schema import Data, Model, Root, SegmentWeights
 from janus_cluster.training.data.dataset import NavigationDataset, collate
-from janus_cluster.training.data.images import load_frame, qwen_grid
+from janus_cluster.training.data.images import load_frame
 from janus_cluster.training.data.index import load_samples
 from janus_cluster.training.data.samples import Sample
 from janus_cluster.training.data.tokenizer import image_token_ids, load_tokenizer

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from janus_cluster.config.frames import frame_size, qwen_grid
 from janus_cluster.config.schema import Data
 from janus_cluster.errors import TrainingFailed
-from janus_cluster.training.data.images import frame_size, load_frame, load_frames, qwen_grid
+from janus_cluster.training.data.images import load_frame, load_frames
 
 FIXTURE = Path(__file__).parent / "fixtures" / "data_pipeline_tiny"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())["images"]

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from janus_cluster.config.frames import Grid, qwen_grid
 from janus_cluster.config.schema import Data, SegmentWeights
 from janus_cluster.errors import TrainingFailed
 from janus_cluster.training.data.encode import IGNORE_INDEX, Encoded, SampleEncoder
-from janus_cluster.training.data.images import Grid, load_frames, qwen_grid
+from janus_cluster.training.data.images import load_frames
 from janus_cluster.training.data.samples import Sample
 
 # What stands in the batch behind the end of a shorter sample; input_ids get the tokenizer's pad token.

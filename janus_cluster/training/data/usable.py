@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from janus_cluster.config.frames import frame_shape, qwen_grid
 from janus_cluster.config.schema import Data
-from janus_cluster.training.data.images import frame_shape, qwen_grid
 from janus_cluster.training.data.samples import Problem
 from janus_cluster.training.data.store import Store
 from janus_cluster.training.data.table import Indices, SampleTable, blocks, shown_images
