@@ -1,37 +1,31 @@
-"""transformers' Trainer with what JanusVLN needs: own parameter groups, one loss per optimizer step, honest parts.
+"""The Trainer of JanusVLN: own parameter groups, one loss per optimizer step, honest parts.
+
+Saving, stopping and resuming are in resumable.py.
 
 B rows of a micro-batch · A micro-batches of an optimizer step · W ranks
 """
 
 from __future__ import annotations
 
-import math
-import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import deepspeed.ops
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
+from transformers import PreTrainedModel, TrainingArguments
 
 from janus_cluster.config.schema import JobConfig
-from janus_cluster.config.zero_cut import Cut
-from janus_cluster.errors import TrainingFailed
 from janus_cluster.training.data.sampler import RankBatches
 from janus_cluster.training.held_out import HeldOutScores, ScoreSums, move_to, predict_batches
 from janus_cluster.training.loss import SEGMENT_NAMES, action_count, ramped_weight, text_weight_sum
 from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.model.build import parameter_groups
 from janus_cluster.training.pulse import Pulse
-from janus_cluster.training.reshard import load_resharded, written_cut
-from janus_cluster.training.saving import new_checkpoint
+from janus_cluster.training.resumable import ResumableTrainer
 from janus_cluster.training.world import World
 
 Batch = dict[str, Any]
@@ -90,28 +84,10 @@ def _skip_compiling_unused_kernels() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _do_not_miss(names: Collection[str], module: nn.Module, incompatible: Any) -> None:
-    """Loading a state dict without `names` is no error; anything else that is missing stays one."""
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in names]
-
-
-class _StopAtBoundary(TrainerCallback):  # type: ignore[misc]
-    """A step that is to be the last of the attempt is logged and saved; nothing is evaluated, time may be short."""
-
-    def __init__(self, trainer: JanusTrainer) -> None:
-        self._trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        if self._trainer.is_stopping:
-            control.should_log = control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-
-
-class JanusTrainer(Trainer):  # type: ignore[misc]
+class JanusTrainer(ResumableTrainer):
     """Trainer whose gradients do not depend on how a batch is cut into micro-batches and ranks."""
 
     optimizer: torch.optim.Optimizer | None
-    control: TrainerControl
 
     def __init__(
         self,
@@ -127,36 +103,27 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
         eval_dataset: Dataset[Batch] | None = None,
         pulse: Pulse | None = None,
     ) -> None:
-        self._job = job
-        self._pulse = pulse
-        self.is_stopping = False
-        self._world = world
-        self._metrics = metrics
-        self._batches = batches
-        self._saves_in: Path | None = None
-        self._loss_denominator: torch.Tensor | None = None
-        self.held_out_scores: HeldOutScores | None = None
-        self.evaluated_step: int | None = None
         super().__init__(
             model=model,
             args=args,
+            job=job,
+            world=world,
+            metrics=metrics,
+            pulse=pulse,
             train_dataset=train_dataset,
             data_collator=data_collator,
             eval_dataset=eval_dataset,
-            callbacks=[metrics, _StopAtBoundary(self)],
         )
-        self.remove_callback(PrinterCallback)
+        self._batches = batches
+        self._loss_denominator: torch.Tensor | None = None
+        self.held_out_scores: HeldOutScores | None = None
+        self.evaluated_step: int | None = None
         # text loss and action loss, then Σ(w·CE) and Σw of the four segments, all since the last log
         self._sums_since_log = torch.zeros(2 + 2 * len(SEGMENT_NAMES), device=self.args.device)
         # over all ranks, since the last log: tokens, and the places for tokens that the batches hold
         self._tokens_since_log = torch.zeros(2, device=self.args.device)
         # since the last log, on this rank: s waited for batches, and tokens of images after the ViT's merging
         self._data_wait_s, self._visual_tokens = 0.0, 0
-        # micro-batches of this rank whose loss was no finite number
-        self._num_not_finite = torch.zeros((), device=self.args.device)
-        if self.is_deepspeed_enabled:
-            frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-            model.register_load_state_dict_post_hook(partial(_do_not_miss, frozen))
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """This rank's micro-batches. Accelerate does not prepare it: it would share them out among the ranks again.
@@ -223,25 +190,6 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
             self._loss_denominator = totals[:2].clamp(min=1.0) / (len(batches) * self._world.world_size)
             self._tokens_since_log += totals[2:4]
         return batches, None
-
-    def _require_finite(self, num_over_ranks: float) -> None:
-        """Nothing, while every loss of all ranks was finite; else the weights are spoilt. Raises: TrainingFailed."""
-        if not num_over_ranks:
-            return
-        step = self.state.global_step
-        if not self._num_not_finite.item():
-            # Not a cause of its own: a card must name the rank whose loss it was.
-            raise TrainingFailed(f"a remote process ended the run at step {step}: see its log")
-        raise TrainingFailed(
-            f"the loss is not finite at step {step} on rank {self._world.rank}: nothing was saved after the checkpoint "
-            "before it",
-            hint="a smaller training.learning_rate or training.max_grad_norm, or precision fp32; resuming unchanged "
-            "would meet it again",
-        )
-
-    def _beat(self, doing: str) -> None:
-        if self._pulse is not None:
-            self._pulse.beat(doing, self.state.global_step)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -325,124 +273,6 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
         columns = self._sum_over_ranks(place).T.tolist()
         return {name: [round(v, 4) for v in column] for name, column in zip(names, columns, strict=False)}
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The checkpoint of this step is whole and has its name, or the ones before it are as they were.
-
-        Raises: TrainingFailed where the state is spoilt, or the disk has no room for it.
-        """
-        started_s = time.perf_counter()
-        self._beat("checkpoint")
-        self._require_finite(self._sum_over_ranks(self._num_not_finite).item())
-        self._require_finite_gradients()
-        with new_checkpoint(
-            Path(self.args.output_dir),
-            step=self.state.global_step,
-            world=self._world,
-            keep_last=self._job.checkpoint.keep_last,
-            keep_every=self._job.checkpoint.keep_every,
-            about=self._describe_state(),
-            beat=lambda: self._beat("checkpoint"),
-        ) as self._saves_in:
-            super()._save_checkpoint(model, trial)
-        self._saves_in = None
-        path = Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        self._metrics.saved(self.state.global_step, path, time.perf_counter() - started_s)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where the Trainer makes its checkpoint-<step>: aside, while one is being written."""
-        return super()._get_output_dir(trial) if self._saves_in is None else str(self._saves_in)
-
-    def _require_finite_gradients(self) -> None:
-        """Nothing, where the norm of the last step's gradient is finite or not known. Raises: TrainingFailed."""
-        norm = self.model_wrapped.get_global_grad_norm() if self.is_deepspeed_enabled else None
-        # DeepSpeed writes -1 for a norm that is no number.
-        if norm is not None and not 0 <= float(norm) < math.inf:
-            raise TrainingFailed(
-                f"the loss's gradient norm is not finite at step {self.state.global_step} ({float(norm)}): the weights "
-                "are spoilt, and no checkpoint is written",
-                hint="a smaller training.learning_rate or training.max_grad_norm, or precision fp32; the checkpoint "
-                "before it is as it was",
-            )
-
-    def _describe_state(self) -> dict[str, Any]:
-        """What a checkpoint's manifest says about who wrote it."""
-        world_size = self._world.world_size
-        zero_stage = None
-        if self.is_deepspeed_enabled:
-            zero_stage = Cut.of(self.args.hf_deepspeed_config.config, world_size=world_size).stage
-        return {
-            "zero_stage": zero_stage,
-            "processes_per_node": int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-            "effective_batch_size": self.args.per_device_train_batch_size
-            * self.args.gradient_accumulation_steps
-            * world_size,
-        }
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Weights are in `output_dir`; but a checkpoint of DeepSpeed's needs none besides the engine's own shards.
-
-        Gathering and writing them again would cost 16 GB and the time for it at every checkpoint of a 7B model.
-        """
-        if not (_internal_call and self.is_deepspeed_enabled):
-            super().save_model(output_dir, _internal_call)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The engine's shards without what is frozen, which is loaded from where it came from on resume too."""
-        if not self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Model, optimizer and schedule are those of the checkpoint, also of one that was cut among ranks otherwise.
-
-        Where the cut is the same, DeepSpeed loads its own files.
-        """
-        if resume_from_checkpoint is None:
-            return super()._prepare_for_training(max_steps, train_dataloader, None)
-        checkpoint = Path(resume_from_checkpoint)
-        mine = written = None
-        if self.is_deepspeed_enabled:
-            written = written_cut(checkpoint)
-            mine = Cut.of(self.args.hf_deepspeed_config.config, world_size=self._world.world_size)
-        if written is None or mine is None or written == mine:
-            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        else:
-            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-            self._load_cut_anew(checkpoint, written, mine)
-        self._follow_schedule()
-        return prepared
-
-    def _load_cut_anew(self, checkpoint: Path, written: Cut, mine: Cut) -> None:
-        """The engine and the schedule have what `checkpoint` holds."""
-        self._metrics.say(f"{checkpoint.name} was written by {written}; cut anew for {mine}")
-        if written.world_size != mine.world_size and self._job.training.lora.dropout:
-            # Nothing else draws random numbers while it trains.
-            self._metrics.say("random states of other ranks cannot be taken over: training.lora.dropout draws anew")
-        load_resharded(self.model_wrapped, checkpoint, groups=parameter_groups(self.model, self._job.training))
-        # With DeepSpeed this is the schedule alone.
-        self._load_optimizer_and_scheduler(str(checkpoint))
-
-    def _follow_schedule(self) -> None:
-        """The next step has this job's learning rates: the checkpoint's, but where the run has become longer since."""
-        schedule = self.lr_scheduler
-        steps = schedule.last_epoch
-        rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        # What the Trainer logs.
-        schedule._last_lr = rates
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The weights of a checkpoint written without DeepSpeed, all of them.
-
-        On disk they have the hub's names; the Trainer's own takes none of those, and only warns.
-        """
-        loaded = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
-        self.model.load_state_dict(loaded.state_dict())
-
     def _run_epoch(self, **kwargs: Any) -> None:
         """The epoch's own batches; none where a resumed run had done all its steps (the Trainer would do one more)."""
         if self.state.global_step >= self.state.max_steps:
@@ -450,9 +280,3 @@ class JanusTrainer(Trainer):  # type: ignore[misc]
             return
         self._batches.set_epoch(kwargs["epoch"])
         super()._run_epoch(**kwargs)
-
-    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        if dist.is_initialized():
-            values = values.clone()
-            dist.all_reduce(values)
-        return values
