@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 
@@ -20,7 +19,7 @@ from janus_cluster.preflight.gate import (
     require_fresh,
 )
 from janus_cluster.preflight.model import CheckResult, Verdict
-from janus_cluster.preflight.report import render_verdict, render_verdict_markdown
+from janus_cluster.preflight.report import render_summary, render_verdict_markdown
 from janus_cluster.preflight.transport import read_nccl_logs
 from janus_cluster.preflight.unwritten import judge_unwritten, read_unwritten
 from janus_cluster.rundir import read_json, write_json_atomically, write_text_atomically
@@ -41,7 +40,8 @@ def run_gate(attempt: Attempt) -> None:
         if any(r.state in ("FAIL", "ERROR") for r in results):
             break
     verdict = write_verdict(attempt, results)
-    print_verdict(verdict)
+    for line in render_summary(verdict, details=str(attempt.run.verdict_md(attempt.number))):
+        say(line)
     again = Verdict.from_json(read_json(attempt.run.verdict_json(attempt.number)))
     launcher = attempt.launcher
     require_fresh(again, attempt.resolved, nodes=launcher.nodes, job_id=launcher.job_id, now=time.time())
@@ -114,11 +114,3 @@ def write_verdict(attempt: Attempt, results: Sequence[CheckResult]) -> Verdict:
     write_text_atomically(run.verdict_md(attempt.number), render_verdict_markdown(verdict))
     write_json_atomically(run.verdict_json(attempt.number), verdict.to_json())
     return verdict
-
-
-def print_verdict(verdict: Verdict) -> None:
-    """The table is in batch.log, wide enough for one line per check."""
-    from rich.console import Console
-
-    Console(width=160, file=sys.stdout, no_color=True).print(render_verdict(verdict))
-    sys.stdout.flush()

@@ -12,6 +12,9 @@ Phase = Literal["static", "cross_node", "active"]
 # FAIL outranks ERROR: a fault that was measured says more than one that could not be.
 _RANK: dict[str, int] = {"SKIP": 0, "PASS": 1, "WARN": 2, "ERROR": 3, "FAIL": 4}
 
+# What is to be mended, or at least looked at.
+FAULTS = ("FAIL", "ERROR", "WARN")
+
 # `janus-cluster preflight` ends with these; a gate that only skipped has proven nothing.
 EXIT_CODES: dict[str, int] = {"PASS": 0, "WARN": 1, "FAIL": 2, "ERROR": 3, "SKIP": 3}
 
@@ -72,6 +75,15 @@ def worst(states: Sequence[State]) -> State:
     return max(states, key=lambda s: _RANK[s])
 
 
+def group_nodes(results: Sequence[CheckResult]) -> list[tuple[CheckResult, list[str]]]:
+    """Results that differ in nothing a reader sees but the node, as one result with its nodes."""
+    groups: dict[tuple[str, ...], tuple[CheckResult, list[str]]] = {}
+    for r in results:
+        key = (r.state, r.id, r.measured, r.expected)
+        groups.setdefault(key, (r, []))[1].append(r.node)
+    return list(groups.values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """The gate's word on one attempt. Training trusts it only for this job id, node list and configuration."""
@@ -111,10 +123,10 @@ class Verdict:
 
     def summary(self) -> str:
         """One line: `preflight FAIL: h800-02 paths.model (missing)`."""
-        faults = [r for r in self.worst_first() if r.state in ("FAIL", "ERROR", "WARN")]
+        faults = group_nodes([r for r in self.worst_first() if r.state in FAULTS])
         if not faults:
             return f"preflight {self.state}"
-        told = "; ".join(f"{r.node} {r.id} ({r.measured})" for r in faults[:3])
+        told = "; ".join(f"{', '.join(nodes)} {r.id} ({r.measured})" for r, nodes in faults[:3])
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         return f"preflight {self.state}: {told}{more}"
 

@@ -1,10 +1,11 @@
-"""The verdict for people: a rich table in the terminal, Markdown for a ticket."""
+"""The verdict for people: a rich table in the terminal, a few lines in a job's log, Markdown for a ticket."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from janus_cluster.preflight.model import CheckResult, Verdict
+from janus_cluster.preflight.model import FAULTS, Verdict, group_nodes
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -31,13 +32,29 @@ def render_verdict(verdict: Verdict) -> Group:
     return Group(table, *mends, *exclude)
 
 
-def group_nodes(results: list[CheckResult]) -> list[tuple[CheckResult, list[str]]]:
-    """Results that differ in nothing a table shows but the node, as one result with its nodes."""
-    groups: dict[tuple[str, ...], tuple[CheckResult, list[str]]] = {}
-    for r in results:
-        key = (r.state, r.id, r.measured, r.expected)
-        groups.setdefault(key, (r, []))[1].append(r.node)
-    return list(groups.values())
+def render_summary(verdict: Verdict, *, details: str) -> list[str]:
+    """The lines of a log: how many checks, every fault with its mend, and of a sound gate what it measured.
+
+    details: where all of it stands.
+    """
+    counts = Counter[str](r.state for r in verdict.results)
+    told = ", ".join(f"{counts[state]} {state}" for state in _STYLE if counts[state])
+    lines = [f"preflight {verdict.state}: {told}; every check: {details}"]
+    faults = group_nodes([r for r in verdict.worst_first() if r.state in FAULTS])
+    for r, nodes in faults:
+        lines += [f"{r.state}  {r.id}  {', '.join(nodes)}", f"      measured  {r.measured}"]
+        lines += [f"      expected  {r.expected}", *([f"      mend      {r.fix}"] if r.fix else [])]
+    if verdict.exclude:
+        lines.append(f"without the bad nodes: --exclude={','.join(verdict.exclude)}")
+    return lines if faults else [*lines, *_measured(verdict)]
+
+
+def _measured(verdict: Verdict) -> list[str]:
+    """The rates of a sound gate; of checks that come in numbers, as one for each rail, only how many they are."""
+    sound = [(r, nodes) for r, nodes in group_nodes(verdict.results) if r.phase == "active" and r.state == "PASS"]
+    numbered = Counter(r.id.partition(".")[0] for r, _ in sound if "." in r.id)
+    rates = [(r.id, f"{', '.join(nodes)}: {r.measured}; {r.expected}") for r, nodes in sound if "." not in r.id]
+    return [f"  {name:<15} {words}" for name, words in [*rates, *((n, f"{c} sound") for n, c in numbered.items())]]
 
 
 def render_verdict_markdown(verdict: Verdict) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from janus_cluster.preflight.all_reduce import busbw_gb_per_s, judge_all_reduce
 from janus_cluster.preflight.model import CheckResult, Verdict, worst
-from janus_cluster.preflight.report import render_verdict, render_verdict_markdown
+from janus_cluster.preflight.report import render_summary, render_verdict, render_verdict_markdown
 from janus_cluster.preflight.versions import PACKAGES, judge_same_versions, judge_versions, read_versions
 
 RANGES = {"python_min": "3.10", "torch_min": "2.6", "transformers_below": "6", "cuda_wanted": True}
@@ -162,3 +162,35 @@ def test_the_report_shows_worst_first_and_the_exclude_line() -> None:
     assert text.index("FAIL") < text.index("PASS")
     assert "--exclude=n2" in text
     assert "| FAIL | n2 | paths.model |" in render_verdict_markdown(v)
+
+
+def active(test: str, measured: str, *, node: str = "n1,n2") -> CheckResult:
+    return CheckResult(id=test, phase="active", node=node, state="PASS", measured=measured, expected=">= 43 GB/s")
+
+
+def test_a_log_has_every_fault_once_with_its_nodes_and_its_mend() -> None:
+    both = [
+        CheckResult(id="paths.model", phase="static", node=n, state="FAIL", measured="gone", expected="there", fix="ls")
+        for n in ("n1", "n2")
+    ]
+    assert render_summary(verdict(result("PASS"), *both), details="verdict.md") == [
+        "preflight FAIL: 1 PASS, 2 FAIL; every check: verdict.md",
+        "FAIL  paths.model  n1, n2",
+        "      measured  gone",
+        "      expected  there",
+        "      mend      ls",
+    ]
+    assert verdict(*both).summary() == "preflight FAIL: n1, n2 paths.model (gone)"
+    assert render_summary(verdict(result("FAIL", "n2", "hca.rails")), details="")[-1] == (
+        "without the bad nodes: --exclude=n2"
+    )
+
+
+def test_a_log_has_the_rates_of_a_sound_gate() -> None:
+    rails = [active(f"rail.gpu{k}", f"{48 + k} GB/s") for k in range(8)]
+    speed = active("all_reduce", "330 GB/s", node="n1")
+    assert render_summary(verdict(result("PASS"), *rails, speed, result("SKIP")), details="v.md") == [
+        "preflight PASS: 10 PASS, 1 SKIP; every check: v.md",
+        "  all_reduce      n1: 330 GB/s; >= 43 GB/s",
+        "  rail            8 sound",
+    ]
