@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from janus_cluster.config.load import LoadedJob, flatten, known_keys, load_job
+from janus_cluster.config.load import LoadedJob, flatten, known_keys, load_job, value_of, with_values
 from janus_cluster.config.resolve import processes_per_node, resolve_job
-from janus_cluster.config.schema import JobConfig, ResolvedJob, Section
+from janus_cluster.config.schema import JobConfig, MemoryPlan, ResolvedJob
 from janus_cluster.config.zero_cut import Cut, find_obstacle
 from janus_cluster.errors import UsageError
 from janus_cluster.observe.text import load_secrets
@@ -26,13 +26,19 @@ _MAY_CHANGE = (
     "nodes", "slurm.", "hardware.gpus_per_node", "hardware.gpu_type", "hardware.processes_per_node", "environment.",
     "preflight.", "deepspeed.", "checkpoint.", "restart.", "data.num_workers", "data.index_dir",
     "training.per_device_batch_size", "training.gradient_accumulation_steps", "training.gradient_checkpointing",
-    "training.gradient_checkpointing_every", "training.evaluate_every_steps", "training.logging_steps",
+    "training.gradient_checkpointing_every", "training.memory", "hardware.gpu_memory_gb",
+    "training.compile", "training.evaluate_every_steps", "training.logging_steps",
     "training.ddp_timeout_s", "training.hang_timeout_s",
 )  # fmt: skip
 # A run may become longer: what it has learnt is the beginning of that.
 _MAY_GROW = ("training.max_steps", "training.num_epochs")
 _EFFECTIVE_BATCH = "training.effective_batch_size"
 _ACCUMULATION = "training.gradient_accumulation_steps"
+# What training.memory: auto chooses (plan/choose.py, DECIDED).
+_CHOSEN = (
+    "deepspeed.profile", "training.per_device_batch_size", _ACCUMULATION, "training.gradient_checkpointing",
+    "training.gradient_checkpointing_every",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +70,21 @@ def amend(
     changed = _changed_keys(before.config, after.config)
     _require_harmless(changed, before.config, after.config, resolved=resolved, run=run)
     _require_same_version(resolved, run)
+    if after.config.training.memory == "auto":
+        # The run may have other values than its job file, where training.memory: auto chose them.
+        changed += [key for key in _CHOSEN if after.origins.get(key) == "--set" and key not in changed]
     job = _with_values(resolved.job, after.config, changed)
-    job = _keep_effective_batch(job, resolved, is_given=after.origins.get(_ACCUMULATION) == "--set", run=run)
-    given = after.config
     origins = resolved.origins | {key: f"resume {after.origins.get(key, '--set')}" for key in changed}
-    if job.training.gradient_accumulation_steps != resolved.job.training.gradient_accumulation_steps:
-        given = _with_values(given, job, [_ACCUMULATION])
-        origins[_ACCUMULATION] = f"resume: keeps the effective batch of {resolved.effective_batch_size}"
+    given, memory = after.config, None
+    if job.training.memory == "auto" and job.kind == "train":
+        job, origins, memory = _choose_anew(LoadedJob(job, origins, str(run.job_yaml), run.job_yaml), resolved)
+        # Read again, the file must mean the same effective batch.
+        given = _with_values(given, job, _CHOSEN)
+    else:
+        job = _keep_effective_batch(job, resolved, is_given=after.origins.get(_ACCUMULATION) == "--set", run=run)
+        if job.training.gradient_accumulation_steps != resolved.job.training.gradient_accumulation_steps:
+            given = _with_values(given, job, [_ACCUMULATION])
+            origins[_ACCUMULATION] = f"resume: keeps the effective batch of {resolved.effective_batch_size}"
     secrets, shell = _shell_of(run, resolved, job, environ)
     amended = resolve_job(
         LoadedJob(job, origins, str(run.job_yaml), run.job_yaml),
@@ -79,13 +93,14 @@ def amend(
         environ=shell,
         cwd=cwd,
         python=resolved.python,
+        memory=memory,
     )
     _require_carried(resolved, amended)
     return Amended(
         resolved=amended,
         job_yaml_text=render_job_yaml(given, source=str(run.job_yaml), sets=sets),
         secrets={name: secrets[name] for name in amended.secret_names},
-        changes=_describe_changes(resolved, amended),
+        changes=(*_describe_changes(resolved, amended), *_describe_memory(memory)),
         is_longer=any(key in _MAY_GROW for key in changed),
     )
 
@@ -101,28 +116,38 @@ def may_change(key: str) -> bool:
     return any(key == allowed or (allowed[-1] == "." and f"{key}.".startswith(allowed)) for allowed in _MAY_CHANGE)
 
 
-def _value(job: JobConfig, key: str) -> Any:
-    value: Any = job
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def _changed_keys(before: JobConfig, after: JobConfig) -> list[str]:
-    return [key for key in leaf_keys() if _value(before, key) != _value(after, key)]
+    return [key for key in leaf_keys() if value_of(before, key) != value_of(after, key)]
 
 
 def _with_values(job: JobConfig, source: JobConfig, keys: Sequence[str]) -> JobConfig:
     """`job` with the values that `source` has under `keys`; what nobody gave stays not given."""
-    for key in keys:
-        job = _put(job, key.split("."), _value(source, key))
-    return job
+    return with_values(job, {key: value_of(source, key) for key in keys})
 
 
-def _put(section: Any, parts: Sequence[str], value: Any) -> Any:
-    name, *below = parts
-    inner = getattr(section, name)
-    return section.model_copy(update={name: _put(inner, below, value) if isinstance(inner, Section) else value})
+def _choose_anew(loaded: LoadedJob, resolved: ResolvedJob) -> tuple[JobConfig, dict[str, str], MemoryPlan | None]:
+    """(job, origins, plan) with the keys that training.memory: auto stands for, now.
+
+    What has run out of memory in this run, and whatever was planned with as much, is not chosen again.
+    """
+    from janus_cluster.plan.auto import plan_memory_keys
+
+    before = resolved.memory
+    failed = [] if before is None else [o.planned_gb for o in before.options[: before.taken]]
+    if before is not None and before.out_of_memory_gb is not None:
+        failed.append(before.out_of_memory_gb)
+    chosen, memory = plan_memory_keys(
+        loaded, batch=resolved.effective_batch_size, below_gb=min(failed) if failed else None
+    )
+    return chosen.config, chosen.origins, memory
+
+
+def _describe_memory(memory: MemoryPlan | None) -> tuple[str, ...]:
+    if memory is None:
+        return ()
+    from janus_cluster.plan.auto import describe_memory
+
+    return (f"memory: {describe_memory(memory)[0]}",)
 
 
 def _require_harmless(
@@ -131,7 +156,7 @@ def _require_harmless(
     """Raises: UsageError listing every key that would change what is learnt."""
     problems = []
     for key in changed:
-        old, new = _value(before, key), _value(after, key)
+        old, new = value_of(before, key), value_of(after, key)
         if may_change(key) or (key == _EFFECTIVE_BATCH and new in (None, resolved.effective_batch_size)):
             continue
         if key in _MAY_GROW:

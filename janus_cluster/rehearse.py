@@ -70,6 +70,10 @@ def rehearse(request: Request, *, environ: Mapping[str, str], cwd: Path, say: Sa
     done = submit(short, environ=environ, cwd=cwd)
     watch = Watch(done, say)
     say(f"rehearsal: job {done.job_id}, {watch.total_steps} steps, in {done.run.path}")
+    if done.resolved.memory is not None:
+        from janus_cluster.plan.auto import describe_memory
+
+        say(f"memory: {describe_memory(done.resolved.memory)[0]}")
     try:
         seen = _stop_and_go_on(watch, environ)
     except KeyboardInterrupt:

@@ -10,7 +10,8 @@
   metrics.jsonl    one line per event of training          secrets.env    0600; values that no other file may hold
   bad_data.jsonl   what of the data could not be used, and why
   code/            janus_cluster as it was submitted; every attempt imports it from here
-  history/<n>/     the files of the first two lines as they were before the n-th `resume` that changed them
+  history/<n>/     the files of the first two lines as they were before the n-th change (`resume`, or an attempt that
+                   took a smaller option of training.memory: auto)
   retry.json       which node the one retry of preflight.on_fail left out, and why
   preflight/attempt_<n>/  facts.<node>.json, connect.<node>.json, all_reduce.<node>.json, counters.<node>.json,
                           rails.json, nccl.<node>.<pid>.log, verdict.<node>.json, verdict.json, verdict.md

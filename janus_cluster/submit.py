@@ -19,7 +19,7 @@ from typing import Any
 from janus_cluster.config.home import runs_dir, sandbox_home, site_dir
 from janus_cluster.config.load import LoadedJob, find_job_file, load_job
 from janus_cluster.config.resolve import resolve_job
-from janus_cluster.config.schema import JobConfig, ResolvedJob
+from janus_cluster.config.schema import JobConfig, MemoryPlan, ResolvedJob
 from janus_cluster.errors import JanusError, SandboxFailed, UsageError
 from janus_cluster.preflight.calibration import with_baseline
 from janus_cluster.render.bundle import collect_manifest, render_job_yaml, write_bundle
@@ -45,6 +45,15 @@ class Request:
     preflight: bool = True
     exclude: str | None = None
     name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """The job as it was `given`, and as it will be resolved: with the keys that training.memory: auto stands for."""
+
+    given: LoadedJob
+    loaded: LoadedJob
+    memory: MemoryPlan | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +94,8 @@ def submit(request: Request, *, environ: Mapping[str, str], cwd: Path) -> Submis
 
     Raises: UsageError (nothing written), SlurmUnavailable, SandboxFailed, SubmitFailed (nothing left).
     """
-    loaded = load_request(request, environ)
+    planned = load_planned(request, environ)
+    loaded = planned.loaded
     _require_cluster(request)
     slurm_conf = sandbox_conf(environ) if request.cluster == "sandbox" and not request.dry_run else None
     run_path = _new_run_path(loaded.config, environ, cwd)
@@ -94,7 +104,13 @@ def submit(request: Request, *, environ: Mapping[str, str], cwd: Path) -> Submis
 
         remember_recent(run_path.parent)
     resolved = resolve_job(
-        loaded, run_dir=run_path, cluster=request.cluster, environ=environ, cwd=cwd, python=sys.executable
+        loaded,
+        run_dir=run_path,
+        cluster=request.cluster,
+        environ=environ,
+        cwd=cwd,
+        python=sys.executable,
+        memory=planned.memory,
     )
     resolved = with_baseline(resolved, site_dir(environ))
     check_paths(resolved, source=loaded.source, origins=loaded.origins)
@@ -104,10 +120,12 @@ def submit(request: Request, *, environ: Mapping[str, str], cwd: Path) -> Submis
     )
     code = read_package()
     manifest = collect_manifest(loaded.path, code=code)
+    if planned.memory is not None:
+        manifest["memory"] = {"option": planned.memory.option.words, "planned_gb": planned.memory.option.planned_gb}
     with signals_held("the job is being handed over") as came:
         run = write_bundle(
             resolved,
-            job_yaml_text=render_job_yaml(loaded.config, source=loaded.source, sets=request.sets),
+            job_yaml_text=render_job_yaml(planned.given.config, source=loaded.source, sets=request.sets),
             secrets={name: environ[name] for name in resolved.secret_names},
             manifest=manifest,
             code=code,
@@ -174,6 +192,21 @@ def _site_nodes(partition: str | None, slurm_conf: Path | None) -> frozenset[str
 
 def _with_option(options: Mapping[str, str | None], name: str, value: str | None) -> dict[str, str | None]:
     return dict(options) if value is None else {**options, name: value}
+
+
+def load_planned(request: Request, environ: Mapping[str, str]) -> Planned:
+    """The job that the request names, with training.memory: auto become keys: here, and in amend.py for a resumed run.
+
+    Raises: UsageError, also where nothing fits into the memory.
+    """
+    given = load_request(request, environ)
+    if given.config.training.memory == "manual":
+        return Planned(given=given, loaded=given, memory=None)
+    # plan/ takes a while to import, and manual jobs need nothing of it.
+    from janus_cluster.plan.auto import plan_memory_keys
+
+    loaded, memory = plan_memory_keys(given)
+    return Planned(given=given, loaded=loaded, memory=memory)
 
 
 def load_request(request: Request, environ: Mapping[str, str]) -> LoadedJob:

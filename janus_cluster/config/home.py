@@ -4,7 +4,7 @@
     without it     ./runs    $XDG_STATE_HOME/janus-cluster/sandbox  $XDG_STATE_HOME/janus-cluster/site
 
 XDG_STATE_HOME defaults to ~/.local/state. Indexes of data that no run keeps lie in X/data_index or in
-$XDG_CACHE_HOME/janus-cluster/data_index (~/.cache).
+$XDG_CACHE_HOME/janus-cluster/data_index (~/.cache). What Slurm said in the last seconds lies beside sandbox and site.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ def sandbox_home(environ: Mapping[str, str] | None = None) -> Path:
 def site_dir(environ: Mapping[str, str] | None = None) -> Path:
     """The absolute folder of what is remembered about the site; it need not exist yet."""
     return _state_dir(os.environ if environ is None else environ) / "site"
+
+
+def slurm_answers_json(environ: Mapping[str, str] | None = None) -> Path:
+    """The absolute file of what Slurm said in the last seconds, one a user: JANUS_HOME may be a team's."""
+    return _state_dir(os.environ if environ is None else environ) / f"slurm_answers.{os.getuid()}.json"
 
 
 def index_cache(environ: Mapping[str, str] | None = None) -> Path:

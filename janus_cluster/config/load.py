@@ -250,6 +250,27 @@ def _all_origins(config: JobConfig, draft: _Draft) -> dict[str, str]:
     return dict(sorted(origins.items()))
 
 
+def with_values(job: JobConfig, values: Mapping[str, Any]) -> JobConfig:
+    """`job` with other values under dotted keys; what nobody gave stays not given."""
+    for key, value in values.items():
+        job = _put_value(job, key.split("."), value)
+    return job
+
+
+def _put_value(section: Any, parts: Sequence[str], value: Any) -> Any:
+    name, *below = parts
+    inner = getattr(section, name)
+    return section.model_copy(update={name: _put_value(inner, below, value) if isinstance(inner, Section) else value})
+
+
+def value_of(job: JobConfig, key: str) -> Any:
+    """The value under a dotted key."""
+    value: Any = job
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """(dotted key, value) of every leaf; an empty mapping is a leaf."""
     rows: list[tuple[str, Any]] = []

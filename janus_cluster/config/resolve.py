@@ -10,7 +10,7 @@ from typing import Literal
 
 from janus_cluster import __version__
 from janus_cluster.config.load import LoadedJob
-from janus_cluster.config.schema import JobConfig, ResolvedJob
+from janus_cluster.config.schema import JobConfig, MemoryPlan, ResolvedJob
 from janus_cluster.config.weight_names import LANGUAGE_LINEAR_LAYERS
 from janus_cluster.errors import UsageError
 from janus_cluster.preflight.profile import load_profile
@@ -31,8 +31,9 @@ def resolve_job(
     environ: Mapping[str, str],
     cwd: Path,
     python: str,
+    memory: MemoryPlan | None = None,
 ) -> ResolvedJob:
-    """Every value that the nodes will use. Reads shipped templates only.
+    """Every value that the nodes will use. Reads shipped templates only. `memory`: where `loaded` has its keys from.
 
     Raises: UsageError listing every combination that cannot work.
     """
@@ -73,6 +74,7 @@ def resolve_job(
             *lint_env(env, known_nccl=load_nccl_variable_names()),
             *lint_ds_config(ds_config, world_size=world_size, device=job.hardware.device),
         ),
+        memory=memory,
     )
 
 

@@ -46,6 +46,12 @@ class Hardware(Section):
         None, ge=1, le=64, description="Ranks per node; default: gpus_per_node (device cuda) or 1 (device cpu)"
     )
     device: Literal["cuda", "cpu"] = Field("cuda", description="Where training computes; cpu trains over gloo")
+    gpu_memory_gb: float | None = Field(
+        None,
+        gt=0,
+        description="Memory of one GPU (device cpu: of one rank) that plan and training.memory: auto reckon with, in "
+        "GB (1e9 bytes); default: what is known of gpu_type",
+    )
 
 
 class Environment(Section):
@@ -230,6 +236,12 @@ class Lora(Section):
 class Training(Section):
     """Optimisation. Effective batch = per_device_batch_size × gradient_accumulation_steps × ranks."""
 
+    memory: Literal["manual", "auto"] = Field(
+        "manual",
+        description="auto: deepspeed.profile, per_device_batch_size, gradient_accumulation_steps and "
+        "gradient_checkpointing follow from what a GPU holds, the effective batch stays; those given with --set stay, "
+        "too. manual: all as they stand",
+    )
     per_device_batch_size: int = Field(1, ge=1, le=1024, description="Samples of a rank in one micro-step")
     gradient_accumulation_steps: int = Field(8, ge=1, le=4096, description="Micro-steps per optimizer step")
     effective_batch_size: int | None = Field(
@@ -252,6 +264,11 @@ class Training(Section):
     gradient_checkpointing: bool = Field(True, description="Recompute activations of the language layers")
     gradient_checkpointing_every: int = Field(
         1, ge=1, description="Of the language layers every n-th is recomputed; 1: all"
+    )
+    compile: Literal["none", "vggt"] = Field(
+        "none",
+        description="vggt: torch.compile of VGGT's blocks, which are frozen. The first step takes minutes longer, and "
+        "a node needs a C++ compiler; not yet measured on a GPU",
     )
     lora: Lora = Lora()
     action_loss_weight: float = Field(1.0, ge=0, description="d: weight of the action head's cross-entropy")
@@ -346,6 +363,48 @@ class EnvVar(Section):
     origin: str
 
 
+class MemoryOption(Section):
+    """One way to train within the memory. `keys` are those of the job that it decides, dotted."""
+
+    keys: dict[str, Any]
+    ds_config: dict[str, Any]
+    planned_gb: float
+    step_s: float
+    words: str
+
+
+class MemoryPlan(Section):
+    """What `training.memory: auto` became. Each of `options` needs less than the one before it; `taken` counts from 0.
+
+    Units: GB of 1e9 bytes. `out_of_memory_gb` is what the smallest option was planned with that ran out all the same.
+    """
+
+    gpu: str
+    gpu_memory_gb: float
+    limit_gb: float
+    options: tuple[MemoryOption, ...]
+    reasons: tuple[str, ...]
+    taken: int = 0
+    because: str | None = None
+    out_of_memory_gb: float | None = None
+
+    @property
+    def option(self) -> MemoryOption:
+        return self.options[self.taken]
+
+    @property
+    def next_option(self) -> MemoryOption | None:
+        """What is tried where this one runs out of memory."""
+        return self.options[self.taken + 1] if self.taken + 1 < len(self.options) else None
+
+    def next_as_options(self) -> str | None:
+        """What turns the job into `next_option` on the command line."""
+        if self.next_option is None:
+            return None
+        now = self.option.keys
+        return " ".join(f"--set {k}={str(v).lower()}" for k, v in self.next_option.keys.items() if now.get(k) != v)
+
+
 class ResolvedJob(Section):
     """Everything derived, once, on the login node. Compute nodes read this and derive nothing again.
 
@@ -371,6 +430,8 @@ class ResolvedJob(Section):
     secret_names: tuple[str, ...]
     ds_config: dict[str, Any]
     warnings: tuple[str, ...]
+    # None: training.memory is manual.
+    memory: MemoryPlan | None = None
 
     @classmethod
     def load(cls, text: str) -> ResolvedJob:

@@ -21,10 +21,19 @@ from janus_cluster.node.code import check_code
 from janus_cluster.node.gate import queue_again_without_bad_nodes, run_gate
 from janus_cluster.node.ledger import newest_step
 from janus_cluster.node.lock import run_folder_held
+from janus_cluster.node.memory import (
+    describe_option,
+    describe_taken,
+    has_stepped,
+    is_out_of_memory,
+    load_settled,
+    take_next_option,
+)
 from janus_cluster.node.phases import Attempt, StopSignals, say
 from janus_cluster.node.steps import Launcher
 from janus_cluster.node.training import BY_SLURM, TRANSIENT, describe_failure, find_failure, run_training
 from janus_cluster.rundir import RunDir
+from janus_cluster.stamped import stamp_output
 
 # The batch process of a requeued job may still be ending on another node.
 _WAIT_FOR_LOCK_S = 60.0
@@ -35,14 +44,14 @@ def run_job(run: RunDir, launcher: Launcher) -> int:
 
     Raises: UsageError while another job's attempt writes into the run folder; nothing was touched.
     """
-    resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
     stop = StopSignals()
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         # job.sbatch asks Slurm for USR1 before the walltime ends.
         signal.signal(signum, lambda number, _frame: stop.note(number))
     with run_folder_held(run, job_id=launcher.job_id, wait_s=_WAIT_FOR_LOCK_S):
         while True:
-            code = run_attempt(Attempt(run, resolved, launcher, stop))
+            # Read anew: an attempt that ran out of memory leaves a smaller option behind.
+            code = run_attempt(Attempt(run, load_settled(run), launcher, stop))
             if code is not None:
                 return code
 
@@ -51,6 +60,8 @@ def run_attempt(attempt: Attempt) -> int | None:
     """The attempt is over. Returns: the job's exit code, or None where one more attempt in this allocation may help."""
     resolved, launcher = attempt.resolved, attempt.launcher
     say(f"attempt {attempt.number} of {attempt.run.name}: job {launcher.job_id} on {', '.join(launcher.nodes)}")
+    if resolved.memory is not None:
+        say(describe_option(resolved.memory))
     try:
         for change in check_code(attempt.run, resolved, attempt=attempt.number):
             say(f"warning: {change}")
@@ -117,9 +128,21 @@ def end_failed_gate(attempt: Attempt, error: GateFailed) -> int:
 
 
 def end_failed_training(attempt: Attempt, error: TrainingFailed) -> int | None:
-    """One more attempt in this allocation, where restart.on_failure and the fault say so; else the job has failed."""
+    """One more attempt in this allocation, where restart.on_failure and the fault say so; else the job has failed.
+
+    An attempt that ran out of memory before it had completed a step is followed by one with the next option of
+    training.memory: auto, whatever restart.on_failure says. Later, what ran out depends on the data.
+    """
     policy, failure = attempt.resolved.job.restart, find_failure(attempt, error)
     words = describe_failure(failure)
+    if (memory := attempt.resolved.memory) is not None and is_out_of_memory(failure, attempt.resolved):
+        if has_stepped(attempt.run, attempt=attempt.number, world_size=attempt.resolved.world_size):
+            say("memory: it ran out after a step was done, so no smaller option is taken by itself")
+        elif memory.next_option is None:
+            return _finish(attempt, "FAILED", error, f"{words}; the last option of training.memory: auto")
+        else:
+            try_smaller(attempt, error, words)
+            return None
     is_to_go_on = policy.on_failure == "always" or (policy.on_failure == "transient" and failure.kind in TRANSIENT)
     gained = newest_step(attempt.run) > attempt.ledger.from_step
     tried = 0 if gained else attempt.ledger.earlier_without_progress().count + 1
@@ -130,6 +153,15 @@ def end_failed_training(attempt: Attempt, error: TrainingFailed) -> int | None:
     attempt.ledger.end("FAILED", error.exit_code, words)
     say(f"attempt {attempt.number} failed: {words}; one more attempt in the same allocation")
     return None
+
+
+def try_smaller(attempt: Attempt, error: TrainingFailed, words: str) -> None:
+    """The run folder holds the next option of training.memory: auto, and says why."""
+    because = f"attempt {attempt.number} ({describe_taken(attempt.resolved)}) ran out of memory before its first step"
+    after = take_next_option(attempt.run, attempt.resolved, because=because)
+    attempt.ledger.end("FAILED", error.exit_code, f"{words}; on with {describe_taken(after)} (training.memory: auto)")
+    say(f"attempt {attempt.number} failed: {words}")
+    say(f"memory: one more attempt in the same allocation with {describe_taken(after)}; the effective batch stays")
 
 
 def _finish(attempt: Attempt, state: str, error: JanusError, note: str | None = None) -> int:
@@ -157,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--launcher", choices=["slurm", "local"], required=True)
     args = parser.parse_args(argv)
+    stamp_output()
     run = RunDir(args.run_dir)
     try:
         resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))

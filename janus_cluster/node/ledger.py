@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from janus_cluster.config.schema import MemoryPlan
 from janus_cluster.observe.checkpoints import find_newest_checkpoint
 from janus_cluster.rundir import RunDir, read_json, write_json_atomically
 
@@ -22,7 +23,15 @@ class Earlier:
 class Ledger:
     """One attempt's own record, and what those before it tell. `from_step`: of the newest whole checkpoint, or 0."""
 
-    def __init__(self, run: RunDir, *, attempt: int, job_id: str | None, nodes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        attempt: int,
+        job_id: str | None,
+        nodes: Sequence[str],
+        memory: MemoryPlan | None = None,
+    ) -> None:
         self._run = run
         self._attempt = attempt
         self._job_id = job_id
@@ -39,6 +48,10 @@ class Ledger:
             "exit_code": None,
             "reason": None,
             "hang": None,
+            # Which option of training.memory: auto ran, and why not the one before it.
+            "memory": None
+            if memory is None
+            else {"option": memory.taken, "words": memory.option.words, "because": memory.because},
         }
         self.write()
 
@@ -54,8 +67,9 @@ class Ledger:
     def earlier_without_progress(self) -> Earlier:
         """The unbroken row of attempts of this job that began where this one does.
 
-        An attempt that was stopped in the queue's interest before its first checkpoint counts too: a walltime shorter
-        than the way to the next checkpoint would requeue for ever.
+        One with another option of training.memory: auto was another try. One that was stopped in the queue's interest
+        before its first checkpoint counts too: a walltime shorter than the way to the next checkpoint would requeue for
+        ever.
         """
         count, words = 0, None
         for attempt in reversed([n for n in self._run.attempts() if n < self._attempt]):
@@ -64,6 +78,8 @@ class Ledger:
             except (OSError, ValueError):
                 break
             if record.get("job_id") != self._job_id or record.get("from_step") != self.from_step:
+                break
+            if record.get("memory") != self._value["memory"]:
                 break
             count += 1
             words = words or record.get("reason")

@@ -48,7 +48,9 @@ class Attempt:
         self.launcher = launcher
         self.stop = stop
         self.number = run.begin_attempt()
-        self.ledger = Ledger(run, attempt=self.number, job_id=launcher.job_id, nodes=launcher.nodes)
+        self.ledger = Ledger(
+            run, attempt=self.number, job_id=launcher.job_id, nodes=launcher.nodes, memory=resolved.memory
+        )
         self.status = StatusFile(
             run, cluster=launcher.cluster, job_id=launcher.job_id, attempt=self.number, nodes=launcher.nodes
         )
@@ -89,7 +91,7 @@ class Attempt:
         # The same port in every phase, unless somebody took it meanwhile: the gate tests what training uses.
         self.port = find_free_port(seed=seed)
         argv = [sys.executable, "-m", "janus_cluster.node.task", str(self.run.path)]
-        argv += ["--attempt", str(self.number), "--phase", phase]
+        argv += ["--attempt", str(self.number), "--phase", phase, "--config-hash", self.resolved.config_hash]
         argv += ["--master-addr", self.launcher.master_addr(), "--master-port", str(self.port)]
         return self.launcher.start(argv, end_together=end_together)
 

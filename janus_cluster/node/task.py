@@ -19,12 +19,16 @@ from typing import Any
 
 from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.node.bracket import run_between_counters
+from janus_cluster.node.caches import cache_variables
+from janus_cluster.node.memory import wait_until_seen
 from janus_cluster.node.network import network_variables, probe_variables
+from janus_cluster.node.read_ahead import start_read_ahead
 from janus_cluster.node.topology import NodeIdentity, read_identity
 from janus_cluster.node.torchrun import build_torchrun_argv
 from janus_cluster.preflight.gpu_load import loads_gpus
 from janus_cluster.preflight.unwritten import told_in_batch_log
 from janus_cluster.rundir import RunDir, write_json_atomically
+from janus_cluster.stamped import stamp_output
 
 _MODULES = {"all_reduce": "janus_cluster.training.probe", "train": "janus_cluster.training.entry"}
 
@@ -37,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     batch_log = os.dup(1)
     with told_in_batch_log(batch_log, run.path, node=identity.node, attempt=args.attempt):
         _log_to(run.node_log(args.attempt, identity.node))
-    resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
+    resolved = wait_until_seen(run, config_hash=args.config_hash)
     if args.phase == "facts":
         # Interrupted, this process ends at once: a reader that hangs in the kernel would hold up an orderly end.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -56,12 +60,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         flush=True,
     )
     variables = network_variables(run, resolved, identity, attempt=args.attempt, master_addr=args.master_addr)
+    if args.phase == "train":
+        variables += cache_variables(os.environ)
     if args.phase == "all_reduce":
         variables += probe_variables(run, resolved, identity, attempt=args.attempt)
     for variable in variables:
         print(f"{args.phase}: {variable.name}={variable.value}    # {variable.reason}", flush=True)
     environ = os.environ | {variable.name: variable.value for variable in variables}
     if args.phase == "train":
+        start_read_ahead(resolved, node_rank=identity.node_rank)
         environ |= leave_stop_signals_to_the_ranks()
     if args.phase == "all_reduce":
         counters = run.counters_json(args.attempt, identity.node)
@@ -113,13 +120,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--phase", choices=["facts", "connect", *_MODULES], required=True)
+    parser.add_argument("--config-hash", help="the configuration that the attempt means")
     parser.add_argument("--master-addr", default="127.0.0.1")
     parser.add_argument("--master-port", type=int, default=0)
     return parser.parse_args(argv)
 
 
 def _log_to(path: Path) -> None:
-    """Both output streams of this process and of what it becomes append to `path`."""
+    """Both output streams of this process and of what it becomes append to `path`; its own lines with their times."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
@@ -127,6 +135,7 @@ def _log_to(path: Path) -> None:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+    stamp_output()
 
 
 def _torchrun(run: RunDir, resolved: ResolvedJob, identity: NodeIdentity, args: argparse.Namespace) -> list[str]:

@@ -6,13 +6,15 @@ recomputing differ; for each of those the least recomputing that fits is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
+from janus_cluster.config.load import with_values
 from janus_cluster.config.schema import JobConfig
 from janus_cluster.errors import UsageError
 from janus_cluster.plan.flops import Flops, count_flops
-from janus_cluster.plan.hardware import ASSUMED, Assumptions, Gpu
+from janus_cluster.plan.hardware import Gpu, assumptions_for
 from janus_cluster.plan.memory import GB, Memory, plan_memory
 from janus_cluster.plan.sample import Sample, plan_sample
 from janus_cluster.plan.setup import Setup
@@ -25,6 +27,14 @@ MICRO_BATCHES = (1, 2, 4)
 RECOMPUTE_EVERY = (0, 4, 2, 1)
 # A way that is faster by less than this is no better: the model is not that exact.
 TIE = 0.05
+
+PROFILE = "deepspeed.profile"
+MICRO_BATCH = "training.per_device_batch_size"
+ACCUMULATION = "training.gradient_accumulation_steps"
+RECOMPUTE = "training.gradient_checkpointing"
+RECOMPUTE_WHICH = "training.gradient_checkpointing_every"
+# What an option decides; everything else of a job is the same in all of them.
+DECIDED = (PROFILE, MICRO_BATCH, ACCUMULATION, RECOMPUTE, RECOMPUTE_WHICH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +65,9 @@ class Option:
         return samples * self.seconds_per_sample / 3600
 
 
-def plan_option(
-    job: JobConfig, *, sizes: Sizes, ranks_per_node: int, gpu: Gpu, assumed: Assumptions = ASSUMED
-) -> Option:
+def plan_option(job: JobConfig, *, sizes: Sizes, ranks_per_node: int, gpu: Gpu) -> Option:
     """What training `job` as it stands needs. Raises: UsageError for keys that contradict each other."""
+    assumed = assumptions_for(job.hardware)
     setup = Setup.of(job, ranks_per_node=ranks_per_node)
     sample = plan_sample(job.data)
     return Option(
@@ -80,23 +89,36 @@ def plan_options(
 
     Returns: one option per combination, with the least recomputing that fits, or with all of it where none does.
     """
-    batch = wanted_batch(job, ranks_per_node=ranks_per_node)
     options = []
-    for number, profile, micro in _combinations(nodes, job):
-        accumulation, rest = divmod(batch, micro * number * ranks_per_node)
-        if rest or not accumulation:
-            continue
-        tried = [
-            plan_option(
-                _variant(job, nodes=number, profile=profile, micro=micro, accumulation=accumulation, every=every),
-                sizes=sizes,
-                ranks_per_node=ranks_per_node,
-                gpu=gpu,
-            )
-            for every in RECOMPUTE_EVERY
-        ]
-        options.append(next((option for option in tried if option.fits), tried[-1]))
+    for number in nodes:
+        every = all_options(
+            job.model_copy(update={"nodes": number}),
+            sizes=sizes,
+            ranks_per_node=ranks_per_node,
+            gpu=gpu,
+            batch=wanted_batch(job, ranks_per_node=ranks_per_node),
+        )
+        for _, same in groupby(every, key=lambda o: (o.profile, o.setup.micro_batch)):
+            tried = list(same)
+            options.append(next((option for option in tried if option.fits), tried[-1]))
     return sorted(options, key=lambda o: (not o.fits, o.time.total if o.fits else o.memory.total))
+
+
+def all_options(
+    job: JobConfig,
+    *,
+    sizes: Sizes,
+    ranks_per_node: int,
+    gpu: Gpu,
+    batch: int,
+    pinned: Collection[str] = (),
+) -> list[Option]:
+    """Every way to train the job on its nodes with that effective batch; what is `pinned` is as the job has it.
+
+    Of one profile and micro-batch the least recomputing comes first.
+    """
+    ways = _ways(job, world_size=job.nodes * ranks_per_node, batch=batch, pinned=pinned)
+    return [plan_option(with_values(job, way), sizes=sizes, ranks_per_node=ranks_per_node, gpu=gpu) for way in ways]
 
 
 def wanted_batch(job: JobConfig, *, ranks_per_node: int) -> int:
@@ -123,31 +145,35 @@ def with_wanted_batch(job: JobConfig, *, ranks_per_node: int) -> JobConfig:
     return job.model_copy(update={"training": job.training.model_copy(update=update)})
 
 
-def _combinations(nodes: Sequence[int], job: JobConfig) -> Iterator[tuple[int, str, int]]:
-    profiles = PROFILES if job.deepspeed.profile in PROFILES else (job.deepspeed.profile, *PROFILES)
-    micro_batches = sorted({*MICRO_BATCHES, job.training.per_device_batch_size})
-    for number in nodes:
-        for profile in profiles:
-            for micro in micro_batches:
-                yield number, profile, micro
+def _ways(
+    job: JobConfig, *, world_size: int, batch: int, pinned: Collection[str]
+) -> Iterator[dict[str, str | int | bool]]:
+    """The keys of each way, in the order of `all_options`."""
+    own, training = job.deepspeed.profile, job.training
+    profiles = PROFILES if own in PROFILES else (own, *PROFILES)
+    micro_batches = sorted({*MICRO_BATCHES, training.per_device_batch_size})
+    for profile in [own] if PROFILE in pinned else profiles:
+        for micro in [training.per_device_batch_size] if MICRO_BATCH in pinned else micro_batches:
+            accumulation, rest = divmod(batch, micro * world_size)
+            is_other = ACCUMULATION in pinned and accumulation != training.gradient_accumulation_steps
+            if rest or not accumulation or is_other:
+                continue
+            for every in _recompute_levels(job, pinned):
+                yield {
+                    PROFILE: profile,
+                    MICRO_BATCH: micro,
+                    ACCUMULATION: accumulation,
+                    RECOMPUTE: every > 0,
+                    RECOMPUTE_WHICH: max(1, every),
+                }
 
 
-def _variant(job: JobConfig, *, nodes: int, profile: str, micro: int, accumulation: int, every: int) -> JobConfig:
-    training = job.training.model_copy(
-        update={
-            "per_device_batch_size": micro,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_checkpointing": every > 0,
-            "gradient_checkpointing_every": max(1, every),
-        }
-    )
-    return job.model_copy(
-        update={
-            "nodes": nodes,
-            "training": training,
-            "deepspeed": job.deepspeed.model_copy(update={"profile": profile}),
-        }
-    )
+def _recompute_levels(job: JobConfig, pinned: Collection[str]) -> list[int]:
+    training = job.training
+    levels = [0, training.gradient_checkpointing_every] if RECOMPUTE_WHICH in pinned else list(RECOMPUTE_EVERY)
+    if RECOMPUTE in pinned:
+        levels = [every for every in levels if (every > 0) == training.gradient_checkpointing]
+    return levels
 
 
 def choose(options: Sequence[Option], *, nodes: int) -> Option | None:
@@ -156,7 +182,17 @@ def choose(options: Sequence[Option], *, nodes: int) -> Option | None:
     There, ZeRO-3 and offloading come last: what their hooks and copies cost is the least certain of all.
     Returns: None where nothing fits.
     """
-    fitting = [option for option in options if option.fits and option.setup.nodes == nodes]
+    return choose_among([option for option in options if option.fits and option.setup.nodes == nodes])
+
+
+def choose_least_recomputing(fitting: Sequence[Option]) -> Option | None:
+    """As `choose`, of the row of `all_options`, less those that do not fit."""
+    same = groupby(fitting, key=lambda o: (o.profile, o.setup.micro_batch))
+    return choose_among([next(levels) for _, levels in same])
+
+
+def choose_among(fitting: Sequence[Option]) -> Option | None:
+    """As `choose`, of options that all fit."""
     if not fitting:
         return None
     best = min(option.time.total for option in fitting)
@@ -164,9 +200,10 @@ def choose(options: Sequence[Option], *, nodes: int) -> Option | None:
     return min(near, key=lambda o: (o.setup.stage == 3 or o.setup.offload_optimizer, o.memory.total))
 
 
-def describe_choice(chosen: Option | None, job_as_it_is: Option, gpu: Gpu, assumed: Assumptions = ASSUMED) -> str:
+def describe_choice(chosen: Option | None, job_as_it_is: Option, gpu: Gpu) -> str:
     """Why this one: what it needs, and against the job as it stands."""
-    room = f"{gpu.memory_gb - assumed.reserve_gb:.0f} GB ({gpu.memory_gb:.0f} less {assumed.reserve_gb:.0f} reserve)"
+    limit_gb = job_as_it_is.memory_limit / GB
+    room = f"{limit_gb:.0f} GB ({gpu.memory_gb:.0f} less {gpu.memory_gb - limit_gb:.0f} reserve)"
     if chosen is None:
         least = job_as_it_is.memory.total / GB
         return (
@@ -186,6 +223,11 @@ def describe_choice(chosen: Option | None, job_as_it_is: Option, gpu: Gpu, assum
         f"{need}; {gain:.2f}× as fast as the job as it stands ({job_as_it_is.time.total:.1f} s a step), "
         "with the same effective batch"
     )
+
+
+def describe_recompute(every: int) -> str:
+    """How much is computed again, in words."""
+    return {0: "none", 1: "all", 2: "every 2nd", 3: "every 3rd"}.get(every, f"every {every}th")
 
 
 def keys_of(job: JobConfig) -> dict[str, str]:

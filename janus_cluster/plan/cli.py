@@ -13,6 +13,7 @@ import click
 from janus_cluster.config.load import LoadedJob, find_job_file, load_job
 from janus_cluster.config.schema import JobConfig
 from janus_cluster.errors import UsageError
+from janus_cluster.plan.auto import plan_memory_keys
 from janus_cluster.plan.choose import (
     choose,
     describe_choice,
@@ -22,7 +23,7 @@ from janus_cluster.plan.choose import (
     plan_other_samples,
     with_wanted_batch,
 )
-from janus_cluster.plan.hardware import GPUS, Gpu
+from janus_cluster.plan.hardware import GPUS, Gpu, known_gpu
 from janus_cluster.plan.report import (
     Plan,
     plan_to_json,
@@ -40,10 +41,13 @@ _WITHOUT_DEFAULT = re.compile(r"(?<!\$)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 @click.command(
     epilog="""\b
 Examples:
-  janus-cluster plan                                      jobs/train_2node.yaml; no variable needs to be set
-  janus-cluster plan my.yaml --nodes 1 --samples 250000   one node only, hours for an epoch of that many samples
+  janus-cluster plan                                      jobs/train_2node.yaml, no variable set
+  janus-cluster plan my.yaml --nodes 1 --samples 250000   one node; hours for that many samples
   janus-cluster plan --set model.preset=qwen2.5-vl-3b --set data.history=16
-  janus-cluster plan --gpu h200 --json                    for programs: every figure and every assumption
+  janus-cluster plan --gpu h200 --json                    every figure and every assumption
+
+\b
+See also: docs/performance.md
 """
 )
 @click.argument("job", required=False)
@@ -92,8 +96,14 @@ def make_plan(
     if nodes not in (None, 1, 2):
         raise UsageError(f"--nodes {nodes}: there is no job for {nodes} nodes; allowed: 1, 2", hint="--nodes 2")
     loaded = _load(name, nodes=nodes, sets=sets, environ=environ)
+    gpu, notes = _gpu_of(loaded.config, gpu_name)
+    try:
+        # What would be submitted; a GPU of another name than the job's was asked for here.
+        loaded, memory = plan_memory_keys(loaded, gpu=gpu if gpu_name else None)
+        notes += [] if memory is None else [f"training.memory: auto takes {memory.option.words}"]
+    except UsageError as e:
+        notes.append(e.message)
     job = _as_trained(loaded.config)
-    gpu, notes = _gpu_of(job, gpu_name)
     sizes = load_sizes(job.model)
     if job.model.path is None or not Path(job.model.path).is_dir():
         notes.append(f"no folder at model.path: the published sizes of {job.model.preset} are taken")
@@ -136,10 +146,12 @@ def _as_trained(job: JobConfig) -> JobConfig:
 
 def _gpu_of(job: JobConfig, name: str | None) -> tuple[Gpu, list[str]]:
     wanted = name or job.hardware.gpu_type.lower()
-    gpu = GPUS.get(wanted, GPUS["h800"])
+    gpu = known_gpu(job.hardware, name) or GPUS.get(wanted, GPUS["h800"])
     notes = []
     if job.hardware.device == "cpu":
         notes.append(f"hardware.device is cpu: the figures are those of {gpu.name}s all the same")
+    elif wanted not in GPUS and job.hardware.gpu_memory_gb is not None:
+        notes.append(f"hardware.gpu_type {job.hardware.gpu_type!r}: its memory is the job's, its speed that of an H800")
     elif wanted not in GPUS:
         notes.append(f"hardware.gpu_type {job.hardware.gpu_type!r} is not known here: planned for {gpu.name}")
     return gpu, notes

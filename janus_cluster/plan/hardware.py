@@ -5,7 +5,9 @@ Data sheets give peaks. `Assumptions` are not measured on an H800; docs/performa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from janus_cluster.config.schema import Hardware
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,3 +74,24 @@ class Assumptions:
 
 
 ASSUMED = Assumptions()
+
+
+def known_gpu(hardware: Hardware, name: str | None = None) -> Gpu | None:
+    """The job's GPU, or the one called `name`, with the memory that the job gives it; None where that is not known.
+
+    A GPU of which only the memory is known is timed as an H800, and so is a rank on a CPU: from option to option that
+    decides little.
+    """
+    wanted, own_gb = name or hardware.gpu_type.lower(), hardware.gpu_memory_gb
+    is_cpu = hardware.device == "cpu" and name is None
+    if own_gb is None:
+        return None if is_cpu else GPUS.get(wanted)
+    label = "CPU rank" if is_cpu else hardware.gpu_type or "GPU"
+    base = GPUS["h800"] if is_cpu else GPUS.get(wanted, replace(GPUS["h800"], name=label))
+    return replace(base, name=label if is_cpu else base.name, memory_gb=own_gb)
+
+
+def assumptions_for(hardware: Hardware) -> Assumptions:
+    """ASSUMED; but a rank on a CPU, whose memory the job gives, has no CUDA context and no NCCL to keep room for."""
+    has_context = hardware.device == "cuda" or hardware.gpu_memory_gb is None
+    return ASSUMED if has_context else replace(ASSUMED, reserve_gb=0.0)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from janus_cluster.plan.choose import Option
+from janus_cluster.plan.choose import Option, describe_recompute
 from janus_cluster.plan.hardware import ASSUMED, Gpu
 from janus_cluster.plan.memory import GB
 from janus_cluster.plan.sizes import Sizes
@@ -135,11 +135,6 @@ def render_choice(plan: Plan) -> list[str]:
     lines += [*(f"note     {note}" for note in plan.notes), f"trust    {describe_trust()}"]
     # What is to be typed stays on one line, so that it can be copied.
     return [line if line.startswith("type") else _wrap(line) for line in lines]
-
-
-def describe_recompute(every: int) -> str:
-    """How much is computed again, in words."""
-    return {0: "none", 1: "all", 2: "every 2nd", 3: "every 3rd"}.get(every, f"every {every}th")
 
 
 def _wrap(line: str) -> str:

@@ -60,7 +60,8 @@ def plan_traffic(sizes: Sizes, setup: Setup) -> Traffic:
 
     ZeRO-0: the gradients once a step. ZeRO-1: the same, then the new weights are gathered. ZeRO-2: gradients at every
     micro-step (DeepSpeed 0.19 all-reduces the buckets and keeps its part), weights gathered once. ZeRO-3: all weights
-    before the forward and before the backward pass of every micro-step, frozen ones too, and a reduce-scatter.
+    before the forward pass of every micro-step, and once more those that the backward pass goes through, frozen ones
+    too; then a reduce-scatter. Equal to the byte to what the engines send (tests/training/test_plan_traffic.py).
     """
     e, work = setup.element_bytes, setup.work
     trained = float(e * sizes.trained_parameters(work.tune, work.lora))
@@ -68,11 +69,18 @@ def plan_traffic(sizes: Sizes, setup: Setup) -> Traffic:
         return Traffic()
     if setup.stage == 3:
         whole = float(e * sizes.engine_parameters(work.lora))
-        backward = whole if work.reaches_language else 0.0
+        backward = whole - e * _without_backward(sizes, work) if work.reaches_language else 0.0
         return Traffic(gather_forward=whole, gather_backward=backward, reduce=trained, reduce_passes=1)
     if setup.stage == 2:
         return Traffic(reduce=trained, gather_step=trained)
     return Traffic(reduce_step=trained, gather_step=trained if setup.stage else 0.0)
+
+
+def _without_backward(sizes: Sizes, work: Work) -> int:
+    """Parameters of frozen modules before which nothing learns: no gradient passes through them."""
+    tune = work.tune
+    learns = {"vision": tune.vision, "projector": tune.projector or tune.vision, "vggt_merger": tune.vggt_merger}
+    return sum(sizes.parameters[part] for part, is_passed in learns.items() if not is_passed)
 
 
 def plan_step(

@@ -21,6 +21,7 @@ from janus_cluster.snapshot import write_package
 __all__ = [
     "bundle_replaced",
     "collect_manifest",
+    "keep_bundle",
     "render_env_of",
     "render_job_yaml",
     "restore_interrupted",
@@ -180,6 +181,12 @@ def bundle_replaced(resolved: ResolvedJob, *, job_yaml_text: str, secrets: Mappi
             _put_back(run, undo)
         raise
     undo.rename(undo.with_suffix(""))
+
+
+def keep_bundle(run: RunDir) -> Path:
+    """history/<n> holds the files of the run folder as they are; the attempt that runs is about to replace some."""
+    undo = _keep_bundle(run)
+    return undo.rename(undo.with_suffix(""))
 
 
 def restore_interrupted(run: RunDir) -> bool:

@@ -31,11 +31,13 @@ from janus_cluster.training.data.prompt import sample_texts
 from janus_cluster.training.data.tokenizer import build_tiny_tokenizer, image_token_ids, load_tokenizer
 from janus_cluster.training.export import write_export
 from janus_cluster.training.held_out import render_score_table
+from janus_cluster.training.memory import MemoryWatch
 from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.model.build import build_model, parameter_groups, render_parameter_groups
 from janus_cluster.training.model.janus import JanusModel
 from janus_cluster.training.model.presets import TokenizerIds
 from janus_cluster.training.pulse import Pulse, take_signals
+from janus_cluster.training.start import StartClock, TellStart
 from janus_cluster.training.trainer import JanusTrainer, build_training_arguments
 from janus_cluster.training.world import World, load_world, process_group, redirect_output, run_and_leave, share_among
 
@@ -43,6 +45,7 @@ from janus_cluster.training.world import World, load_world, process_group, redir
 @record
 def main(argv: Sequence[str] | None = None) -> None:
     """The whole of this rank's work is done; its words are in its own log, its error (if any) in torchrun's file."""
+    clock = StartClock()
     arguments = _parse_arguments(argv)
     take_signals()
     run = RunDir(arguments.run_dir)
@@ -59,10 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         hang_timeout_s=resolved.job.training.hang_timeout_s,
     ).start()
     with process_group(world, timeout_s=resolved.job.training.ddp_timeout_s):
-        train(run, resolved, world, attempt=arguments.attempt, pulse=pulse)
+        clock.mark("process_group")
+        train(run, resolved, world, attempt=arguments.attempt, pulse=pulse, clock=clock)
 
 
-def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pulse: Pulse) -> None:
+def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pulse: Pulse, clock: StartClock) -> None:
     """The model is trained, evaluated and exported, or was saved at a step boundary because it was asked to stop.
 
     metrics.jsonl tells the story.
@@ -78,6 +82,7 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pul
     if checkpoint is not None:
         metrics.append("resume", int(checkpoint.name.removeprefix("checkpoint-")), checkpoint=str(checkpoint))
         metrics.say(f"resuming from {checkpoint}")
+    clock.mark("resume")
     split = load_samples(
         job.data,
         seed=job.training.seed,
@@ -88,18 +93,21 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pul
         report=metrics.say,
     )
     metrics.say(split.describe())
+    clock.mark("index")
     tokenizer = load_job_tokenizer(job, split)
     # Before the model is built: a sample that is too long is found in seconds, one that is held out too.
     batches = build_batches(job, split.train, tokenizer, world)
     load_token_counts(
         split.held_out, tokenizer=tokenizer, data=job.data, share=share_among(world), what="held-out samples"
     )
+    clock.mark("tokens")
 
     training_arguments = build_training_arguments(
         job, output_dir=run.checkpoints, ds_config_json=run.ds_config_json, device=job.hardware.device
     )
     model = build_job_model(job, tokenizer, world)
     metrics.say(render_parameter_groups(parameter_groups(model, job.training)))
+    clock.mark("weights")
 
     dataset = partial(
         NavigationDataset, tokenizer=tokenizer, data=job.data, segment_weights=job.training.segment_weights
@@ -115,6 +123,10 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pul
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
         eval_dataset=dataset(split.held_out),
         pulse=pulse,
+    )
+    trainer.add_callback(TellStart(clock, metrics))
+    trainer.add_callback(
+        MemoryWatch(metrics=metrics, pulse=pulse, memory=resolved.memory, device=world.device, run_name=run.name)
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 

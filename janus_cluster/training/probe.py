@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.errors import UsageError
 from janus_cluster.rundir import RunDir, read_json, write_json_atomically
+from janus_cluster.stamped import stamp_output
 from janus_cluster.training.probe_device import measure_gemm, measure_intra_node
 from janus_cluster.training.probe_rails import measure_rails
 from janus_cluster.training.probe_timing import Payload, gather_over_ranks, local_world_size, slowest, time_all_reduce
@@ -100,6 +101,7 @@ def measure(world: World, resolved: ResolvedJob, run: RunDir, arguments: argpars
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure over all ranks; the first rank of each node writes that node's record."""
     arguments = _parse_arguments(argv)
+    stamp_output()
     run = RunDir(arguments.run_dir)
     resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
     world = load_world(resolved.job.hardware.device)

@@ -52,7 +52,7 @@ class Pulse:
         self._hang_timeout_s = hang_timeout_s
         self._interval_s = min(_LONGEST_INTERVAL_S, hang_timeout_s / 4)
         self._doing, self._step, self._count = "start", 0, 0
-        self._has_begun = False
+        self._has_begun = self._has_stepped = False
         self._changed_s = time.monotonic()
         self.stop_signal: int | None = None
 
@@ -71,6 +71,12 @@ class Pulse:
         self._has_begun = self._has_begun or doing == "step"
         self._count += 1
         self._changed_s = time.monotonic()
+
+    def step_done(self) -> None:
+        """An optimizer step is completed. After the first one the file tells so at once: what follows may not live."""
+        if not self._has_stepped:
+            self._has_stepped = True
+            self._write()
 
     def is_asked_to_stop(self) -> bool:
         """A signal came to this process, or the attempt's file tells rank 0. One look at a file at most."""
@@ -100,6 +106,7 @@ class Pulse:
 
     def _write(self) -> None:
         value = {"doing": self._doing, "step": self._step, "has_begun": self._has_begun}
+        value |= {"has_stepped": self._has_stepped}
         value |= {"count": self._count, "time": time.time()}
         try:
             write_json_atomically(self._path, self._who | value)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from janus_cluster.errors import JanusError, UsageError
+from janus_cluster.stamped import stamp_output
 from janus_cluster.training.data.indexing import Share
 
 
@@ -116,7 +117,10 @@ def run_and_leave(main: Callable[[], None]) -> NoReturn:
 
 
 def redirect_output(path: Path) -> None:
-    """Everything this process writes to stdout and stderr from here on is appended to `path`, C++ code's too."""
+    """Everything this process writes to stdout and stderr from here on is appended to `path`, C++ code's too.
+
+    Lines that Python prints begin with their time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):
@@ -124,7 +128,4 @@ def redirect_output(path: Path) -> None:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    stamp_output()

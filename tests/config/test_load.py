@@ -40,7 +40,7 @@ def test_shipped_training_jobs_hold_the_predecessors_hyper_parameters() -> None:
         assert (t.per_device_batch_size, t.gradient_accumulation_steps) == (1, 8)
         assert (t.learning_rate, t.projector_learning_rate, t.vision_learning_rate) == (2e-5, 1e-5, 1e-6)
         assert (t.lr_scheduler, t.warmup_ratio, t.precision) == ("cosine", 0.03, "bf16")
-        assert (t.gradient_checkpointing, t.ddp_timeout_s) == (True, 7200)
+        assert (t.memory, t.ddp_timeout_s) == ("auto", 7200)
         assert (job.data.history, job.data.max_pixels, job.data.min_pixels) == (8, 576 * 28 * 28, 16 * 28 * 28)
 
 

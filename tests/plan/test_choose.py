@@ -136,11 +136,19 @@ def test_the_command_prints_table_choice_and_how_far_to_trust_it(tmp_path: Path)
     assert "s/step" in done.stdout
     assert "hours for 50,000 samples" in done.stdout
     assert "choice   zero2, batch 1×8, recompute none, 2 nodes" in done.stdout
-    assert "type     --set deepspeed.profile=zero2 --set training.gradient_checkpointing=false" in done.stdout
+    assert "type     nothing: the job has it" in done.stdout
+    assert "training.memory: auto takes zero2, batch 1×8, recompute none" in done.stdout
     said = " ".join(done.stdout.split())
     assert "Never compared with an H800 run" in said
     assert "54.7 s a step of 64) is reproduced as" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_manual_job_lacks_is_there_to_be_typed(tmp_path: Path) -> None:
+    manual = ("training.memory=manual", "deepspeed.profile=zero3", "training.gradient_checkpointing=true")
+    done = run(tmp_path, "--nodes", "2", *(word for text in manual for word in ("--set", text)))
+    assert "type     --set deepspeed.profile=zero2 --set training.gradient_checkpointing=false" in done.stdout
+    assert "1.31× as fast as the job as it stands" in " ".join(done.stdout.split())
 
 
 def test_the_json_of_a_plan_keeps_its_contract(tmp_path: Path) -> None:

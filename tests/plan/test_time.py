@@ -35,7 +35,10 @@ def test_payloads_of_each_stage(sizes: Sizes) -> None:
     zero1, zero2, zero3 = (plan_traffic(sizes, setup(deepspeed__profile=f"zero{n}")) for n in (1, 2, 3))
     assert (zero1.reduce_step, zero1.gather_step, zero1.reduce) == (trained, trained, 0)
     assert (zero2.reduce, zero2.gather_step, zero2.reduce_passes) == (trained, trained, 2)
-    assert (zero3.gather_forward, zero3.gather_backward, zero3.reduce) == (everything, everything, trained)
+    # The frozen vision tower, all that is not trained, is not passed on the way back.
+    assert (zero3.gather_forward, zero3.gather_backward, zero3.reduce) == (everything, trained, trained)
+    learning = plan_traffic(sizes, setup(deepspeed__profile="zero3", training__tune={"vision": True}))
+    assert (learning.gather_forward, learning.gather_backward) == (everything, everything)
     alone = plan_traffic(sizes, replace(setup(), ranks_per_node=1))
     assert alone.reduce + alone.gather_forward + alone.gather_step == 0
 

@@ -12,6 +12,7 @@ import pytest
 from janus_cluster.config.load import load_job
 from janus_cluster.config.resolve import resolve_job
 from janus_cluster.config.schema import ResolvedJob
+from janus_cluster.plan.auto import plan_memory_keys
 from janus_cluster.resources import jobs_dir
 
 ENVIRON = {"MODEL_PATH": "/models/qwen", "VGGT_MODEL_PATH": "/models/vggt", "DATA_ROOT": "/data/r2r"}
@@ -32,9 +33,15 @@ def resolve() -> Resolve:
         python: str = sys.executable,
     ) -> ResolvedJob:
         everything = ENVIRON | dict(environ or {})
-        loaded = load_job(jobs_dir() / f"{job}.yaml", sets=sets, environ=everything)
+        loaded, memory = plan_memory_keys(load_job(jobs_dir() / f"{job}.yaml", sets=sets, environ=everything))
         return resolve_job(
-            loaded, run_dir=run_dir, cluster="slurm", environ=everything, cwd=Path("/shared"), python=python
+            loaded,
+            run_dir=run_dir,
+            cluster="slurm",
+            environ=everything,
+            cwd=Path("/shared"),
+            python=python,
+            memory=memory,
         )
 
     return resolved

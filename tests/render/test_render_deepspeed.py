@@ -28,7 +28,7 @@ def _contains(value: Any, wanted: object) -> bool:
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_number_is_filled_from_the_training_section(profile: str, resolve: Resolve) -> None:
-    config = resolve(sets=[*_set(profile), "training.max_grad_norm=0.5"]).ds_config
+    config = resolve(sets=[*_set(profile), "training.memory=manual", "training.max_grad_norm=0.5"]).ds_config
     assert config["train_micro_batch_size_per_gpu"] == 1
     assert config["gradient_accumulation_steps"] == 8
     assert config["train_batch_size"] == 128

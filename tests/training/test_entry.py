@@ -82,6 +82,22 @@ def test_a_step_is_described_by_loss_parts_rate_and_speed(trained: RunDir) -> No
     assert step["num_tokens"] > 8 * 50 and 0 <= step["padding_share"] < 0.2
 
 
+def test_the_first_step_of_every_attempt_tells_where_its_start_went(trained: RunDir) -> None:
+    starts = [m for m in trained.read_metrics() if m["kind"] == "start"]
+    assert [(m["attempt"], m["step"]) for m in starts] == [(1, 1), (2, 5)]
+    for start in starts:
+        parts = start["seconds"]
+        assert list(parts) == [
+            "launch", "imports", "process_group", "resume", "index", "tokens", "weights", "engine", "first_batch",
+            "first_step",
+        ]  # fmt: skip
+        assert start["total_s"] == pytest.approx(sum(parts.values()), abs=0.01)
+        assert all(seconds >= 0 for seconds in parts.values()) and parts["imports"] > 0.5 and parts["first_step"] > 0
+    assert (
+        f"first step done {starts[0]['total_s']:.1f} s after the start" in trained.rank_log(1, NODES[0], 0).read_text()
+    )
+
+
 def test_held_out_accuracy_is_over_every_held_out_sample_once(trained: RunDir) -> None:
     log = trained.rank_log(1, NODES[0], 0).read_text()
     evaluations = [m for m in trained.read_metrics() if m["kind"] == "eval"]

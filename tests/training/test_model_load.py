@@ -217,6 +217,43 @@ def test_two_processes_of_a_node_read_a_file_once(name: str, tmp_path: Path) -> 
     assert sum(int(from_disk) for _, _, from_disk in answers) < 1.5 * size
 
 
+def most_allocated(profiled: torch.profiler.profile) -> int:
+    """Most bytes of the host that tensors took at one time; a mapped file counts as a whole."""
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_on_their_way_to_a_device_are_held_one_tensor_at_a_time(
+    suffix: str, stored: Tensors, tmp_path: Path
+) -> None:
+    """As published: Qwen in bf16, which is the job's precision, VGGT in fp32. meta stands for a device of its own."""
+    qwen = {name: tensor.bfloat16() for name, tensor in qwen_only(stored).items()}
+    folder, vggt = write_folder(tmp_path / "qwen", qwen), tmp_path / f"model{suffix}"
+    if suffix == ".pt":
+        torch.save(vggt_only(stored), vggt)
+    else:
+        save_file(vggt_only(stored), vggt)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        model = build_model(
+            Model(path=str(folder), preset="tiny", vggt_path=str(vggt)),
+            EVERYTHING,
+            tokenizer_ids=IDS,
+            device="meta",
+            dtype=torch.bfloat16,
+            seed=0,
+        )
+    mapped = (folder / "model.safetensors").stat().st_size + vggt.stat().st_size
+    new = sum(p.nbytes for name, p in model.named_parameters() if name.startswith(OWN_PREFIXES))
+    largest = max(tensor.nbytes for tensor in stored.values())
+    assert model.vggt.device.type == "meta"
+    assert most_allocated(profiled) < mapped + new + 1.5 * largest
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_vggt_loads_from_a_file_or_its_folder(suffix: str, stored: Tensors, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "qwen", qwen_only(stored))

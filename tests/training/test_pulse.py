@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from janus_cluster.rundir import RunDir, read_json
+from janus_cluster.training.pulse import Pulse
 
 pytestmark = pytest.mark.slow
 
@@ -132,3 +133,18 @@ def wait_until(is_true: object, *, limit_s: float = 20) -> None:
     while not is_true():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_the_first_completed_step_is_told_at_once_and_only_once(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    path = run.heartbeat_json(1, 0)
+    path.parent.mkdir(parents=True)
+    # Its thread does not run: what stands in the file was written by the call itself.
+    pulse = Pulse(run, attempt=1, rank=0, node="h800-01", hang_timeout_s=60)
+    pulse.beat("step", 0)
+    assert not path.exists()
+    pulse.step_done()
+    assert read_json(path)["has_stepped"] is True
+    path.unlink()
+    pulse.step_done()
+    assert not path.exists()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +142,31 @@ def _parse_size(ctx: click.Context, param: click.Parameter, value: str) -> tuple
     return int(sides[0]), int(sides[1])
 
 
-@click.command("demo-data")
+@click.command(
+    "demo-data",
+    epilog="""\b
+Examples:
+  janus-cluster demo-data demo_data
+  janus-cluster demo-data /tmp/walks --episodes 100 --seed 7 --level memory
+
+\b
+Exit codes: 0 there, whether written now or before; 2 OUT holds something else.
+
+\b
+See also: docs/data.md
+""",
+)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--episodes", type=click.IntRange(min=1), default=24, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--size", metavar="WxH", callback=_parse_size, default="320x240", show_default=True)
+@click.option("--episodes", type=click.IntRange(min=1), default=24, show_default=True, help="How many walks.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Other walks for another seed.")
+@click.option(
+    "--size",
+    metavar="WxH",
+    callback=_parse_size,
+    default="320x240",
+    show_default=True,
+    help="Pixels of a frame, each side 56 to 2240.",
+)
 @click.option(
     "--level",
     type=click.Choice(list(LEVELS)),
@@ -154,9 +174,18 @@ def _parse_size(ctx: click.Context, param: click.Parameter, value: str) -> tuple
     show_default=True,
     help="easy: one room, one door to go to. memory: then to a second one, out of view. hard: rooms and furniture.",
 )
-def demo_data(out: Path, episodes: int, seed: int, size: tuple[int, int], level: str) -> None:
-    """Write generated episodes to OUT: rooms, instructions, shortest ways. Same arguments, same pixels."""
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+def demo_data(*, out: Path, episodes: int, seed: int, size: tuple[int, int], level: str, as_json: bool) -> None:
+    """Write generated episodes to OUT: rooms, instructions, shortest ways. Same arguments, same pixels.
+
+    The format is that of real data, so the same job trains on it. OUT is written whole or not at all.
+    """
     written = write_demo(out, num_episodes=episodes, seed=seed, image_size=size, level=level)
+    if as_json:
+        parameters = {"episodes": episodes, "seed": seed, "size": list(size), "level": level}
+        frames = None if written is None else asdict(written)
+        click.echo(json.dumps({"out": str(out), **parameters, "written": frames}, indent=2, ensure_ascii=False))
+        return
     what = f"{out}: {episodes} demo episodes (level {level}, seed {seed})"
     if written is None:
         click.echo(f"{what} already there")

@@ -40,9 +40,14 @@ def build_model(
     elif model_cfg.preset == "tiny":
         model, aggregator = _random_model(model_cfg, tokenizer_ids, dtype=dtype, seed=seed)
         if model_cfg.vggt_path is not None:
-            aggregator = load_vggt(Path(model_cfg.vggt_path), model.config.vggt, dtype=dtype)
+            aggregator = load_vggt(Path(model_cfg.vggt_path), model.config.vggt, device=device, dtype=dtype)
     else:
         raise UsageError(f"model.path: preset {model_cfg.preset} needs weights", hint="--set model.path=/path/to/model")
+    if training_cfg.compile == "vggt":
+        from janus_cluster.training.model.compile import compile_blocks
+
+        # Frozen and outside the engine: no hook of DeepSpeed's sees these blocks, and no checkpoint holds them.
+        compile_blocks(aggregator)
     model.attach_vggt(aggregator.to(device))
     if training_cfg.lora.enabled:
         add_adapters(model, training_cfg.lora, seed=seed)

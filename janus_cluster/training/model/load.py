@@ -53,7 +53,7 @@ def load_model(
             attn_implementation=_attention_kind(device, dtype),
             local_files_only=True,
         )
-    aggregator = _load_vggt_for(model_cfg, folder, index, config.vggt, dtype=dtype)
+    aggregator = _load_vggt_for(model_cfg, folder, index, config.vggt, device=device, dtype=dtype)
     print(f"model: {folder}: {report}", flush=True)
     return model, aggregator
 
@@ -67,13 +67,13 @@ def model_shapes(config: JanusConfig) -> Shapes:
     return shapes
 
 
-def load_vggt(path: Path, config: VggtConfig, *, dtype: torch.dtype) -> Aggregator:
-    """The frozen aggregator with the weights of `path` (VGGT-1B's names; its other heads are ignored).
+def load_vggt(path: Path, config: VggtConfig, *, device: torch.device | str, dtype: torch.dtype) -> Aggregator:
+    """The frozen aggregator on `device`, with the weights of `path` (VGGT-1B's names; its other heads are ignored).
 
     Raises: UsageError on missing or misshapen `aggregator.*`, naming file and key.
     """
     index = _index_of(path, key="model.vggt_path")
-    return _aggregator_from(index, "", path, config, key="model.vggt_path", dtype=dtype)
+    return _aggregator_from(index, "", path, config, key="model.vggt_path", device=device, dtype=dtype)
 
 
 def load_exported(
@@ -82,7 +82,7 @@ def load_exported(
     """An exported model on `device`, ready to be evaluated. VGGT comes from `vggt_path` or from the folder itself."""
     model = JanusModel.from_pretrained(folder, dtype=dtype, attn_implementation=_attention_kind(device, dtype))
     source = Path(vggt_path) if vggt_path is not None else Path(folder) / VGGT_FILE
-    model.attach_vggt(load_vggt(source, model.config.vggt, dtype=dtype).to(device))
+    model.attach_vggt(load_vggt(source, model.config.vggt, device=device, dtype=dtype))
     model.to(device)
     return model.eval()  # type: ignore[no-any-return]
 
@@ -134,16 +134,24 @@ def _index_of(path: Path, *, key: str) -> dict[str, StoredTensor]:
 
 
 def _load_vggt_for(
-    model_cfg: Model, folder: Path, index: Mapping[str, StoredTensor], config: VggtConfig, *, dtype: torch.dtype
+    model_cfg: Model,
+    folder: Path,
+    index: Mapping[str, StoredTensor],
+    config: VggtConfig,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
 ) -> Aggregator:
     """VGGT from model.vggt_path, else from the checkpoint itself (`vggt.*`), else from the file beside it."""
     if model_cfg.vggt_path is not None:
-        return load_vggt(Path(model_cfg.vggt_path), config, dtype=dtype)
+        return load_vggt(Path(model_cfg.vggt_path), config, device=device, dtype=dtype)
     inside = vggt_inside(index)
     if inside:
-        return _aggregator_from(inside, VGGT_IN_JANUS_PREFIX, folder, config, key="model.path", dtype=dtype)
+        return _aggregator_from(
+            inside, VGGT_IN_JANUS_PREFIX, folder, config, key="model.path", device=device, dtype=dtype
+        )
     if (folder / VGGT_FILE).is_file():
-        return load_vggt(folder / VGGT_FILE, config, dtype=dtype)
+        return load_vggt(folder / VGGT_FILE, config, device=device, dtype=dtype)
     raise no_vggt(folder)
 
 
@@ -154,11 +162,16 @@ def _aggregator_from(
     config: VggtConfig,
     *,
     key: str,
+    device: torch.device | str,
     dtype: torch.dtype,
 ) -> Aggregator:
     report = judge_vggt_weights(index, config, where=where, key=key, disk_prefix=disk_prefix)
     on_disk = {disk_prefix + name: index[name] for name in vggt_shapes(config)}
-    tensors = {name.removeprefix(disk_prefix): t.to(dtype) for name, t in read_tensors(on_disk, on_disk).items()}
+    # One by one to the device: the host holds one converted tensor at a time, not all of every rank's.
+    tensors = {
+        name.removeprefix(disk_prefix): t.to(device=device, dtype=dtype)
+        for name, t in read_tensors(on_disk, on_disk).items()
+    }
     with torch.device("meta"):
         aggregator = Aggregator(config)
     load_vggt_state(aggregator, tensors)
