@@ -16,6 +16,7 @@ from pathlib import Path
 
 from janus_cluster.observe.text import clean, redact
 from janus_cluster.rundir import RunDir, read_json
+from janus_cluster.stamped import strip_stamps
 
 # The last words of a log are near its end; a rank of a big job may have written gigabytes before.
 TAIL_BYTES = 64 * 1024
@@ -151,7 +152,7 @@ def parse_frames(stack: str, *, most: int = 3) -> tuple[str, ...]:
 
 
 def read_tail(path: Path, *, secrets: dict[str, str], start: int = 0) -> str:
-    """The last TAIL_BYTES of a log, from `start` on, as clean text; empty where there is none."""
+    """The last TAIL_BYTES of a log, from `start` on, as clean text without the lines' times; empty for none."""
     try:
         with path.open("rb") as f:
             size = f.seek(0, 2)
@@ -160,7 +161,7 @@ def read_tail(path: Path, *, secrets: dict[str, str], start: int = 0) -> str:
     except OSError:
         return ""
     text = data.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
-    return redact("\n".join(clean(line) for line in text.split("\n")), secrets)
+    return redact("\n".join(clean(line) for line in strip_stamps(text).split("\n")), secrets)
 
 
 def load_evidence(

@@ -27,6 +27,9 @@ _SHORTEST_SECRET = 6
 
 def clean(text: str) -> str:
     """The text without colours and control characters, which could move the reader's cursor or retitle the window."""
+    # Nothing that is taken out is printable: most lines of a log need no more than this.
+    if text.isprintable():
+        return text
     return _SURROGATE.sub("\ufffd", _ESCAPE_SEQUENCE.sub("", text).translate(_CONTROL))
 
 

@@ -297,3 +297,17 @@ def test_too_little_gpu_memory_suggests_a_smaller_batch_of_the_same_effective_si
     job = {"training": {"per_device_batch_size": 6, "gradient_accumulation_steps": 2}}
     first = next_steps(failure, run=RunDir(tmp_path), ref="7", checkpoint=None, job=job)[0]
     assert "--set training.per_device_batch_size=3 --set training.gradient_accumulation_steps=4" in first
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+         "tried to allocate 3981312 bytes. Error code 12 (Cannot allocate memory)", "host_out_of_memory"),
+        ("RuntimeError: std::bad_alloc", "host_out_of_memory"),
+        ("DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:268, unhandled cuda error\nLast error:\nCuda failure 2 "
+         "'out of memory'", "gpu_out_of_memory"),
+    ],
+)  # fmt: skip
+def test_every_way_to_say_that_memory_ran_out_is_known(words: str, kind: str) -> None:
+    assert kind_of_words(words) == kind

@@ -137,6 +137,17 @@ def test_status_and_tail_show_one_card_of_a_failed_run(home: Path, command: tupl
     assert f"next: janus-cluster submit {run.job_yaml} --set" in done.stdout
 
 
+def test_for_programs_the_card_is_an_object(home: Path) -> None:
+    run = break_rank(home)
+    done = type_in(home, "status", str(run.path), "--json")
+    card = json.loads(done.stdout)["card"]
+    assert (card["kind"], card["rank"], card["node"]) == ("gpu_out_of_memory", 3, "h800-01")
+    assert "CUDA out of memory" in card["message"]
+    assert card["frames"][0] == 'File "/x/train.py", line 7, in step'
+    assert card["next"][0].startswith(f"janus-cluster submit {run.job_yaml} --set")
+    assert json.loads(type_in(home, "list", "--json").stdout)[0]["card"] is None
+
+
 def test_texts_of_a_run_cannot_steer_the_terminal(home: Path) -> None:
     run = make_run(home, "evil-20261121-ddddd", state="FAILED", exit_code=12)
     word = json.loads(run.status_json.read_text())

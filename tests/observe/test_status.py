@@ -13,6 +13,7 @@ from janus_cluster.node.status import StatusFile as StatusWriter
 from janus_cluster.observe.progress import TAIL_BYTES, Progress, build_progress, load_progress
 from janus_cluster.observe.status import (
     RunStatus,
+    add_card,
     collect_status,
     describe_balance,
     load_earlier,
@@ -24,7 +25,10 @@ from janus_cluster.rundir import RunDir, write_json_atomically
 
 CONTRACT = [
     *("job_id", "name", "state", "source", "age_s", "attempt", "nodes"),
-    *("step", "total_steps", "exit_code", "reason"),
+    *("step", "total_steps", "exit_code", "reason", "run_dir", "slurm_age_s"),
+    *("loss", "step_time_s", "median_step_time_s", "plan_step_time_s", "samples_per_s", "eta_s"),
+    *("action_accuracy", "majority_accuracy", "checkpoint", "export", "ranks"),
+    *("earlier", "failed_checks", "exclude", "retry", "card", "next"),
 ]
 
 
@@ -69,6 +73,25 @@ def test_json_has_exactly_the_keys_of_the_contract(tmp_path: Path) -> None:
         "total_steps": 40,
         "exit_code": 0,
         "reason": None,
+        "run_dir": str(run.path),
+        "slurm_age_s": None,
+        "loss": 2.5 / 3,
+        "step_time_s": 3.0,
+        "median_step_time_s": 3.0,
+        "plan_step_time_s": None,
+        "samples_per_s": 5.25,
+        "eta_s": None,
+        "action_accuracy": None,
+        "majority_accuracy": None,
+        "checkpoint": None,
+        "export": None,
+        "ranks": [],
+        "earlier": [],
+        "failed_checks": [],
+        "exclude": [],
+        "retry": None,
+        "card": None,
+        "next": value["next"],
     }
     assert 0 <= value["age_s"] < 60
 
@@ -101,7 +124,7 @@ def test_failed_gate_names_node_check_measurement_fix_and_next_command(tmp_path:
     text = shown(collect_status([run]))
     assert "FAIL paths.model on h800-02: missing [ /models/x ] (expected: a folder)" in text
     assert "fix: mount /models on h800-02" in text
-    assert "--exclude h800-02" in text
+    assert "janus-cluster resume local-999999999 --set slurm.exclude=h800-02" in text
     assert "paths.model on h800-01" not in text
 
 
@@ -116,7 +139,12 @@ def test_nodes_that_all_failed_are_not_to_be_excluded(tmp_path: Path) -> None:
     )
     write_json_atomically(run.verdict_json(1), verdict.to_json())
     writer.finish("FAILED", 10, reason="preflight FAIL")
-    assert "--exclude" not in shown(collect_status([run]))
+    text = shown(collect_status([run]))
+    assert "exclude" not in text
+    assert "FAIL paths.model on h800-01, h800-02: missing (expected: there)" in text
+    (with_card,) = [shown([add_card(status)]) for status in collect_status([run])]
+    assert with_card.count("paths.model") == 1, "said once, in the card"
+    assert with_card.index("failed:") < with_card.index("paths.model") < with_card.index("next:")
 
 
 def test_gate_without_a_verdict_file_still_tells_its_reason(tmp_path: Path) -> None:
@@ -186,6 +214,43 @@ def test_uneven_ranks_are_named_with_their_lowest_and_highest() -> None:
         "visual tokens a step: 9,100 (rank 0) to 15,400 (rank 1)",
     ]
     assert describe_balance(Progress(ranks={"data_wait_s": (0.5,)})) == []
+    assert describe_balance(Progress(ranks={"data_wait_s": (0.501, 0.499)})) == [
+        "waiting for data a step: 0.50 s on all 2 ranks"
+    ]
+
+
+def test_of_sixteen_ranks_the_two_that_matter_are_named_with_their_nodes(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path)
+    for rank in range(16):
+        run.rank_log(1, f"h800-0{1 + rank // 8}", rank).write_text("")
+    memory = [60.0] * 16
+    memory[2], memory[13] = 46.0, 78.0
+    train(run, [1], ranks={"gpu_memory_peak_gb": memory, "visual_tokens": [r * 100 for r in range(16)]})
+    (status,) = collect_status([run])
+    text = shown([status])
+    assert "GPU memory peak: 46.0 GB (rank 2 on h800-01) to 78.0 GB (rank 13 on h800-02)" in text
+    assert "visual tokens a step: 0 (rank 0 on h800-01) to 1,500 (rank 15 on h800-02)" in text
+    assert status.to_json()["ranks"][13] == {
+        "rank": 13,
+        "node": "h800-02",
+        "gpu_memory_peak_gb": 78.0,
+        "visual_tokens": 1300.0,
+    }
+
+
+def test_a_checkpoint_behind_the_last_logged_step_counts() -> None:
+    logged = {"kind": "train", "attempt": 2, "step": 20, "total_steps": 24, "step_time_s": 1.0}
+    saved = {"kind": "checkpoint", "attempt": 2, "step": 24, "path": "/c/checkpoint-24"}
+    progress = build_progress([logged, saved])
+    assert (progress.step, progress.eta_s) == (24, 0.0)
+    assert build_progress([saved | {"attempt": 1}, logged]).step == 20
+
+
+def test_the_expected_time_is_that_of_the_attempt_that_runs() -> None:
+    old = [{"kind": "train", "attempt": 1, "step": s, "total_steps": 9, "step_time_s": 30.0} for s in (1, 2, 3)]
+    new = {"kind": "train", "attempt": 2, "step": 4, "total_steps": 9, "step_time_s": 10.0}
+    progress = build_progress([*old, new])
+    assert (progress.attempt, progress.median_step_time_s, progress.eta_s) == (2, 10.0, 50.0)
 
 
 def test_what_is_no_list_of_numbers_by_rank_is_left_out() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +23,10 @@ import pytest
 
 from janus_cluster.errors import JobNotFound, UsageError
 from janus_cluster.observe import tail as tail_module
-from janus_cluster.observe.tail import share_out, tail
+from janus_cluster.observe.tail import tail
+from janus_cluster.observe.tail_view import parse_since
 from janus_cluster.rundir import RunDir, write_json_atomically
+from janus_cluster.stamped import render_stamp
 
 # A job as the attempt would write it: two nodes, one of them late; half a character; a log cut short; a final word.
 WRITER = r"""
@@ -34,7 +41,7 @@ time.sleep(0.3)
 put("h800-02.log", b"second node came late\n")
 bar = "\u2588".encode()
 put("h800-01.rank0.log", b"progress " + bar[:1])
-time.sleep(0.3)
+time.sleep(0.5)
 put("h800-01.rank0.log", bar[1:] + b" whole\n\xff\xfebinary\n")
 put("h800-02.log", b"cut\n", "wb")
 time.sleep(0.3)
@@ -103,20 +110,156 @@ def test_growing_late_torn_and_truncated_logs_are_followed_to_the_jobs_end(tmp_p
     assert lines[-1] == "── FAILED (exit code 12, says status.json): training ended ──"
 
 
-def test_completed_job_gives_zero_and_its_last_lines_of_both_nodes(tmp_path: Path) -> None:
+def stamped(seconds: float, text: str) -> str:
+    return f"{render_stamp(seconds)} {text}\n"
+
+
+def test_completed_job_gives_zero_and_its_last_lines_in_the_order_of_their_times(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     submit_as(run, 999_999_999)
-    for node in ("h800-01", "h800-02"):
-        run.node_log(1, node).write_text("".join(f"{node} line {i}\n" for i in range(100)))
+    begun = time.time() - 200
+    for i, node in enumerate(("h800-01", "h800-02")):
+        run.node_log(1, node).write_text("".join(stamped(begun + 2 * n + i, f"{n} of {node}") for n in range(100)))
     end_as(run, "COMPLETED", 0)
     out = io.StringIO()
     assert tail(run, out=out, num_lines=4, poll_s=0.01) == 0
     assert out.getvalue().splitlines()[:-1] == [
-        "h800-01 | h800-01 line 98",
-        "h800-01 | h800-01 line 99",
-        "h800-02 | h800-02 line 98",
-        "h800-02 | h800-02 line 99",
+        "h800-01 | 98 of h800-01",
+        "h800-02 | 98 of h800-02",
+        "h800-01 | 99 of h800-01",
+        "h800-02 | 99 of h800-02",
     ]
+
+
+def lines_of(run: RunDir, **options: Any) -> list[str]:
+    """What tail prints of a run that has ended, without the last line."""
+    end_as(run, "COMPLETED", 0)
+    out = io.StringIO()
+    assert tail(run, out=out, follow=False, **options) == 0
+    return out.getvalue().splitlines()[:-1]
+
+
+def sixteen_ranks(run: RunDir, *texts: str, seconds: float) -> None:
+    for rank in range(16):
+        said = "".join(stamped(seconds + rank / 100, text.format(rank=rank)) for text in texts)
+        run.rank_log(1, f"h800-{1 + rank // 8:02d}", rank).write_text(said)
+
+
+def test_what_sixteen_ranks_say_is_one_line_and_raw_shows_all(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    submit_as(run, 999_999_999)
+    seconds = time.time() - 60
+    sixteen_ranks(run, "Traceback", "rank {rank} only", seconds=seconds)
+    shown = lines_of(run, num_lines=17)
+    assert shown[0] == "h800-01,02:0-15 | Traceback  ×16"
+    assert shown[1] == "h800-01:0 | rank 0 only" and len(shown) == 17
+    raw = lines_of(run, num_lines=100, raw=True)
+    assert len(raw) == 32 and raw[0] == f"h800-01:0 | {render_stamp(seconds)} Traceback"
+
+
+def test_logs_of_attempts_long_over_are_not_read_for_the_last_lines(tmp_path: Path) -> None:
+    run = make_run(tmp_path, attempts=3)
+    submit_as(run, 999_999_999)
+    now = time.time() - 100
+    run.batch_log.write_text("".join(stamped(now - 300 + 100 * n, f"attempt {n} of demo-1: job 7") for n in (1, 2, 3)))
+    for attempt in (1, 2, 3):
+        text = "".join(stamped(now - 299 + 100 * attempt + i, f"line {i}") for i in range(50))
+        run.rank_log(attempt, "h800-01", 0).write_text(text)
+    with run.rank_log(1, "h800-01", 0).open("a") as f:
+        f.write(stamped(now + 60, "would be the last of all if it were read"))
+    shown = lines_of(run, num_lines=53)
+    assert shown[:4] == ["── attempt 2 ──", "h800-01:0 | line 48", "h800-01:0 | line 49", "── attempt 3 ──"]
+    assert shown[4] == "batch | attempt 3 of demo-1: job 7" and shown[-1] == "h800-01:0 | line 49"
+    assert lines_of(run, num_lines=120)[-1].endswith("if it were read")
+
+
+NOISE = (
+    "Loading shards:  25%|██▌       | 1/4 [00:01<00:05,  1.90s/it]\n"
+    "[2026-11-21 14:01:43,623] [INFO] [config.py:1001:print]   loss_scale ... 1\n"
+    "step 3/20 loss 8.372 action 1.286 lr 1.0e-03 step_time_s 0.47\n"
+    "to be read\n"
+)
+
+
+def test_noise_is_left_out_of_a_pipe_unless_it_is_asked_for(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    submit_as(run, 999_999_999)
+    run.rank_log(1, "h800-01", 0).write_text(NOISE)
+    bar, chatter, step, rest = (f"h800-01:0 | {line}" for line in NOISE.splitlines())
+    assert lines_of(run) == [step, rest]
+    assert lines_of(run, grep="loss") == [chatter, step]
+    assert lines_of(run, grep="Loading|read") == [rest], "a bar is no line, whatever stands in it"
+    assert lines_of(run, raw=True) == [bar, chatter, step, rest]
+    assert lines_of(run, num_lines=1) == [rest]
+
+
+def test_noise_that_was_left_out_is_counted_at_the_end(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    submit_as(run, 999_999_999)
+    run.rank_log(1, "h800-01", 0).write_text(NOISE)
+    shown = lines_of(run, since="1h")
+    assert shown[-1] == "── 1 lines of DeepSpeed's and NCCL's INFO were left out; --raw shows them ──"
+
+
+def test_lines_since_a_time_come_from_all_files(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    submit_as(run, 999_999_999)
+    now = time.time()
+    for i, node in enumerate(("h800-01", "h800-02")):
+        run.node_log(1, node).write_text("".join(stamped(now - 60 * n + i, f"{n} min ago") for n in range(30, 0, -1)))
+    shown = lines_of(run, since="150s")
+    assert shown == ["h800-01,02 | 2 min ago  ×2", "h800-01,02 | 1 min ago  ×2"]
+    assert lines_of(run, since="150s", num_lines=1) == shown[1:]
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now - 70))
+    assert lines_of(run, since=moment) == shown[1:]
+    assert lines_of(run, since="1s") == []
+
+
+def test_long_logs_of_two_attempts_are_merged_in_pieces_that_fit_into_memory(tmp_path: Path) -> None:
+    run = make_run(tmp_path, attempts=2)
+    submit_as(run, 999_999_999)
+    begun = time.time() - 4000
+    for attempt, node in ((1, "h800-01"), (1, "h800-02"), (2, "h800-01")):
+        seconds = [begun + 1500 * attempt + n / 10 for n in range(10_000)]
+        with run.node_log(attempt, node).open("w") as f:
+            f.writelines(
+                stamped(s, f"{node} {s:.1f} {'needle' if n % 100 == 0 else 'hay'}") for n, s in enumerate(seconds)
+            )
+    shown = [line for line in lines_of(run, since="2h", grep="needle") if not line.startswith("──")]
+    assert len(shown) == 300
+    times = [float(line.split()[-2]) for line in shown]
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("10m", "2026-11-21T13:51:43+00:00"),
+        ("2h", "2026-11-21T12:01:43+00:00"),
+        ("1.5d", "2026-11-20T02:01:43+00:00"),
+        ("90s", "2026-11-21T14:00:13+00:00"),
+        ("14:00", "2026-11-21T14:00:00+00:00"),
+        ("14:02", "2026-11-20T14:02:00+00:00"),
+        ("9:05:30", "2026-11-21T09:05:30+00:00"),
+        ("2026-11-21T03:00", "2026-11-21T03:00:00+00:00"),
+        ("2026-11-21T03:00:00+08:00", "2026-11-20T19:00:00+00:00"),
+        ("2026-11-21", "2026-11-21T00:00:00+00:00"),
+    ],
+)
+def test_a_time_is_told_in_the_ways_people_write_it(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    try:
+        assert parse_since(text, now=1795269703.0) == datetime.fromisoformat(expected).timestamp()
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize("text", ["", "yesterday", "10", "25:00", "10 m", "-5m", "2026-13-01"])
+def test_what_is_no_time_is_a_usage_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UsageError, match="--since"):
+        tail(make_run(tmp_path), out=io.StringIO(), since=text)
 
 
 def test_job_that_dies_without_a_word_is_no_success(tmp_path: Path) -> None:
@@ -149,11 +292,13 @@ def test_pending_is_told_once_per_change_and_slurm_is_asked_seldom(
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     run = make_run(tmp_path)
-    calls, reason = tmp_path / "calls", tmp_path / "reason"
+    calls, reason, start = tmp_path / "calls", tmp_path / "reason", tmp_path / "start"
     reason.write_text("Priority")
+    start.write_text("N/A")
     (bin_dir / "squeue").write_text(
         f"#!{sys.executable}\nimport time\nopen({str(calls)!r}, 'a').write('x')\nr = open({str(reason)!r}).read()\n"
-        f"print('\\x1f'.join(['7', 'PENDING', '0', '0', '', 'N/A', '%d' % time.time(), r, "
+        f"s = open({str(start)!r}).read()\n"
+        f"print('\\x1f'.join(['7', 'PENDING', '0', '0', '', s, '%d' % time.time(), r, "
         f"{str(run.job_sbatch)!r}, 'demo', '']))\n"
     )
     (bin_dir / "squeue").chmod(0o755)
@@ -161,9 +306,10 @@ def test_pending_is_told_once_per_change_and_slurm_is_asked_seldom(
     write_json_atomically(run.submission_json, {"cluster": "slurm", "job_id": "7", "submitted_at": time.time()})
 
     def let_it_run() -> None:
-        time.sleep(1.2)
+        time.sleep(0.8)
+        start.write_text(f"{time.time() + 605:.0f}")
         reason.write_text("Resources")
-        time.sleep(1.0)
+        time.sleep(0.8)
         end_as(run, "COMPLETED", 0, cluster="slurm", job_id="7")
 
     thread = threading.Thread(target=let_it_run)
@@ -174,7 +320,8 @@ def test_pending_is_told_once_per_change_and_slurm_is_asked_seldom(
     thread.join()
     assert code == 0
     assert out.getvalue().count("── PENDING: Priority ──") == 1
-    assert out.getvalue().count("── PENDING: Resources ──") == 1
+    assert len(re.findall(r"── PENDING: Resources; expected start \d\d:\d\d \(in 10 min\) ──", out.getvalue())) == 1
+    assert out.getvalue().count("PENDING") == 2
     assert len(calls.read_text()) <= (time.monotonic() - began) / 0.5 + 1
 
 
@@ -290,29 +437,79 @@ def test_reader_that_goes_away_ends_tail_quietly(tmp_path: Path, sleeper: subpro
 def test_terminal_gets_colours_and_a_pipe_none(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     submit_as(run, 999_999_999)
-    run.node_log(1, "h800-01").write_text("here\n")
+    run.node_log(1, "h800-01").write_text("here\nboth\n")
+    run.node_log(1, "h800-02").write_text("there\nboth\n")
+    run.rank_log(1, "h800-02", 1).write_text("rank\n")
+    run.batch_log.write_text("script\n")
     end_as(run, "COMPLETED", 0)
     parent, child = os.openpty()
     with os.fdopen(child, "w") as terminal:
         tail(run, out=terminal, follow=False)
         shown = os.read(parent, 10_000).decode()
     os.close(parent)
-    assert re.search(r"\x1b\[\d+mh800-01 \|\x1b\[0m here", shown)
+    colours = {word: colour for colour, word in re.findall(r"\x1b\[(\d+)m\S+ \|\x1b\[0m (\w+)", shown)}
+    assert set(colours) == {"here", "there", "both", "rank", "script"}
+    assert len({colours[word] for word in ("here", "there", "both", "script")}) == 4
+    assert colours["rank"] == colours["there"], "a node has one colour"
     pipe = io.StringIO()
     tail(run, out=pipe, follow=False)
     assert "\x1b" not in pipe.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("asked", "budget", "shares"),
-    [
-        ([5, 5], 4, [2, 2]),
-        ([1, 9], 6, [1, 5]),
-        ([3, 3], 20, [3, 3]),
-        ([2, 2, 2], 2, [0, 1, 1]),
-        ([], 5, []),
-        ([4], 0, [0]),
-    ],
-)
-def test_lines_are_shared_out_evenly(asked: list[int], budget: int, shares: list[int]) -> None:
-    assert share_out(asked, budget) == shares
+def read_terminal(parent: int, shown: list[bytes]) -> None:
+    """All that comes, until the other end is closed."""
+    with contextlib.suppress(OSError):
+        while data := os.read(parent, 10_000):
+            shown.append(data)
+
+
+def test_terminal_has_one_live_line_below_what_ranks_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    run = make_run(tmp_path)
+    submit_as(run, sleeper.pid)
+    job_id = f"local-{sleeper.pid}"
+    end_as(run, "RUNNING", None, job_id=job_id, phase="training")
+    step = {"step": 3, "total_steps": 20, "loss": 1.5, "step_time_s": 2.0, "samples_per_s": 4.0, "attempt": 1}
+    ranks = {"gpu_memory_peak_gb": [61.2, 78.0]}
+    logs = [run.rank_log(1, "h800-01", 0), run.rank_log(1, "h800-02", 1)]
+    for log in logs:
+        log.write_text("")
+    parent, child = os.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
+    shown: list[bytes] = []
+    reader = threading.Thread(target=read_terminal, args=(parent, shown))
+    reader.start()
+
+    def work() -> None:
+        time.sleep(0.2)
+        with logs[0].open("a") as f:
+            f.write(stamped(time.time(), "Loading:  25%|██▌  | 1/4 [00:01<00:05,  1.90s/it]"))
+            f.write(stamped(time.time(), "both say it"))
+        time.sleep(0.3)
+        run.append_metric({"kind": "train", "time": time.time(), **step, "ranks": ranks})
+        with logs[0].open("a") as f:
+            f.write(stamped(time.time(), "step 3/20 loss 1.500 action 1.286 lr 1.0e-03 step_time_s 2.00"))
+        with logs[1].open("a") as f:
+            f.write(stamped(time.time(), "both say it"))
+        time.sleep(0.4)
+        end_as(run, "COMPLETED", 0, job_id=job_id)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    with os.fdopen(child, "w") as terminal:
+        assert tail(run, out=terminal, poll_s=0.05) == 0
+    worker.join()
+    reader.join()
+    os.close(parent)
+    screen = b"".join(shown).decode()
+    live = "step 3/20 · 2.00 s/step · 4.00 samples/s · loss 1.5000 · ETA 34 s · GPU memory 61.2 to 78.0 GB"
+    assert "no step yet · Loading 25%" in screen
+    assert f"{live} · Loading 25%" in screen
+    rows = [row.rpartition("\x1b[2K")[2] for row in screen.split("\r\n")]
+    assert rows.count("h800-01,02:0-1 | both say it  ×2") == 1
+    assert [row for row in rows if "action" in row or "%|" in row] == []
+    assert rows[-3].startswith(live), "the last progress stays"
+    assert rows[-2] == "── COMPLETED (exit code 0, says status.json) ──"

@@ -1,0 +1,39 @@
+"""Lines that say nothing once they have been read: progress bars, libraries' notes on themselves, our own steps."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+Kind = Literal["step", "bar", "chatter"]
+
+# What training/metrics.py says of every logged step; the progress line says it better.
+_STEP = re.compile(r"step \d+/\d+ loss ")
+# tqdm: `Loading shards:  25%|██▌  | 1/4 [00:01<00:05, 1.90s/it]`, and `12it [00:03, 3.90it/s]` without a total.
+_BAR = re.compile(
+    r"(?P<what>.*?):? *(?:(?P<percent>\d{1,3})%\|.*\| *\S+/\S+ \[[\d:]+<|\d[\d.]*[kMGT]?(?:it|B) \[[\d:]+, .*/s\])"
+)
+# DeepSpeed's logger, and what NCCL_DEBUG=INFO makes NCCL write: thousands of lines, and 16 times over on two nodes.
+_CHATTER = re.compile(
+    r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\] \[(?:INFO|DEBUG)\] \["
+    r"|\S+:\d+:\d+ \[\d+\] NCCL (?:INFO|TRACE) "
+)
+
+
+def classify(text: str) -> Kind | None:
+    """What kind of noise the line is; None for one that is to be read."""
+    if text.startswith("step ") and _STEP.match(text):
+        return "step"
+    if ("%|" in text or "/s]" in text) and _BAR.match(text):
+        return "bar"
+    if text and (text[0] == "[" or " NCCL " in text) and _CHATTER.match(text):
+        return "chatter"
+    return None
+
+
+def shorten_bar(text: str) -> str:
+    """`Loading shards 25%` of a progress bar; the bar without a total as it is."""
+    found = _BAR.match(text)
+    if found is None or found["percent"] is None:
+        return text.strip()
+    return f"{found['what'].strip()} {found['percent']}%".strip()

@@ -1,0 +1,216 @@
+"""All logs of one run, read as they grow and shown in the order of their times."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from janus_cluster.observe.liveline import Screen
+from janus_cluster.observe.logfile import GrowingFile, LogLine
+from janus_cluster.observe.merge import HOLD_S, Group, Merge
+from janus_cluster.observe.noise import classify, shorten_bar
+from janus_cluster.observe.tail_view import LogSource, View, parse_log_source, render_label
+from janus_cluster.observe.text import clean_line, load_secrets, redact
+from janus_cluster.rundir import RunDir, read_json
+from janus_cluster.slurm.recorded import load_status
+from janus_cluster.stamped import render_stamp
+
+_BATCH_COLOUR, _SEVERAL_NODES_COLOUR = 35, 37
+_NODE_COLOURS = (36, 33, 32, 94, 96, 93, 92, 34)
+# Files of attempts that are over seldom grow: they are looked at this seldom.
+_OLD_EVERY = 20
+_ATTEMPT_BEGINS = re.compile(r"attempt (\d+) of ")
+_BAR_LIVES_S = 30.0
+
+
+class Follower:
+    """What has been read of the run's logs, and what is shown of it."""
+
+    def __init__(self, run: RunDir, view: View, screen: Screen) -> None:
+        self.run = run
+        self.view = view
+        self.screen = screen
+        # Steps become the live line, where there is one to become.
+        self.folds_steps = False
+        self.last_step = ""
+        self.num_left_out = 0
+        self._bar, self._bar_at = "", 0.0
+        self._files: dict[Path, tuple[LogSource, GrowingFile]] = {}
+        self._merge = Merge(collapses=not view.raw)
+        self._newest_attempt = 0
+        self._shown_attempt = 0
+        self._num_looks = 0
+        # Of what was said long ago nothing more is to come that could join it.
+        self._reads_past = view.num_lines is None
+        self._secrets = load_secrets(run)
+        # In the order of the allocation: a node's place decides its colour.
+        self._nodes: list[str] = []
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there is something unread at this moment."""
+        return any(file.has_more for _, file in self._files.values())
+
+    @property
+    def bar(self) -> str:
+        """The progress bar that moved last, in short; empty when none has moved lately."""
+        return self._bar if time.monotonic() - self._bar_at < _BAR_LIVES_S else ""
+
+    def print_last(self) -> None:
+        """The last lines of what is there now are printed, or all since the view's time are about to be."""
+        self._find_files()
+        since, num_lines = self.view.since, self.view.num_lines
+        if num_lines is None:
+            for _, file in self._files.values():
+                file.start_at_time(since or 0.0)
+            return
+        now = time.monotonic()
+        # What all ranks say alike is one line.
+        most = num_lines * max(1, *self._count_speakers())
+        num_found, enough_in = 0, 0
+        for source, file in sorted(self._files.values(), key=lambda pair: -pair[0].attempt):
+            # Earlier attempts had ended by then, and may be many.
+            if 0 < source.attempt < enough_in:
+                file.skip_to_end()
+                continue
+            lines = file.start_at_end(num_lines, self._wants)
+            self._merge.add(source, [line for line in lines if since is None or line.time >= since], now=now)
+            num_found += len(lines) if source.attempt else 0
+            if num_found >= most and not enough_in:
+                enough_in = source.attempt
+        groups = self._merge.take(now=now, everything=True)
+        self._show(groups[len(groups) - min(num_lines, len(groups)) :])
+        self.screen.flush()
+
+    def print_new(self, *, at_end: bool = False) -> bool:
+        """What came since the last look is printed. Returns: whether anything came."""
+        self._find_files()
+        now = time.monotonic()
+        came = False
+        behind = [source for source, file in self._files.values() if file.has_more]
+        until = min((self._merge.newest_of(source) for source in behind), default=None)
+        for source, file in self._files.values():
+            # Others are waited for, lest the lines of the file that is ahead fill the memory.
+            if file.has_more and until is not None and self._merge.newest_of(source) > until:
+                continue
+            if not at_end and not file.has_more and not self._is_due(source):
+                continue
+            before = file.offset
+            lines, was_cut = file.read_new()
+            came = came or was_cut or file.offset != before
+            if was_cut:
+                self.mark(f"{source.label}: the log was cut short or replaced; from its beginning:")
+            lines += file.read_partial(at_end=at_end)
+            wanted = [line for line in lines if self._wants(line, is_new=True)]
+            self._merge.add(source, wanted, now=now, read_to=lines[-1].time if lines else 0.0)
+        self._num_looks += 1
+        self._show(self._take(now, at_end=at_end))
+        self.screen.flush()
+        return came
+
+    def print_held(self) -> None:
+        """Lines that waited for others to join them are printed."""
+        self._show(self._merge.take(now=time.monotonic(), everything=True))
+
+    def mark(self, text: str) -> None:
+        """A line of tail itself is printed."""
+        line = f"── {redact(clean_line(text), self._secrets)} ──"
+        self.screen.write([f"\x1b[1m{line}\x1b[0m" if self.screen.has_colours else line])
+        self.screen.flush()
+
+    def _take(self, now: float, *, at_end: bool) -> list[Group]:
+        behind = [source for source, file in self._files.values() if file.has_more]
+        if behind:
+            until = min(self._merge.newest_of(source) for source in behind)
+            return self._merge.take(now=now, until=until, everything=True)
+        groups = self._merge.take(now=now, everything=at_end or self._reads_past)
+        self._reads_past = False
+        return groups
+
+    def _wants(self, line: LogLine, *, is_new: bool = False) -> bool:
+        if self.view.shows_line(line.text, folds_steps=self.folds_steps):
+            return True
+        if is_new and self.view.grep is None:
+            kind = classify(line.text)
+            if kind == "bar":
+                self._bar, self._bar_at = redact(shorten_bar(line.text), self._secrets), time.monotonic()
+            elif kind == "step":
+                self.last_step = redact(line.text, self._secrets)
+            elif kind == "chatter":
+                self.num_left_out += 1
+        return False
+
+    def _is_due(self, source: LogSource) -> bool:
+        return source.attempt in (0, self._newest_attempt) or self._num_looks % _OLD_EVERY == 0
+
+    def _find_files(self) -> None:
+        attempts = self.run.attempts()
+        newest = max(attempts, default=0)
+        paths = [self.run.batch_log] if self.run.batch_log not in self._files else []
+        for attempt in attempts:
+            if attempt >= self._newest_attempt or self._num_looks % _OLD_EVERY == 0:
+                paths += [p for p in self.run.attempt_logs(attempt).glob("*.log") if p not in self._files]
+        self._newest_attempt = newest
+        found = {}
+        for path in paths:
+            source = parse_log_source(self.run, path)
+            if source is not None and self.view.shows_file(source) and path.is_file():
+                found[path] = (source, GrowingFile(path))
+        if found:
+            self._files = dict(sorted((self._files | found).items(), key=lambda item: item[1][0].order))
+            # Alone, nobody else will say the same.
+            self._merge.hold_s = HOLD_S if max(self._count_speakers()) > 1 else 0.0
+
+    def _count_speakers(self) -> tuple[int, int]:
+        """How many ranks there are, and how many nodes."""
+        sources = [source for source, _ in self._files.values()]
+        return len({s.rank for s in sources} - {None}), len({s.node for s in sources} - {None})
+
+    def _show(self, groups: Sequence[Group]) -> None:
+        lines: list[str] = []
+        for group in groups:
+            attempt = group.sources[0].attempt
+            if not attempt and (begun := _ATTEMPT_BEGINS.match(group.text)):
+                attempt = int(begun[1])
+            if attempt > self._shown_attempt:
+                self.last_step = ""
+                if self._shown_attempt or attempt > 1:
+                    self.screen.write(lines)
+                    lines = []
+                    self.mark(self._describe_attempt(attempt))
+                self._shown_attempt = attempt
+            lines.append(self._render(group))
+        self.screen.write(lines)
+
+    def _describe_attempt(self, attempt: int) -> str:
+        try:
+            from_step = int(read_json(self.run.attempt_json(attempt))["from_step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return f"attempt {attempt}"
+        return f"attempt {attempt}, on from step {from_step}" if from_step else f"attempt {attempt}, from the beginning"
+
+    def _choose_colour(self, group: Group) -> int:
+        """A node's own, the same at every call for the same run."""
+        first, *others = {source.node for source in group.sources}
+        if others:
+            return _SEVERAL_NODES_COLOUR
+        if first is None:
+            return _BATCH_COLOUR
+        if first not in self._nodes:
+            status = load_status(self.run)
+            known = status.nodes if status else ()
+            self._nodes += [n for n in (*known, first) if n not in self._nodes]
+        return _NODE_COLOURS[self._nodes.index(first) % len(_NODE_COLOURS)]
+
+    def _render(self, group: Group) -> str:
+        first, is_alone = group.sources[0], len(group.sources) == 1
+        label = f"{clean_line(first.label if is_alone else render_label(group.sources))} |"
+        if self.screen.has_colours:
+            label = f"\x1b[{self._choose_colour(group)}m{label}\x1b[0m"
+        text = redact(group.text, self._secrets)
+        if self.view.raw and group.is_stamped:
+            text = f"{render_stamp(group.time)} {text}"
+        count = "" if is_alone else f"  ×{len(group.sources)}"
+        return f"{label} {text}{count}"
