@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from janus_cluster import __version__
-from janus_cluster.errors import JanusError
+from janus_cluster.errors import EXIT_CODES, PREFLIGHT_EXIT_CODES, JanusError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -48,7 +48,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "resume": ("janus_cluster.commands", "resume", "Send an ended run once more, on from its newest checkpoint."),
     "nodes": ("janus_cluster.site.cli", "nodes", "List, add or forgive nodes that submissions keep away from."),
     "render": (
-        "janus_cluster.commands",
+        "janus_cluster.job_commands",
         "render",
         "Print the script, environment or ZeRO JSON of a job; write nothing.",
     ),
@@ -57,7 +57,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "plan",
         "Predict memory and time for every ZeRO stage, batch and number of nodes; name the way to take.",
     ),
-    "config": ("janus_cluster.commands", "config", "Show a job's values and origins, or the JSON Schema of job files."),
+    "config": (
+        "janus_cluster.job_commands",
+        "config",
+        "Show a job's values and origins, or the JSON Schema of job files.",
+    ),
     "demo-data": (
         "janus_cluster.training.data.demo",
         "demo_data",
@@ -76,11 +80,26 @@ COMPLETION_VARIABLE = "_JANUS_CLUSTER_COMPLETE"
 
 EPILOG = """\
 \b
-JOB is a job id, a run name or a run folder.
-Exit codes: 0 done · 1 error · 2 wrong input, nothing written · 10 preflight failed · 11 preflight undetermined ·
-12 training failed · 13 stopped on purpose · 14 rehearsal failed · 21 no Slurm · 22 no such job · 23 sandbox ·
-130 interrupted.
-"""
+JOB is a job file or a shipped job for submit; a job id, run name or run folder elsewhere.
+With --json stdout is one JSON document and nothing else; what went wrong is on stderr.
+
+\b
+Examples:
+  janus-cluster submit --nodes 2 --follow
+  janus-cluster status --watch
+  janus-cluster COMMAND --help
+
+\b
+Exit codes:
+{exit_codes}
+  preflight alone: {preflight}
+
+\b
+See also: README.md, docs/two-nodes.md, docs/troubleshooting.md
+""".format(
+    exit_codes="\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items()),
+    preflight=", ".join(f"{code} {meaning}" for code, meaning in PREFLIGHT_EXIT_CODES.items()),
+)
 
 
 class LazyGroup(click.Group):
@@ -126,7 +145,7 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     epilog=EPILOG,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="janus-cluster")
 def cli() -> None:

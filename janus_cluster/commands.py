@@ -1,4 +1,4 @@
-"""The commands that make and check runs: submit, resume, preflight, render, config. They parse, call and print."""
+"""The commands that make and check runs: submit, resume, preflight. They parse, call and print."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from janus_cluster.send import Cluster
-from janus_cluster.submit import Request, Submission, load_request
+from janus_cluster.submit import Request, Submission, load_planned
 
 if TYPE_CHECKING:
     from janus_cluster.config.schema import ResolvedJob
@@ -27,7 +27,7 @@ def job_options(function: Callable[..., Any]) -> Callable[..., Any]:
     function = click.option(
         "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one key, e.g. training.learning_rate=3e-5."
     )(function)
-    function = click.option("--nodes", type=int, metavar="1|2", help="Number of nodes; wins over the job file.")(
+    function = click.option("--nodes", type=int, metavar="1|2", help="Number of nodes; default: the job file's.")(
         function
     )
     return click.argument("job", required=False)(function)
@@ -36,11 +36,19 @@ def job_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.command(
     epilog="""\b
 Examples:
-  janus-cluster submit --nodes 2                          jobs/train_2node.yaml with $MODEL_PATH, $DATA_ROOT, …
+  janus-cluster submit --nodes 2                       jobs/train_2node.yaml
   janus-cluster submit my.yaml --set training.num_epochs=3 --follow
-  janus-cluster submit demo --cluster local --follow      the whole flow on this machine, no Slurm
-  janus-cluster submit --nodes 1 --dry-run                write the run folder, queue nothing
-  janus-cluster submit my.yaml --rehearse                 a few steps, stopped on purpose: does it go on?
+  janus-cluster submit demo --cluster local --follow   the whole flow on this machine, no Slurm
+  janus-cluster submit --nodes 1 --dry-run             write the run folder, queue nothing
+  janus-cluster submit my.yaml --rehearse              stopped on purpose: does it go on?
+
+\b
+Exit codes: 0 submitted, 2 wrong input or refused by sbatch (nothing is left behind), 21 no Slurm.
+With --follow the job's own: 10 and 11 of the gate, 12 training failed, 13 stopped on purpose.
+With --rehearse: 0 all was proven, 14 something was not.
+
+\b
+See also: docs/two-nodes.md, docs/configuration.md
 """
 )
 @job_options
@@ -70,7 +78,12 @@ def submit(
     name: str | None,
     as_json: bool,
 ) -> int:
-    """Check, render and submit JOB: a job file, or a shipped one (train_1node, train_2node, preflight, demo)."""
+    """Check, render and submit JOB: a job file, or a shipped one (train_1node, train_2node, preflight, demo).
+
+    Without JOB the shipped job of --nodes (2). Everything is checked before anything is written; the run folder holds
+    all that the nodes need. What was wrong is listed at once, each with file, key and what is allowed. With --json,
+    --follow and --rehearse tell what happens on stderr.
+    """
     from janus_cluster.submit import submit as submit_run
 
     request = Request(
@@ -120,14 +133,21 @@ def _follow(done: Submission, *, out_is_stderr: bool) -> int:
 @click.command(
     epilog="""\b
 Examples:
-  janus-cluster resume 4711                               a job that was preempted, cancelled or broke
-  janus-cluster resume demo --follow                      the newest run of that name
-  janus-cluster resume 4711 --nodes 1                     on one node instead of two, the effective batch kept
+  janus-cluster resume 4711               a job that was preempted, cancelled or broke
+  janus-cluster resume demo --follow      the newest run of that name
+  janus-cluster resume 4711 --nodes 1     one node instead of two, the effective batch kept
   janus-cluster resume 4711 --set deepspeed.profile=zero2 --set slurm.time=12:00:00
+
+\b
+Exit codes: 0 sent, 2 it is live, has completed or cannot go on, 21 nobody knows whether it
+still runs, 22 no such run. With --follow the job's own.
+
+\b
+See also: docs/reliability.md
 """
 )
 @click.argument("run")
-@click.option("--nodes", type=int, metavar="1|2", help="Number of nodes from now on; accumulation follows.")
+@click.option("--nodes", type=int, metavar="1|2", help="Number of nodes from now on; default: as before.")
 @click.option(
     "--set",
     "sets",
@@ -143,7 +163,10 @@ Examples:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of run folders; may be repeated. Default: $JANUS_HOME/runs, else ./runs.",
 )
-def resume(*, run: str, nodes: int | None, sets: tuple[str, ...], follow: bool, runs_dirs: tuple[Path, ...]) -> int:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else; the log on stderr.")
+def resume(
+    *, run: str, nodes: int | None, sets: tuple[str, ...], follow: bool, runs_dirs: tuple[Path, ...], as_json: bool
+) -> int:
     """Send RUN once more: same folder, same script, on from its newest complete checkpoint. Refused while it is live.
 
     RUN is a job id, a run name, a job name (its newest run) or a run folder. With --nodes or --set its script is
@@ -153,17 +176,19 @@ def resume(*, run: str, nodes: int | None, sets: tuple[str, ...], follow: bool, 
     from janus_cluster.observe.cli import print_status
     from janus_cluster.observe.find import find_run
     from janus_cluster.observe.tail import tail
-    from janus_cluster.resume import describe_resumed
+    from janus_cluster.observe.text import to_json
+    from janus_cluster.resume import describe_resumed, resumed_to_json
     from janus_cluster.resume import resume as resume_run
 
     found = find_run(run, list(runs_dirs) or [runs_dir(os.environ, Path.cwd())])
     done = resume_run(found, environ=os.environ, nodes=nodes, sets=sets, cwd=Path.cwd())
-    click.echo(describe_resumed(done))
+    click.echo(to_json(resumed_to_json(done)) if as_json else describe_resumed(done))
     if not follow:
         return 0
-    click.echo("")
-    code = tail(done.run, out=sys.stdout, show_card=False)
-    print_status([done.run])
+    click.echo("", err=as_json)
+    code = tail(done.run, out=sys.stderr if as_json else sys.stdout, show_card=as_json)
+    if not as_json:
+        print_status([done.run])
     return code
 
 
@@ -209,7 +234,17 @@ def _describe_training(resolved: ResolvedJob) -> list[tuple[str, str]]:
             f"ranks = effective batch {resolved.effective_batch_size}",
         ),
         ("training", f"{length}, learning rate {t.learning_rate:g}, {t.precision}, DeepSpeed {job.deepspeed.profile}"),
+        *_describe_memory(resolved),
     ]
+
+
+def _describe_memory(resolved: ResolvedJob) -> list[tuple[str, str]]:
+    """What training.memory: auto has become, and why."""
+    if resolved.memory is None:
+        return []
+    from janus_cluster.plan.auto import describe_memory
+
+    return [("" if i else "memory", line) for i, line in enumerate(describe_memory(resolved.memory))]
 
 
 @click.command(
@@ -217,12 +252,16 @@ def _describe_training(resolved: ResolvedJob) -> list[tuple[str, str]]:
 Examples:
   janus-cluster preflight --nodes 2                       a job of its own on two nodes
   janus-cluster preflight demo --cluster local            the gate of jobs/demo.yaml, here
-  janus-cluster preflight --local                         this host alone, judged as an H800 node
-  janus-cluster preflight --local --profile cpu --json    this host alone, as a rehearsal; JSON on stdout
-  janus-cluster preflight --nodes 2 --calibrate           measure, and judge later runs against it
-  janus-cluster preflight --lint-env                      what is doubtful about NCCL, torch, OMP and CUDA variables
+  janus-cluster preflight --local                         this host alone, as an H800 node
+  janus-cluster preflight --local --profile cpu --json    this host alone, as a rehearsal
+  janus-cluster preflight --nodes 2 --calibrate           measure, and judge later runs by it
+  janus-cluster preflight --lint-env                      doubtful NCCL, torch and OMP variables
+
 \b
 Exit codes: 0 pass, 1 warn, 2 fail, 3 undetermined. --lint-env: 0 nothing to say, 1 something.
+
+\b
+See also: docs/preflight.md
 """
 )
 @job_options
@@ -248,7 +287,11 @@ def preflight(
     lint_env: bool,
     as_json: bool,
 ) -> int:
-    """Run the gate of JOB (default: the shipped preflight job) and print its verdict; nothing is trained."""
+    """Run the gate of JOB (default: the shipped preflight job) and print its verdict; nothing is trained.
+
+    The same checks as before training: GPUs, InfiniBand rails, paths, limits, versions, and the bandwidth between all
+    ranks. Every verdict has the measured value and the expected one. A check that could not run has not passed.
+    """
     request = Request(
         job=job or "preflight",
         nodes=1 if local else nodes,
@@ -325,8 +368,9 @@ def _lint(request: Request, *, as_json: bool) -> int:
     from janus_cluster.config.resolve import resolve_job
     from janus_cluster.preflight.environment import lint_job_and_shell
 
+    planned = load_planned(request, os.environ)
     resolved = resolve_job(
-        load_request(request, os.environ),
+        planned.loaded,
         run_dir=Path.cwd() / "runs",
         cluster="slurm",
         environ=os.environ,
@@ -339,76 +383,3 @@ def _lint(request: Request, *, as_json: bool) -> int:
     else:
         click.echo("\n".join(warnings) or "nothing doubtful among the variables of the job and of this shell")
     return int(bool(warnings))
-
-
-@click.command()
-@job_options
-@click.option("--part", type=click.Choice(["sbatch", "env", "ds"]), default="sbatch", show_default=True)
-def render(job: str | None, nodes: int | None, sets: tuple[str, ...], part: Literal["sbatch", "env", "ds"]) -> None:
-    """Print what `submit` would write for JOB: the script, the environment or the ZeRO JSON."""
-    from janus_cluster.config.resolve import resolve_job
-    from janus_cluster.render.bundle import render_env_of
-    from janus_cluster.render.sbatch import render_sbatch
-
-    request = Request(job=job, nodes=nodes, sets=sets)
-    loaded = load_request(request, os.environ)
-    run_dir = Path.cwd() / "runs" / f"{loaded.config.name}-<time>-<id>"
-    resolved = resolve_job(
-        loaded, run_dir=run_dir, cluster="slurm", environ=os.environ, cwd=Path.cwd(), python=sys.executable
-    )
-    if part == "ds":
-        click.echo(json.dumps(resolved.ds_config, indent=2))
-    else:
-        click.echo(render_sbatch(resolved) if part == "sbatch" else render_env_of(resolved), nl=False)
-
-
-@click.group()
-def config() -> None:
-    """Look at job files: their schema, one job's values and where each came from, or its checkpoints."""
-
-
-@config.command("schema")
-@click.option("--markdown", is_flag=True, help="A page for people instead: every key, its default, limits and meaning.")
-def config_schema(markdown: bool) -> None:
-    """Print the JSON Schema of job files (editors complete keys from it)."""
-    from janus_cluster.config.schema import JobConfig
-
-    if markdown:
-        from janus_cluster.config.reference import render_reference
-
-        click.echo(render_reference(JobConfig.model_json_schema()), nl=False)
-        return
-    schema = JobConfig.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    click.echo(json.dumps(schema, indent=2, ensure_ascii=False))
-
-
-@config.command("show")
-@job_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def config_show(job: str | None, nodes: int | None, sets: tuple[str, ...], as_json: bool) -> None:
-    """Print every value of JOB and where it came from: a line of the file, --set, a variable, a default."""
-    from janus_cluster.config.load import flatten
-
-    loaded = load_request(Request(job=job, nodes=nodes, sets=sets), os.environ)
-    rows = flatten(loaded.config.model_dump(mode="json"))
-    if as_json:
-        values = {key: {"value": value, "origin": loaded.origins.get(key, "default")} for key, value in rows}
-        click.echo(json.dumps(values, indent=2, ensure_ascii=False))
-        return
-    for key, value in rows:
-        click.echo(f"{key} = {json.dumps(value, ensure_ascii=False)}    # {loaded.origins.get(key, 'default')}")
-
-
-@config.command("check")
-@job_options
-def config_check(job: str | None, nodes: int | None, sets: tuple[str, ...]) -> None:
-    """Read the headers of JOB's checkpoints: what will be taken, drawn anew, ignored. Exit 2 if weights are missing."""
-    from janus_cluster.config.check_weights import check_weights
-    from janus_cluster.config.resolve import resolve_job
-
-    loaded = load_request(Request(job=job, nodes=nodes, sets=sets), os.environ)
-    resolved = resolve_job(
-        loaded, run_dir=Path.cwd() / "runs", cluster="slurm", environ=os.environ, cwd=Path.cwd(), python=sys.executable
-    )
-    for line in (f"job: {loaded.config.name} ({loaded.source})", *check_weights(resolved.job.model)):
-        click.echo(line)

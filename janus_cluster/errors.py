@@ -17,7 +17,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+# Of every command; `--help` and README show it. 3 is preflight's alone, where 1 and 2 have a meaning of their own.
+EXIT_CODES: Mapping[int, str] = {
+    0: "done",
+    1: "an error without a better name",
+    2: "wrong input, or sbatch refused; nothing was written",
+    10: "preflight failed: training never started",
+    11: "preflight could not be judged",
+    12: "training failed",
+    13: "stopped on purpose",
+    14: "a rehearsal ran, and something that it was to prove does not hold",
+    21: "no Slurm here",
+    22: "no such job",
+    23: "the sandbox could not be started or stopped",
+    130: "interrupted at the keyboard; the job is left alone",
+    141: "the reader of the output has gone, a pipe into `head`",
+}
+PREFLIGHT_EXIT_CODES: Mapping[int, str] = {0: "pass", 1: "warn", 2: "fail", 3: "undetermined"}
 
 
 class JanusError(Exception):

@@ -26,10 +26,13 @@ FILES = ("evaluation.json", "predictions.html", "predictions.jsonl")
     "eval",
     epilog="""\b
 Examples:
-  janus-cluster eval demo                                  the newest run of that name, its own held-out episodes
+  janus-cluster eval demo                                its newest run, held-out episodes
   janus-cluster eval 4711 --generate 200 --out report
-  janus-cluster eval /models/mine --data /data/r2r_val     an exported model on every episode under a folder
-  srun --gres=gpu:1 janus-cluster eval 4711                the same on a GPU node
+  janus-cluster eval /models/mine --data /data/r2r_val   an exported model, every episode there
+  srun --gres=gpu:1 janus-cluster eval 4711              the same on a GPU node
+
+\b
+See also: docs/evaluation.md
 """,
 )
 @click.argument("model_or_run")

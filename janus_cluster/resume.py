@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from janus_cluster.amend import Amended, amend
 from janus_cluster.config.home import site_dir
@@ -143,6 +144,19 @@ def _load_resolved(run: RunDir) -> ResolvedJob:
             f"{run.resolved_json} cannot be read by this version: {e}".split("\n", maxsplit=1)[0],
             hint=f"janus-cluster submit {run.job_yaml}",
         ) from e
+
+
+def resumed_to_json(done: Resumed) -> dict[str, Any]:
+    """The contract of `resume --json`."""
+    found = done.checkpoint
+    return {
+        "run_dir": str(done.run.path),
+        "job_id": done.job_id,
+        "cluster": done.cluster,
+        "checkpoint": None if found is None else {"step": found.step, "path": str(found.path)},
+        "changes": list(done.changes),
+        "notes": list(done.notes),
+    }
 
 
 def describe_resumed(done: Resumed) -> str:

@@ -21,13 +21,25 @@ Examples:
   janus-cluster verify-core                                  the shipped numbers, float32, CPU
   janus-cluster verify-core --device cuda --dtype bfloat16   on this GPU, as training computes
   janus-cluster verify-core vectors/ --json                  a folder of your own
+
 \b
 Exit codes: 0 all quantities hold, 1 one does not, 2 no vectors there or wrong input.
+
+\b
+See also: docs/model.md
 """,
 )
 @click.argument("folder", required=False, metavar="[DIR]")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where it computes."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="bfloat16 as training computes, with a wider tolerance.",
+)
 @click.option("--compile", "compiled", is_flag=True, help="With torch.compile on every transformer block.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every quantity and nothing else.")
 def verify_core(folder: str | None, device: str, dtype: str, compiled: bool, as_json: bool) -> NoReturn:

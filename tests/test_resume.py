@@ -93,6 +93,25 @@ def test_an_ended_run_goes_on_in_its_own_folder_and_a_live_one_is_refused(janus:
     assert run.batch_log.read_text().count("begun") >= 1
 
 
+def test_for_programs_resume_and_cancel_print_one_object(janus: Run, run: RunDir) -> None:
+    resumed = json.loads(janus("resume", str(run.path), "--json").stdout)
+    assert resumed == {
+        "run_dir": str(run.path),
+        "job_id": sent(run)["job_id"],
+        "cluster": "local",
+        "checkpoint": None,
+        "changes": [],
+        "notes": [],
+    }
+    say(run, started_at=time.time() - 3600)
+    refused = janus("cancel", run.name, "--json")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "would lose 60 minutes" in refused.stderr
+    cancelled = json.loads(janus("cancel", run.name, "--json", "--yes").stdout)
+    assert (cancelled["job_id"], cancelled["lost"]["minutes"]) == (resumed["job_id"], pytest.approx(60, abs=1))
+    assert "SIGTERM" in cancelled["said"]
+
+
 def test_a_completed_run_is_not_resumed(janus: Run, run: RunDir) -> None:
     janus("resume", str(run.path))
     say(run, state="COMPLETED", exit_code=0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from janus_cluster.config.schema import MemoryPlan
 from janus_cluster.observe.checkpoints import CheckpointFound, find_newest_checkpoint
 from janus_cluster.observe.evidence import load_evidence
 from janus_cluster.observe.failure import Failure, classify
@@ -55,24 +56,51 @@ def load_card(run: RunDir, state: JobState, *, ref: str) -> FailureCard | None:
         failure=failure,
         checkpoint=checkpoint,
         ended_at=status.updated_at if status else None,
-        next_steps=tuple(next_steps(failure, run=run, ref=ref, checkpoint=checkpoint, job=_load_job(run))),
+        next_steps=tuple(
+            next_steps(
+                failure,
+                run=run,
+                ref=ref,
+                checkpoint=checkpoint,
+                job=load_job(run),
+                smaller=_load_smaller_option(run),
+            )
+        ),
     )
 
 
-def render_card(card: FailureCard) -> list[str]:
-    """The lines of the card, fit for a terminal."""
+def render_card(card: FailureCard, *, instead_of_error: Sequence[str] = ()) -> list[str]:
+    """The lines of the card, fit for a terminal. `instead_of_error` are lines that tell more than the error's words."""
     failure = card.failure
     rows = [("failed", f"{failure.title} [{failure.kind}]")]
     if failure.rank is not None or failure.node is not None:
         who = [f"rank {failure.rank}"] if failure.rank is not None else []
         rows.append(("first", " on ".join([*who, *([clean_line(failure.node)] if failure.node else [])])))
-    lines = [clean_line(line)[:_LONGEST_LINE] for line in (failure.message or "").split("\n") if line.strip()]
+    message = "" if instead_of_error else failure.message or ""
+    lines = [clean_line(line)[:_LONGEST_LINE] for line in message.split("\n") if line.strip()]
     rows += [("error" if i == 0 else "", line) for i, line in enumerate(lines[:_MOST_MESSAGE_LINES])]
     rows += [("frames" if i == 0 else "", frame[:_LONGEST_LINE]) for i, frame in enumerate(failure.frames)]
     rows += [("sample", clean_line(failure.path))] if failure.path else []
     rows.append(("checkpoint", _describe_checkpoint(card)))
     shown = [f"  {label + ':' if label else '':<12}{text}" for label, text in rows]
-    return [*shown, *(f"  next: {clean_line(step)}" for step in card.next_steps)]
+    return [shown[0], *instead_of_error, *shown[1:], *(f"  next: {clean_line(step)}" for step in card.next_steps)]
+
+
+def card_to_json(card: FailureCard) -> dict[str, Any]:
+    """The card as `status --json` has it."""
+    failure, found = card.failure, card.checkpoint
+    checkpoint = None if found is None else {"step": found.step, "path": str(found.path)}
+    return {
+        "kind": failure.kind,
+        "title": failure.title,
+        "rank": failure.rank,
+        "node": failure.node,
+        "message": failure.message,
+        "frames": list(failure.frames),
+        "path": failure.path,
+        "checkpoint": checkpoint,
+        "next": list(card.next_steps),
+    }
 
 
 def _describe_checkpoint(card: FailureCard) -> str:
@@ -85,9 +113,18 @@ def _describe_checkpoint(card: FailureCard) -> str:
 
 
 def next_steps(
-    failure: Failure, *, run: RunDir, ref: str, checkpoint: CheckpointFound | None, job: Mapping[str, Any]
+    failure: Failure,
+    *,
+    run: RunDir,
+    ref: str,
+    checkpoint: CheckpointFound | None,
+    job: Mapping[str, Any],
+    smaller: str | None = None,
 ) -> list[str]:
-    """What a user would type now, the best first. `job` is the job as it was resolved; empty where it is not known."""
+    """What a user would type now, the best first. `job` is the job as it was resolved; empty where it is not known.
+
+    `smaller` are --set options for less memory that training.memory: auto has planned for this run.
+    """
     at = f"goes on after step {checkpoint.step}" if checkpoint else "no complete checkpoint: begins at step 0"
     resume = f"janus-cluster resume {ref}   ({at})"
     submit = f"janus-cluster submit {shlex.quote(str(run.job_yaml))}"
@@ -96,7 +133,10 @@ def next_steps(
     steps = {
         "walltime": [resume, f"{submit} --set slurm.time=…   (a new run with more time)"],
         "host_out_of_memory": [f"{submit} --set slurm.mem=0   (all of the node's memory)", resume],
-        "gpu_out_of_memory": [f"{submit} {_smaller(job)}", look],
+        "gpu_out_of_memory": [
+            f"janus-cluster resume {ref} {smaller}   ({at})" if smaller else f"{submit} {_smaller(job)}",
+            look,
+        ],
         "disk_full": [f"df -h {shlex.quote(str(run.path))}   (make room first)", resume],
         "bad_data": [f"mend or take away {failure.path or 'the sample'}, then: {resume}"],
         "diverged": [f"{submit} --set training.learning_rate=…   (a smaller one)", look],
@@ -126,7 +166,15 @@ def _smaller(job: Mapping[str, Any]) -> str:
     return "--set data.history=…   (fewer frames), or more nodes"
 
 
-def _load_job(run: RunDir) -> dict[str, Any]:
+def _load_smaller_option(run: RunDir) -> str | None:
+    """The next option of training.memory: auto, as --set takes it; None where there is none."""
+    try:
+        return MemoryPlan.model_validate(read_json(run.resolved_json)["memory"]).next_as_options()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def load_job(run: RunDir) -> dict[str, Any]:
     try:
         job = read_json(run.resolved_json)["job"]
     except (OSError, ValueError, KeyError, TypeError):

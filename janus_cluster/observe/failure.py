@@ -62,7 +62,11 @@ _LOST_NODE = re.compile(r"[Nn]ode failure on (\S+)|Node (\S+) not responding|lau
 # A rank's own words. The first pattern that fits wins, so the surer ones stand first.
 _WORDS: tuple[tuple[re.Pattern[str], Kind], ...] = (
     (re.compile(r"\bXid\b.{0,40}?: ?\d+|uncorrectable (?:ECC|NVLink) error|GPU has fallen off the bus"), "xid"),
-    (re.compile(r"\bOutOfMemoryError\b|CUDA(?: error:)? out of memory|CUBLAS_STATUS_ALLOC"), "gpu_out_of_memory"),
+    (
+        re.compile(r"\bOutOfMemoryError\b|CUDA(?: error:)? out of memory|CUBLAS_STATUS_ALLOC"
+                   r"|Cuda failure (?:\d+ )?'out of memory'"),
+        "gpu_out_of_memory",
+    ),
     (
         re.compile(r"No space left on device|\[Errno 28\]|os error 28|Disk quota exceeded|\[Errno 122\]"
                    r"|PytorchStreamWriter failed|inline_container\.cc.*unexpected pos|file write failed"),
@@ -70,7 +74,7 @@ _WORDS: tuple[tuple[re.Pattern[str], Kind], ...] = (
     ),
     (
         re.compile(r"^MemoryError\b|DefaultCPUAllocator: can't allocate memory|Cannot allocate memory|\[Errno 12\]"
-                   r"|insufficient shared memory"),
+                   r"|insufficient shared memory|\bstd::bad_alloc\b"),
         "host_out_of_memory",
     ),
     (re.compile(r"\bloss\b[^\n]{0,60}\b(?:nan|inf|not (?:a )?(?:finite|number))\b", re.IGNORECASE), "diverged"),

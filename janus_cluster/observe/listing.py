@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def collect_list(runs_dirs: Sequence[Path], *, limit: int) -> list[RunStatus]:
+def collect_list(runs_dirs: Sequence[Path], *, limit: int, max_age_s: float = 0.0) -> list[RunStatus]:
     """The newest `limit` runs with their states, from one Slurm query for all of them."""
-    return collect_status(list_runs(runs_dirs)[:limit])
+    return collect_status(list_runs(runs_dirs)[:limit], max_age_s=max_age_s)
 
 
 def render_list(statuses: Sequence[RunStatus]) -> RenderableType:

@@ -23,10 +23,13 @@ class Progress:
     Units: step_time_s, eta_s seconds; accuracies 0 to 1; time epoch seconds of the last record.
     """
 
+    attempt: int | None = None
     step: int | None = None
     total_steps: int | None = None
     loss: float | None = None
     step_time_s: float | None = None
+    # Of the last logged steps: one that wrote a checkpoint or warmed up does not decide it.
+    median_step_time_s: float | None = None
     samples_per_s: float | None = None
     eta_s: float | None = None
     action_accuracy: float | None = None
@@ -74,16 +77,21 @@ def build_progress(records: Iterable[dict[str, Any]]) -> Progress:
     trained = by_kind.get("train", [])
     last = trained[-1] if trained else {}
     evaluated = by_kind.get("eval", [{}])[-1]
-    step, total = _whole(last.get("step")), _whole(last.get("total_steps"))
-    times = [t for r in trained[-_ETA_STEPS:] if (t := _number(r.get("step_time_s"))) is not None]
-    known = step is not None and total is not None and bool(times)
+    step, total = _last_step(last, by_kind), _whole(last.get("total_steps"))
+    # Not of earlier attempts: they may have run on another number of nodes.
+    recent = [r for r in trained[-_ETA_STEPS:] if r.get("attempt") == last.get("attempt")]
+    times = [t for r in recent if (t := _number(r.get("step_time_s"))) is not None]
+    median_s = statistics.median(times) if times else None
+    known = step is not None and total is not None and median_s is not None
     return Progress(
+        attempt=_whole(last.get("attempt")),
         step=step,
         total_steps=total,
         loss=_number(last.get("loss")),
         step_time_s=_number(last.get("step_time_s")),
+        median_step_time_s=median_s,
         samples_per_s=_number(last.get("samples_per_s")),
-        eta_s=max(0, (total or 0) - (step or 0)) * statistics.median(times) if known else None,
+        eta_s=max(0, (total or 0) - (step or 0)) * (median_s or 0.0) if known else None,
         action_accuracy=_number(evaluated.get("action_accuracy")),
         majority_accuracy=_number(evaluated.get("majority_accuracy")),
         checkpoint=_last_path(by_kind.get("checkpoint", [])),
@@ -91,6 +99,14 @@ def build_progress(records: Iterable[dict[str, Any]]) -> Progress:
         ranks=_by_rank(last.get("ranks")),
         time=last_time,
     )
+
+
+def _last_step(last: Mapping[str, Any], by_kind: Mapping[str, Sequence[Mapping[str, Any]]]) -> int | None:
+    """The last step that the attempt is known to have done: a checkpoint may lie behind the last logged one."""
+    step = _whole(last.get("step"))
+    saved = [r for r in by_kind.get("checkpoint", ()) if r.get("attempt") == last.get("attempt")]
+    known = [s for r in saved[-1:] if (s := _whole(r.get("step"))) is not None]
+    return None if step is None else max([step, *known])
 
 
 def _by_rank(value: object) -> dict[str, tuple[float, ...]]:

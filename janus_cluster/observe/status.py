@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from janus_cluster.observe.card import FailureCard, load_card, render_card
+from janus_cluster.observe.card import FailureCard, card_to_json, load_card, load_job, render_card
+from janus_cluster.observe.planned import describe_plan, load_plan_step_time
 from janus_cluster.observe.progress import Progress, load_progress
 from janus_cluster.observe.text import clean_line
 from janus_cluster.rundir import RunDir, read_json
@@ -48,6 +50,9 @@ class RunStatus:
     retry: str | None = None
     # How the attempts before this one ended, the newest last.
     earlier: tuple[str, ...] = ()
+    # Which node each rank of the last logged step ran on.
+    rank_nodes: Mapping[int, str] = field(default_factory=dict)
+    plan_step_time_s: float | None = None
 
     @property
     def name(self) -> str:
@@ -59,7 +64,12 @@ class RunStatus:
         return self.job_id or self.name
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `status JOB --json`: a contract, keys are neither added nor taken away lightly."""
+        """The object of `status JOB --json`: a contract, keys are neither renamed nor taken away.
+
+        Units: …_s seconds, …_gb 1e9 bytes. `card` and `plan_step_time_s` are null where nobody asked for them (`list`).
+        `ranks`: of the last logged step, see training/metrics.py.
+        """
+        progress = self.progress
         return {
             "job_id": self.job_id,
             "name": self.name,
@@ -68,32 +78,75 @@ class RunStatus:
             "age_s": self.state.age_s,
             "attempt": self.state.attempt,
             "nodes": list(self.state.nodes),
-            "step": self.progress.step,
-            "total_steps": self.progress.total_steps,
+            "step": progress.step,
+            "total_steps": progress.total_steps,
             "exit_code": self.state.exit_code,
             "reason": self.state.reason,
+            "run_dir": str(self.run.path),
+            "slurm_age_s": self.state.slurm_age_s,
+            "loss": progress.loss,
+            "step_time_s": progress.step_time_s,
+            "median_step_time_s": progress.median_step_time_s,
+            "plan_step_time_s": self.plan_step_time_s,
+            "samples_per_s": progress.samples_per_s,
+            "eta_s": self.eta_s,
+            "action_accuracy": progress.action_accuracy,
+            "majority_accuracy": progress.majority_accuracy,
+            "checkpoint": progress.checkpoint,
+            "export": progress.export,
+            "ranks": self.ranks_to_json(),
+            "earlier": list(self.earlier),
+            "failed_checks": [asdict(check) for check in self.failed_checks],
+            "exclude": list(self.exclude),
+            "retry": self.retry,
+            "card": card_to_json(self.card) if self.card is not None else None,
+            "next": next_commands(self) or list(self.card.next_steps if self.card else ()),
         }
 
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to the last step; None for a run that does not train now."""
+        return self.progress.eta_s if self.state.state == "RUNNING" else None
 
-def collect_status(runs: Sequence[RunDir], *, now: float | None = None) -> list[RunStatus]:
-    """Where every run stands, in order, from one Slurm query for all of them."""
-    states = load_job_states(runs, now=time.time() if now is None else now)
+    def ranks_to_json(self) -> list[dict[str, Any]]:
+        """An object for every rank that was logged, with the node it ran on."""
+        values = self.progress.ranks
+        count = max((len(v) for v in values.values()), default=0)
+        return [
+            {"rank": r, "node": self.rank_nodes.get(r), **{k: v[r] if r < len(v) else None for k, v in values.items()}}
+            for r in range(count)
+        ]
+
+
+def collect_status(runs: Sequence[RunDir], *, now: float | None = None, max_age_s: float = 0.0) -> list[RunStatus]:
+    """Where every run stands, in order, from one Slurm query for all of them; `max_age_s` as in load_job_states."""
+    states = load_job_states(runs, now=time.time() if now is None else now, max_age_s=max_age_s)
     return [_status_of(run, state) for run, state in zip(runs, states, strict=True)]
 
 
 def _status_of(run: RunDir, state: JobState) -> RunStatus:
     sent = load_submission(run)
     checks, exclude = _load_failed_checks(run, state)
+    progress = load_progress(run)
     return RunStatus(
         run=run,
         job_id=sent.job_id if sent else None,
         state=state,
-        progress=load_progress(run),
+        progress=progress,
         failed_checks=checks,
         exclude=exclude,
         retry=_load_retry(run),
         earlier=load_earlier(run, state.attempt),
+        rank_nodes=load_rank_nodes(run, progress.attempt) if progress.ranks else {},
     )
+
+
+def load_rank_nodes(run: RunDir, attempt: int | None) -> dict[int, str]:
+    """The node of each rank that left a log in that attempt."""
+    if attempt is None:
+        return {}
+    names = (re.fullmatch(r"(.+)\.rank(\d+)\.log", p.name) for p in run.attempt_logs(attempt).glob("*.log"))
+    return {int(m[2]): m[1] for m in names if m}
 
 
 def load_earlier(run: RunDir, attempt: int | None) -> tuple[str, ...]:
@@ -126,6 +179,14 @@ def _load_retry(run: RunDir) -> str | None:
 def add_card(status: RunStatus) -> RunStatus:
     """The same with the card of its failure, which is read from the run's logs; unchanged for a run without one."""
     return replace(status, card=load_card(status.run, status.state, ref=status.ref))
+
+
+def add_plan(status: RunStatus) -> RunStatus:
+    """The same with the planned seconds a step; unchanged for a run that has logged no step, or no GPU of ours."""
+    if status.progress.step_time_s is None:
+        return status
+    planned_s = load_plan_step_time(status.run, attempt=status.progress.attempt, nodes=status.state.nodes)
+    return replace(status, plan_step_time_s=planned_s)
 
 
 def _load_failed_checks(run: RunDir, state: JobState) -> tuple[tuple[FailedCheck, ...], tuple[str, ...]]:
@@ -170,7 +231,7 @@ def render_status(statuses: Sequence[RunStatus]) -> RenderableType:
             _or_dash(p.loss, ".4f"),
             _or_dash(p.step_time_s, ".2f"),
             _or_dash(p.samples_per_s, ".2f"),
-            render_duration(p.eta_s) if s.state.state == "RUNNING" and p.eta_s is not None else "-",
+            render_duration(s.eta_s) if s.eta_s is not None else "-",
         )
     notes = [note for s in statuses for note in _notes(s)]
     # Text leaves square brackets alone, and a command that is not folded can be copied whole.
@@ -182,29 +243,41 @@ def _notes(status: RunStatus) -> list[str]:
     code = f", exit code {state.exit_code}" if state.exit_code is not None else ""
     on = f" on {', '.join(state.nodes)}" if state.nodes else ""
     lines = [f"{ref}: {state.state}{on}{code} (says {render_source(state)})"]
-    if state.reason:
+    if state.reason and not status.failed_checks:
         lines.append(f"  reason: {state.reason}")
     lines += [f"  {line}" for line in status.earlier]
     if status.retry:
         lines.append(f"  {status.retry}")
-    for check in status.failed_checks:
-        where = check.node or "all nodes"
-        lines.append(f"  {check.state} {check.id} on {where}: {check.measured} (expected: {check.expected})")
-        if check.fix:
-            lines.append(f"    fix: {check.fix}")
-    lines += [f"  {line}" for line in describe_balance(progress)]
+    lines += [f"  {line}" for line in describe_balance(progress, status.rank_nodes)]
+    job_file = shlex.quote(str(status.run.job_yaml))
+    lines += [f"  {line}" for line in describe_plan(progress, status.plan_step_time_s, job_file=job_file)]
     if progress.action_accuracy is not None and state.is_final:
         majority = progress.majority_accuracy
         beside = f" (majority class {majority:.3f})" if majority is not None else ""
         lines.append(f"  held-out action accuracy: {progress.action_accuracy:.3f}{beside}")
+    checks = _describe_checks(status.failed_checks)
     if status.card is not None:
-        lines += render_card(status.card)
-    elif state.is_final and progress.checkpoint:
-        lines.append(f"  checkpoint: {progress.checkpoint}")
+        lines += render_card(status.card, instead_of_error=checks)
+    else:
+        lines += checks
+        lines += [f"  checkpoint: {progress.checkpoint}"] if state.is_final and progress.checkpoint else []
     if state.is_final:
         lines += [f"  exported model: {progress.export}"] if progress.export else []
     lines += [f"  next: {command}" for command in next_commands(status)]
     return [_clean_indented(line) for line in lines]
+
+
+def _describe_checks(checks: Sequence[FailedCheck]) -> list[str]:
+    """Each fault once, with all nodes that have it, and the first of them to mend."""
+    alike: dict[tuple[str, ...], list[FailedCheck]] = {}
+    for check in checks:
+        alike.setdefault((check.state, check.id, check.measured, check.expected), []).append(check)
+    lines = []
+    for first, *others in alike.values():
+        where = ", ".join(check.node or "all nodes" for check in (first, *others))
+        lines.append(f"  {first.state} {first.id} on {where}: {first.measured} (expected: {first.expected})")
+        lines += [f"    fix: {first.fix}"] if first.fix else []
+    return lines
 
 
 # What is shown of the ranks, in this order: uneven memory usually has its reason on the next line.
@@ -215,18 +288,26 @@ _BALANCE = (
 )
 
 
-def describe_balance(progress: Progress) -> list[str]:
-    """The lowest and the highest rank of everything that differs between ranks; nothing for a single rank."""
+def describe_balance(progress: Progress, nodes: Mapping[int, str] | None = None) -> list[str]:
+    """The lowest and the highest rank of everything that differs between ranks, each with its node where it is known;
+    nothing for a single rank.
+    """
     lines = []
     for key, label, form, unit in _BALANCE:
         values = progress.ranks.get(key, ())
-        if len(values) > 1:
-            low, high = min(values), max(values)
-            lines.append(
-                f"{label}: {low:{form}}{unit} (rank {values.index(low)}) to {high:{form}}{unit} "
-                f"(rank {values.index(high)})"
-            )
+        if len(values) < 2:
+            continue
+        low, high = (f"{v:{form}}{unit}" for v in (min(values), max(values)))
+        if low == high:
+            lines.append(f"{label}: {low} on all {len(values)} ranks")
+            continue
+        least, most = (_name_rank(values.index(v), nodes or {}) for v in (min(values), max(values)))
+        lines.append(f"{label}: {low} ({least}) to {high} ({most})")
     return lines
+
+
+def _name_rank(rank: int, nodes: Mapping[int, str]) -> str:
+    return f"rank {rank} on {nodes[rank]}" if rank in nodes else f"rank {rank}"
 
 
 def _clean_indented(text: str) -> str:
@@ -248,13 +329,16 @@ def next_commands(status: RunStatus) -> list[str]:
         return [f"{again}   (the same again)"]
     if status.card is not None and status.card.next_steps:
         return []
-    commands = [f"janus-cluster tail {ref} --no-follow -n 100"]
-    if status.failed_checks and state.attempt is not None:
-        commands = [f"less {status.run.verdict_md(state.attempt)}"]
+    if not status.failed_checks or state.attempt is None:
+        return [f"janus-cluster tail {ref} --no-follow -n 100"]
+    commands = [f"less {status.run.verdict_md(state.attempt)}   (every check)"]
+    if load_job(status.run).get("kind") == "preflight":
+        return [*commands, f"janus-cluster preflight {shlex.quote(str(status.run.job_yaml))}   (when it is mended)"]
     # Where every node failed the fault is the job's: there would be nothing left to run on.
     if status.exclude and len(status.exclude) < len(state.nodes):
-        commands.append(f"janus-cluster submit … --exclude {','.join(status.exclude)}")
-    return commands
+        without = f"--set slurm.exclude={','.join(status.exclude)}"
+        commands.append(f"janus-cluster resume {ref} {without}   (the same run on other nodes)")
+    return [*commands, f"janus-cluster resume {ref}   (the same run, when it is mended)"]
 
 
 def state_style(state: JobState) -> str:
@@ -267,8 +351,9 @@ def state_style(state: JobState) -> str:
 
 
 def render_source(state: JobState) -> str:
-    """Who said it, and how long ago."""
-    return state.source if state.age_s is None else f"{state.source}, {render_duration(state.age_s)} ago"
+    """Who said it, and how long ago; and of what age Slurm's word was that it was held against."""
+    said = state.source if state.age_s is None else f"{state.source}, {render_duration(state.age_s)} ago"
+    return said if state.slurm_age_s is None else f"{said}; Slurm was asked {render_duration(state.slurm_age_s)} ago"
 
 
 def render_duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,23 @@ _runs_dir_option = click.option(
 )
 
 
-@click.command("report")
+@click.command(
+    "report",
+    epilog="""\b
+Examples:
+  janus-cluster report demo
+  janus-cluster report demo-20261121T111709Z-10be demo-20261121T111959Z-b25f --out /tmp/both
+  janus-cluster report --from-log train.log demo     a run beside a log of the old scripts
+  janus-cluster report demo --json                   where the page, pictures and events are
+
+\b
+Exit codes: 0 written, 1 matplotlib or (--tensorboard) tensorboard is missing,
+2 nothing to report, 22 no such run.
+
+\b
+See also: docs/report.md
+""",
+)
 @click.argument("runs", nargs=-1, metavar="[RUN] [RUN2]")
 @click.option(
     "--from-log",
@@ -37,62 +54,97 @@ _runs_dir_option = click.option(
     help="A log of the predecessor's training instead of a run, alone or beside RUN.",
 )
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write here; default: <run>/report.")
-@click.option("--tensorboard", is_flag=True, help="Also write TensorBoard event files of each, from the metrics.")
+@click.option(
+    "--tensorboard/--no-tensorboard",
+    default=None,
+    help="TensorBoard event files of each, from the metrics. Default: where the package tensorboard is installed.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; nothing else on stdout.")
 @_runs_dir_option
 def report(
-    *, runs: tuple[str, ...], log: Path | None, out: Path | None, tensorboard: bool, runs_dirs: tuple[Path, ...]
+    *,
+    runs: tuple[str, ...],
+    log: Path | None,
+    out: Path | None,
+    tensorboard: bool | None,
+    as_json: bool,
+    runs_dirs: tuple[Path, ...],
 ) -> None:
     """Write one HTML page and its pictures: loss, accuracy, speed, ranks, attempts, configuration.
 
     With two runs: both curves in one picture, and what differs in their configurations. The page holds its pictures
     and asks no other place for anything. The run may still be training.
-
-    \b
-    Examples:
-      janus-cluster report demo
-      janus-cluster report demo-20261121T111709Z-10be demo-20261121T111959Z-b25f --out /tmp/both
-      janus-cluster report --from-log train.log demo
-      janus-cluster report demo --tensorboard
     """
     from janus_cluster.report.history import load_history
     from janus_cluster.report.old_log import load_old_log
     from janus_cluster.report.pictures import require_matplotlib
-    from janus_cluster.report.write import default_folder, write_report
+    from janus_cluster.report.write import default_folder, events_folder, write_report
 
     if not 1 <= len(runs) + (log is not None) <= 2:
         raise UsageError(
             f"report takes one or two: runs, or a run and --from-log; {len(runs) + (log is not None)} given",
             hint="janus-cluster report RUN [RUN2]; janus-cluster list shows the runs",
         )
-    require_matplotlib()
-    if tensorboard:
-        from janus_cluster.report.tensorboard import require_tensorboard
-
-        require_tensorboard()
+    # Before what takes a second to import.
     found = _find(runs, runs_dirs)
+    require_matplotlib()
+    with_events, hint = _decide_tensorboard(tensorboard)
     histories = [load_history(run) for run in found] + ([load_old_log(log)] if log else [])
     _require_something(histories)
     folder = out or default_folder(found, log)
     try:
-        written = write_report(histories, folder, made_at=time.time(), tensorboard=tensorboard)
+        written = write_report(histories, folder, made_at=time.time(), tensorboard=with_events)
     except OSError as e:
         raise JanusError(f"{e.filename or folder}: {e.strerror}", hint="--out DIR writes elsewhere") from e
+    events = events_folder(folder) if with_events else None
+    if as_json:
+        pictures = sorted(str(p) for p in folder.glob("*.png"))
+        click.echo(to_json({"page": str(written), "pictures": pictures, "tensorboard": events and str(events)}))
+        return
     click.echo(f"report: {written}")
-    if tensorboard:
-        click.echo(f"next: tensorboard --logdir {folder / 'tensorboard'}")
+    if events is not None:
+        click.echo(f"tensorboard: tensorboard --logdir {shlex.quote(str(events))}")
+    if hint is not None:
+        click.echo(hint)
 
 
-@click.command("compare")
+def _decide_tensorboard(wanted: bool | None) -> tuple[bool, str | None]:
+    """Whether event files are written, and what to say where nobody asked and they cannot be.
+
+    Raises: JanusError where they were asked for and cannot be.
+    """
+    from janus_cluster.report.tensorboard import require_tensorboard
+
+    if wanted is False:
+        return False, None
+    try:
+        require_tensorboard()
+    except JanusError as e:
+        if wanted:
+            raise
+        return False, f"tensorboard: no event files were written; to get them: {e.hint}"
+    return True, None
+
+
+@click.command(
+    "compare",
+    epilog="""\b
+Examples:
+  janus-cluster compare 4711 4712
+  janus-cluster compare demo-20261121T111709Z-10be demo-20261121T111959Z-b25f --json
+
+\b
+See also: docs/report.md
+""",
+)
 @click.argument("runs", nargs=2, metavar="A B")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; nothing else on stdout.")
 @_runs_dir_option
 def compare(*, runs: tuple[str, str], as_json: bool, runs_dirs: tuple[Path, ...]) -> None:
     """Print two runs beside each other: figures, and what differs in their configurations.
 
-    \b
-    Examples:
-      janus-cluster compare 4711 4712
-      janus-cluster compare demo-20261121T111709Z-10be demo-20261121T111959Z-b25f --json
+    A and B are job ids, run names or run folders. Medians leave out the first logged step of every attempt, which also
+    warms up.
     """
     from janus_cluster.report.history import load_history
     from janus_cluster.report.summary import comparison_to_json

@@ -31,7 +31,7 @@ _STEP_VALUES = (
     "padding_share", "step_time_s", "samples_per_s", "total_steps",
 )  # fmt: skip
 _EVAL_VALUES = ("time", "attempt", "step", "action_accuracy", "majority_accuracy", "macro_f1", "num_samples")
-_EVENT_KINDS = ("checkpoint", "checkpoint_broken", "stop", "resume", "export")
+_EVENT_KINDS = ("start", "checkpoint", "checkpoint_broken", "stop", "resume", "export")
 # A run that saves every minute for a month; the page shows the last of them.
 _MAX_EVENTS = 20_000
 _PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
@@ -162,8 +162,18 @@ def _event(record: Mapping[str, Any], words: _Words) -> Event:
         time=number(record.get("time")),
         attempt=_whole(record.get("attempt")),
         step=_whole(record.get("step")),
-        text=": ".join(words(p) for p in parts if p is not None),
+        text=": ".join([*(words(p) for p in parts if p is not None), *_start_words(record)]),
     )
+
+
+def _start_words(record: Mapping[str, Any]) -> list[str]:
+    """How long a start took, and its three longest parts; nothing for other records."""
+    seconds = record.get("seconds")
+    if record["kind"] != "start" or not isinstance(seconds, dict):
+        return []
+    parts = sorted(((number(s), str(part)) for part, s in seconds.items()), reverse=True)
+    longest = ", ".join(f"{clean_line(part).replace('_', ' ')} {s:.1f}" for s, part in parts[:3])
+    return [f"{number(record.get('total_s')):.1f} s after its processes began ({longest})"]
 
 
 def _load_attempt(run: RunDir, attempt: int, words: _Words) -> Attempt | None:

@@ -15,8 +15,8 @@ from janus_cluster.report.summary import ROWS, compare_settings, render_value, s
 # Checkpoints of a month would hide the rest.
 _MAX_EVENTS = 200
 _KINDS = {
-    "gate": "gate", "resume": "resumed", "checkpoint": "checkpoint", "checkpoint_broken": "broken checkpoint",
-    "stop": "stopped on purpose", "export": "exported",
+    "gate": "gate", "start": "first step", "resume": "resumed", "checkpoint": "checkpoint",
+    "checkpoint_broken": "broken checkpoint", "stop": "stopped on purpose", "export": "exported",
 }  # fmt: skip
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1040px; margin: 2em auto;

@@ -32,6 +32,7 @@ _STATE_COLOURS = {
 # kind → (label, marker, colour, height in the attempt's bar). Heights differ, so that events at one time stay visible.
 _EVENTS = {
     "gate": ("gate's verdict", "D", "black", 0.0),
+    "start": ("first step", "o", _SKY, 0.17),
     "resume": ("resumed", ">", _BLUE, 0.17),
     "checkpoint": ("checkpoint", "|", "white", 0.0),
     "checkpoint_broken": ("broken checkpoint", "X", "black", 0.17),

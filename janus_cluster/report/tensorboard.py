@@ -34,7 +34,9 @@ def require_tensorboard() -> None:
     try:
         import tensorboard.summary.writer.event_file_writer  # noqa: F401
     except ImportError as e:
-        raise JanusError(f"--tensorboard needs the package tensorboard: {e}", hint="pip install tensorboard") from e
+        raise JanusError(
+            f"event files need the package tensorboard: {e}", hint="pip install 'janus-cluster[report]'"
+        ) from e
 
 
 def write_events(history: History, folder: Path) -> Path:

@@ -23,6 +23,11 @@ def default_folder(runs: Sequence[RunDir], log: Path | None) -> Path:
     return runs[0].report.joinpath(*(f"with_{name}" for name in names))
 
 
+def events_folder(folder: Path) -> Path:
+    """Where a report keeps TensorBoard's event files, a folder for each run: what --logdir takes."""
+    return folder / "tensorboard"
+
+
 def write_report(histories: Sequence[History], folder: Path, *, made_at: float, tensorboard: bool = False) -> Path:
     """`folder` holds the page, whose path is returned, and the pictures. Raises: OSError, JanusError."""
     groups: list[tuple[str, list[Picture]]] = []
@@ -44,7 +49,7 @@ def write_report(histories: Sequence[History], folder: Path, *, made_at: float, 
 
         for index, history in enumerate(histories):
             name = re.sub(r"[^A-Za-z0-9._-]+", "_", history.name).lstrip(".") or f"run{index}"
-            write_events(history, folder / "tensorboard" / name)
+            write_events(history, events_folder(folder) / name)
     return written
 
 

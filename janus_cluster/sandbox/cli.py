@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,24 @@ from janus_cluster.sandbox.state import Fault, SandboxStatus, load_info
 NOT_RUNNING = 1
 
 
-@click.group()
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+
+
+def _epilog(*examples: str, exit_codes: str = "") -> str:
+    codes = f"\n\b\nExit codes: {exit_codes}\n" if exit_codes else ""
+    lines = "".join(f"  {line}\n" for line in examples)
+    return f"\b\nExamples:\n{lines}{codes}\n\b\nSee also: docs/two-nodes.md, docs/preflight.md\n"
+
+
+@click.group(
+    epilog=_epilog(
+        "janus-cluster sandbox up",
+        "janus-cluster submit demo --cluster sandbox --follow",
+        "janus-cluster sandbox fault slow-link h800-02 --rate 400mbit",
+        "janus-cluster sandbox down",
+        exit_codes="0 done, 1 (status) it does not run, 23 it could not be started or stopped.",
+    )
+)
 def sandbox() -> None:
     """A real two-node Slurm on this machine, to rehearse on.
 
@@ -26,7 +44,7 @@ def sandbox() -> None:
     """
 
 
-@sandbox.command()
+@sandbox.command(epilog=_epilog("janus-cluster sandbox up", "janus-cluster sandbox up --mode plain --accounting"))
 @click.option(
     "--mode",
     type=click.Choice(["auto", "namespaces", "plain"]),
@@ -35,12 +53,16 @@ def sandbox() -> None:
     help="namespaces: true hosts, needs root; plain: two slurmd, needs nothing; auto: the first that works.",
 )
 @click.option("--accounting", is_flag=True, help="With sacct: slurmdbd on a private MariaDB (1-2 s more).")
-def up(mode: Literal["auto", "namespaces", "plain"], accounting: bool) -> None:
+@_json_option
+def up(mode: Literal["auto", "namespaces", "plain"], accounting: bool, as_json: bool) -> None:
     """Start it, and return when both nodes are idle."""
     home = sandbox_home()
     was_running = load_info(home) is not None and lifecycle.status(home).state == "running"
     began = time.monotonic()
     info = lifecycle.up(home, mode=mode, accounting=accounting)
+    if as_json:
+        click.echo(json.dumps({"was_running": was_running, **lifecycle.status(home).to_json()}, indent=2))
+        return
     if was_running:
         click.echo(f"the sandbox runs already ({info.mode}) in {info.home}")
     else:
@@ -49,18 +71,28 @@ def up(mode: Literal["auto", "namespaces", "plain"], accounting: bool) -> None:
     click.echo("next:  janus-cluster submit --cluster sandbox")
 
 
-@sandbox.command()
-def down() -> None:
+@sandbox.command(epilog=_epilog("janus-cluster sandbox down", "JANUS_HOME=/tmp/other janus-cluster sandbox down"))
+@_json_option
+def down(as_json: bool) -> None:
     """End it: no process, namespace or mount is left; the logs are."""
     home = sandbox_home()
-    if lifecycle.down(home):
+    was_there = lifecycle.down(home)
+    if as_json:
+        click.echo(json.dumps({"home": str(home), "was_there": was_there, "logs": str(home / "logs")}, indent=2))
+    elif was_there:
         click.echo(f"the sandbox is down; its logs: {home / 'logs'}")
     else:
         click.echo(f"no sandbox in {home}")
 
 
-@sandbox.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@sandbox.command(
+    epilog=_epilog(
+        "janus-cluster sandbox status",
+        "janus-cluster sandbox status --json",
+        exit_codes="0 it runs, 1 it does not.",
+    )
+)
+@_json_option
 @click.pass_context
 def status(ctx: click.Context, as_json: bool) -> None:
     """Show nodes, daemons and faults in force. Exit 0 when it runs, 1 when it does not."""
@@ -70,55 +102,96 @@ def status(ctx: click.Context, as_json: bool) -> None:
         ctx.exit(NOT_RUNNING)
 
 
-@sandbox.group()
+@sandbox.group(
+    epilog=_epilog(
+        "janus-cluster sandbox fault cut-link h800-02 --rail ib3",
+        "janus-cluster sandbox fault hide-path h800-02 /mnt/node/data",
+    )
+)
 def fault() -> None:
     """Put a real fault on one node, until `heal` or `down`."""
 
 
 _node_argument = click.argument("node", type=click.Choice(NODE_NAMES))
 _rail_option = click.option(
-    "--rail", type=click.Choice([faults.ALL_RAILS, *faults.RAILS]), default=faults.ALL_RAILS, show_default=True
+    "--rail",
+    type=click.Choice([faults.ALL_RAILS, *faults.RAILS]),
+    default=faults.ALL_RAILS,
+    show_default=True,
+    help="Which rail of the node.",
 )
 
 
-@fault.command("cut-link")
+@fault.command(
+    "cut-link",
+    epilog=_epilog(
+        "janus-cluster sandbox fault cut-link h800-02", "janus-cluster sandbox fault cut-link h800-02 --rail ib3"
+    ),
+)
 @_node_argument
 @_rail_option
-def cut_link(node: str, rail: str) -> None:
+@_json_option
+def cut_link(node: str, rail: str, as_json: bool) -> None:
     """Pull the cable of a rail; of all rails, and Slurm loses the node as well (after 15-40 s)."""
-    _put("cut-link", node, rail=rail)
+    _put("cut-link", node, as_json=as_json, rail=rail)
 
 
-@fault.command("slow-link")
+@fault.command(
+    "slow-link",
+    epilog=_epilog(
+        "janus-cluster sandbox fault slow-link h800-02",
+        "janus-cluster sandbox fault slow-link h800-02 --rail ib3 --rate 50mbit",
+    ),
+)
 @_node_argument
 @_rail_option
 @click.option("--rate", default="400mbit", show_default=True, help="A number and kbit, mbit or gbit.")
-def slow_link(node: str, rail: str, rate: str) -> None:
+@_json_option
+def slow_link(node: str, rail: str, rate: str, as_json: bool) -> None:
     """Let a rail carry no more than RATE, each way."""
-    _put("slow-link", node, rail=rail, rate=rate)
+    _put("slow-link", node, as_json=as_json, rail=rail, rate=rate)
 
 
-@fault.command("hide-path")
+@fault.command(
+    "hide-path",
+    epilog=_epilog(
+        "janus-cluster sandbox fault hide-path h800-02 /mnt/node/data",
+        "janus-cluster sandbox fault hide-path h800-01 /data/r2r --json",
+    ),
+)
 @_node_argument
 @click.argument("path")
-def hide_path(node: str, path: str) -> None:
+@_json_option
+def hide_path(node: str, path: str, as_json: bool) -> None:
     """Make PATH vanish on one node: anything below /mnt/node; elsewhere a folder, which then is empty."""
-    _put("hide-path", node, path=path)
+    _put("hide-path", node, as_json=as_json, path=path)
 
 
-@fault.command("stop-slurmd")
+@fault.command(
+    "stop-slurmd",
+    epilog=_epilog(
+        "janus-cluster sandbox fault stop-slurmd h800-01", "janus-cluster sandbox fault stop-slurmd h800-02 --json"
+    ),
+)
 @_node_argument
-def stop_slurmd(node: str) -> None:
+@_json_option
+def stop_slurmd(node: str, as_json: bool) -> None:
     """End the node's slurmd; its running jobs go on until Slurm gives the node up."""
-    _put("stop-slurmd", node)
+    _put("stop-slurmd", node, as_json=as_json)
 
 
-@sandbox.command()
-@click.option("--kind", type=click.Choice(faults.KINDS), help="Only this kind of fault.")
-@click.option("--node", type=click.Choice(NODE_NAMES), help="Only on this node.")
-def heal(kind: str | None, node: str | None) -> None:
+@sandbox.command(
+    epilog=_epilog("janus-cluster sandbox heal", "janus-cluster sandbox heal --kind slow-link --node h800-02")
+)
+@click.option("--kind", type=click.Choice(faults.KINDS), help="Only this kind of fault; default: all.")
+@click.option("--node", type=click.Choice(NODE_NAMES), help="Only on this node; default: both.")
+@_json_option
+def heal(kind: str | None, node: str | None, as_json: bool) -> None:
     """Undo faults (default: all), and return when the healed nodes take jobs again."""
     left = faults.heal(sandbox_home(), kind, node).faults
+    if as_json:
+        click.echo(json.dumps({"faults": [asdict(f) for f in left]}, indent=2))
+        return
     click.echo("healed; " + ("no fault is left" if not left else "left: " + "; ".join(map(render_fault, left))))
 
 
@@ -140,7 +213,10 @@ def render_fault(found: Fault) -> str:
     return " ".join([found.kind, found.node, *(f"{k}={v}" for k, v in found.detail.items() if k != "kept")])
 
 
-def _put(kind: str, node: str, **detail: Any) -> None:
+def _put(kind: str, node: str, *, as_json: bool, **detail: Any) -> None:
     info = faults.fault(sandbox_home(), kind, node, **detail)
+    if as_json:
+        click.echo(json.dumps({"faults": [asdict(f) for f in info.faults]}, indent=2))
+        return
     click.echo(f"in force: {render_fault(info.faults[-1])}")
     click.echo("next:  janus-cluster sandbox heal")

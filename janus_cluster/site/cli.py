@@ -11,9 +11,22 @@ from janus_cluster.observe.text import clean_line, to_json
 from janus_cluster.site.nodes import NodeRecord, add_node, age_text, forgive_nodes, load_nodes
 
 _CLUSTERS = click.Choice(["slurm", "sandbox"])
+_json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object; nothing else on stdout.")
 
 
-@click.group("nodes", invoke_without_command=True)
+@click.group(
+    "nodes",
+    invoke_without_command=True,
+    epilog="""\b
+Examples:
+  janus-cluster nodes
+  janus-cluster nodes forgive h800-02
+  janus-cluster nodes add h800-01 --reason "fan broken, ticket 12"
+
+\b
+See also: docs/preflight.md, docs/troubleshooting.md
+""",
+)
 @click.option("--all", "show_all", is_flag=True, help="Forgiven and forgotten ones, too.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON list; nothing else on stdout.")
 @click.pass_context
@@ -22,12 +35,6 @@ def nodes(ctx: click.Context, show_all: bool, as_json: bool) -> None:
 
     A node gets here when it fails the gate, breaks under a run (Xid) or is lost, as soon as status, tail or submit
     look at that run; it is used again after preflight.forget_nodes_after_days (7 days).
-
-    \b
-    Examples:
-      janus-cluster nodes
-      janus-cluster nodes forgive h800-02
-      janus-cluster nodes add h800-01 --reason "fan broken, ticket 12"
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -63,28 +70,59 @@ def _describe(record: NodeRecord, now: float) -> str:
     )
 
 
-@nodes.command("forgive")
+@nodes.command(
+    "forgive",
+    epilog="""\b
+Examples:
+  janus-cluster nodes forgive h800-02
+  janus-cluster nodes forgive --all
+
+\b
+Exit codes: 0 forgiven, 2 nothing is held against that node.
+
+\b
+See also: docs/preflight.md
+""",
+)
 @click.argument("names", nargs=-1, metavar="[NODE]...")
 @click.option("--all", "everything", is_flag=True, help="Every node.")
-def forgive(names: tuple[str, ...], everything: bool) -> None:
+@_json_option
+def forgive(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
     """Use NODE again from the next submission on."""
     if bool(names) == everything:
         raise UsageError("name the nodes, or give --all", hint="janus-cluster nodes lists them")
     done = forgive_nodes(None if everything else names, now=time.time())
     unknown = sorted(set(names) - set(done))
+    if as_json and not unknown:
+        click.echo(to_json({"forgiven": list(done)}))
+        return
     if done:
-        click.echo(f"forgiven: {', '.join(done)}")
+        click.echo(f"forgiven: {', '.join(done)}", err=as_json)
     if unknown:
         raise UsageError(f"nothing is held against {', '.join(unknown)}", hint="janus-cluster nodes lists them")
     if not done:
         click.echo("no node is remembered as bad")
 
 
-@nodes.command("add")
+@nodes.command(
+    "add",
+    epilog="""\b
+Examples:
+  janus-cluster nodes add h800-01 --reason "fan broken, ticket 12"
+  janus-cluster nodes add h800-02 --cluster sandbox --reason "to see what submit says"
+
+\b
+See also: docs/preflight.md
+""",
+)
 @click.argument("name", metavar="NODE")
 @click.option("--reason", required=True, help="Why; it is shown at every submission that keeps away from NODE.")
 @click.option("--cluster", type=_CLUSTERS, default="slurm", show_default=True, help="Which Slurm's node.")
-def add(name: str, reason: str, cluster: str) -> None:
+@_json_option
+def add(name: str, reason: str, cluster: str, as_json: bool) -> None:
     """Keep away from NODE from the next submission on."""
     record = add_node(name, cluster=cluster, reason=reason, now=time.time())
-    click.echo(f"remembered: {_describe(record, record.time)}")
+    if as_json:
+        click.echo(to_json(_to_json(record, record.time)))
+    else:
+        click.echo(f"remembered: {_describe(record, record.time)}")

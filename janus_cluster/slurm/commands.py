@@ -127,13 +127,13 @@ class Slurm:
         Raises: SlurmUnavailable, JanusError.
         """
         argv = ["scancel", *([f"--signal={signal}"] if signal else []), job_id]
-        done = self._run(argv)
+        done = self._change(argv)
         if done.returncode != 0:
             raise self._failed("scancel", done)
 
     def signal_batch(self, job_id: str, signal: str) -> None:
         """The batch shell alone was sent `signal`, as --signal=B: does before the walltime ends. Raises: as scancel."""
-        done = self._run(["scancel", "--batch", f"--signal={signal}", job_id])
+        done = self._change(["scancel", "--batch", f"--signal={signal}", job_id])
         if done.returncode != 0:
             raise self._failed("scancel", done)
 
@@ -162,11 +162,20 @@ class Slurm:
     def _scontrol(self, arguments: Sequence[str]) -> None:
         """Done, at the second try if the requeue's own SIGTERM ended the first one."""
         for _ in range(3):
-            done = self._run(["scontrol", *arguments])
+            done = self._change(["scontrol", *arguments])
             if done.returncode >= 0:
                 break
         if done.returncode != 0:
             raise self._failed(f"scontrol {arguments[0]}", done)
+
+    def _change(self, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        """The program has run, and what Slurm said of jobs before is forgotten."""
+        from janus_cluster.slurm.kept import forget_kept
+
+        try:
+            return self._run(argv)
+        finally:
+            forget_kept()
 
     def _run(self, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
         env = {k: v for k, v in os.environ.items() if not k.startswith(_FILTER_PREFIXES)}

@@ -18,6 +18,7 @@ from pathlib import Path
 from janus_cluster.errors import JanusError
 from janus_cluster.rundir import RunDir
 from janus_cluster.slurm.commands import Slurm, SlurmJob
+from janus_cluster.slurm.kept import LONGEST_TURN_S, Kept, load_kept, name_answer, one_asks, write_kept
 from janus_cluster.slurm.recorded import StatusFile, Submission, load_status, load_submission
 
 # Which Slurm, and the job's number there.
@@ -58,7 +59,8 @@ STOPPED_EXIT_CODE = 13
 class JobState:
     """One run's state, who said so, and how old the word is.
 
-    Units: age_s seconds. exit_code is the job's own, 128 + n where signal n ended it; None where nobody knows.
+    Units: age_s seconds; slurm_age_s those since Slurm was asked, where status.json was held against a kept answer.
+    exit_code is the job's own, 128 + n where signal n ended it; None where nobody knows.
     """
 
     state: str
@@ -68,6 +70,9 @@ class JobState:
     reason: str | None = None
     nodes: tuple[str, ...] = ()
     attempt: int | None = None
+    slurm_age_s: float | None = None
+    # Of a waiting job, as Slurm expects it; epoch seconds.
+    starts_at: float | None = None
 
     @property
     def is_final(self) -> bool:
@@ -85,18 +90,76 @@ class JobState:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What Slurm said of a job: the job, None for one it does not know, or why it could not be asked."""
+    """What Slurm said of a job: the job, None for one it does not know, or why it could not be asked.
+
+    Units: age_s seconds since it was asked; 0 for an answer of this moment.
+    """
 
     job: SlurmJob | None = None
     problem: str | None = None
+    age_s: float = 0.0
 
 
-def load_job_states(runs: Sequence[RunDir], *, now: float | None = None) -> list[JobState]:
-    """The state of every run, in order, from one squeue for all the jobs of each Slurm."""
+def load_job_states(runs: Sequence[RunDir], *, now: float | None = None, max_age_s: float = 0.0) -> list[JobState]:
+    """The state of every run, in order, from one squeue for all the jobs of each Slurm.
+
+    With `max_age_s` a site's Slurm is asked, for all of them, only where what it said to this user is older than that
+    (slurm/kept.py): for a reader, never for a command that acts.
+    """
     sent = [load_submission(run) for run in runs]
     pairs = list(zip(runs, sent, strict=True))
-    answers = _ask_slurm([s for run, s in pairs if s and s.cluster != "local" and not _has_completed(run, s)])
-    return [_state_of(run, s, answers, time.time() if now is None else now) for run, s in pairs]
+    asked = [(run, s) for run, s in pairs if s and s.cluster != "local" and not _has_completed(run, s)]
+    moment = time.time() if now is None else now
+    answers = _look_up(asked, moment, max_age_s) if max_age_s > 0 else _ask_slurm(s for _, s in asked)
+    return [_state_of(run, s, answers, moment) for run, s in pairs]
+
+
+def _look_up(asked: Sequence[tuple[RunDir, Submission]], now: float, max_age_s: float) -> dict[JobKey, Answer]:
+    """What is kept, if that answers for every job, else what Slurm says now, which is kept.
+
+    The sandbox's controller serves nobody else, and jobs of a rehearsal begin and end within seconds: it is asked.
+    """
+    of_site = [(run, s) for run, s in asked if s.cluster != "sandbox" and _key(s)[1]]
+    answers = _ask_slurm([s for _, s in asked if s.cluster == "sandbox" or not _key(s)[1]])
+    # Read before Slurm is asked: where it changes meanwhile, the answer is not used again.
+    words = {_key(s): _own_word(run, s) for run, s in of_site}
+    sent = [s for _, s in of_site]
+    if (found := _all_kept(sent, words, now, max_age_s)) is not None:
+        return answers | found
+    with one_asks():
+        # Another one may have asked while this one waited.
+        if (found := _all_kept(sent, words, now, max_age_s)) is not None:
+            return answers | found
+        fresh = _ask_slurm(sent)
+        known = {key: answer.job for key, answer in fresh.items() if answer.problem is None and key in words}
+        new = {name_answer(*key): Kept(asked_at=now, word=words[key], job=job) for key, job in known.items()}
+        if new:
+            write_kept(new, now=now)
+    return answers | fresh
+
+
+def _all_kept(
+    sent: Sequence[Submission], words: Mapping[JobKey, str | None], now: float, max_age_s: float
+) -> dict[JobKey, Answer] | None:
+    """The kept answers for all of the jobs; None where one of them has none that may be used."""
+    kept = load_kept() if sent else {}
+    found = {_key(s): _usable(kept.get(name_answer(*_key(s))), s, words[_key(s)], now, max_age_s) for s in sent}
+    if not all(found.values()):
+        return None
+    return {key: Answer(job=k.job, age_s=round(max(0.0, now - k.asked_at), 1)) for key, k in found.items() if k}
+
+
+def _usable(kept: Kept | None, submission: Submission, word: str | None, now: float, max_age_s: float) -> Kept | None:
+    # Who waited for another one's question finds an answer of a moment later than its own beginning.
+    if kept is None or not -LONGEST_TURN_S <= now - kept.asked_at < max_age_s or kept.word != word:
+        return None
+    # A job that was sent since may have the number of an older Slurm's.
+    return kept if kept.asked_at >= (submission.submitted_at or 0.0) else None
+
+
+def _own_word(run: RunDir, submission: Submission) -> str | None:
+    status = _own_status(load_status(run), submission)
+    return None if status is None else f"{status.state}/{status.attempt}"
 
 
 def _has_completed(run: RunDir, submission: Submission) -> bool:
@@ -119,6 +182,15 @@ def _state_of(run: RunDir, submission: Submission | None, answers: Mapping[JobKe
 
 def judge_slurm_state(status: StatusFile | None, answer: Answer, *, now: float) -> JobState:
     """The state of a job under Slurm, from its own last word and Slurm's."""
+    state = _judge(status, answer, now)
+    if not answer.age_s:
+        return state
+    if state.source != "status.json":
+        return replace(state, age_s=answer.age_s)
+    return state if state.is_final else replace(state, slurm_age_s=answer.age_s)
+
+
+def _judge(status: StatusFile | None, answer: Answer, now: float) -> JobState:
     job = answer.job
     if job is not None and job.state in _SLURM_ALIASES:
         job = replace(job, state=_SLURM_ALIASES[job.state])
@@ -264,6 +336,7 @@ def _from_slurm(job: SlurmJob, status: StatusFile | None) -> JobState:
         reason=_reason(job) if known else f"{job.source} says {job.state}",
         nodes=status.nodes if status and status.nodes and not began_again else job.nodes,
         attempt=status.attempt if status else None,
+        starts_at=job.start_time if job.state in WAITING else None,
     )
 
 

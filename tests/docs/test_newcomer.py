@@ -49,7 +49,7 @@ def test_after_the_demo_its_run_is_shown_reported_and_a_failed_gate_understood(t
     assert page == RunDir(trained).report / "index.html"
     assert "data:image/png;base64" in page.read_text(), "the pictures are inside"
     assert "exit code 10" in refused.splitlines()
-    assert "FAIL paths.required on local-01" in refused
+    assert "FAIL paths.required on local-01, local-02: " in refused
     assert "fix: on local-01: ls -ld /data/missing" in refused
     (second,) = {p.name for p in (tmp_path / "runs").glob("demo-*")} - {trained.name}
     assert not list(RunDir(tmp_path / "runs" / second).read_metrics()), "training never started"

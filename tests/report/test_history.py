@@ -102,6 +102,15 @@ def test_no_secret_is_shown_and_text_is_escaped(make_run) -> None:
         assert shown in page
 
 
+def test_a_start_is_an_event_with_its_longest_parts(make_run) -> None:
+    run = make_run()
+    seconds = {"launch": 2.0, "imports": 4.5, "process_group": 0.1, "weights": 31.25}
+    run.append_metric({"kind": "start", "time": 1044.0, "attempt": 1, "step": 1, "total_s": 37.85, "seconds": seconds})
+    (event,) = [e for e in load_history(run).events if e.kind == "start"]
+    assert event.text == "37.9 s after its processes began (weights 31.2, imports 4.5, launch 2.0)"
+    assert "first step" in render_page([load_history(run)], [], made_at=0.0)
+
+
 def test_the_page_asks_no_other_place_for_anything(make_run) -> None:
     page = render_page([load_history(make_run("a-1-1")), load_history(make_run("b-1-1"))], [], made_at=0.0)
     for word in ('src="http', "href=", "<script", "@import", "url("):

@@ -62,8 +62,14 @@ def test_one_or_two_things_can_be_reported(make_run, argv: list[str]) -> None:
 @pytest.mark.slow
 def test_a_run_becomes_a_private_page_with_its_pictures_inside(make_run) -> None:
     run = make_run()
-    done = call(run, "report", run.name)
+    done = call(run, "report", run.name, "--no-tensorboard", "--json")
     assert done.returncode == 0, done.stderr
+    pictures = sorted(str(p) for p in run.report.glob("*.png"))
+    assert json.loads(done.stdout) == {
+        "page": str(run.report / "index.html"),
+        "pictures": pictures,
+        "tensorboard": None,
+    }
     names = {p.name for p in run.report.iterdir()}
     assert names == {"index.html", "loss.png", "accuracy.png", "speed.png", "ranks.png", "timeline.png"}
     assert {stat.S_IMODE(p.stat().st_mode) for p in run.report.iterdir()} == {0o600}
@@ -107,19 +113,33 @@ def test_tensorboard_reads_back_what_was_logged(make_run) -> None:
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     run = make_run()
-    for _ in range(2):
-        done = call(run, "report", run.name, "--tensorboard")
+    for options in (["--tensorboard"], []):
+        done = call(run, "report", run.name, *options)
         assert done.returncode == 0, done.stderr
+        assert f"tensorboard --logdir {run.report / 'tensorboard'}\n" in done.stdout
     (path,) = (run.report / "tensorboard" / run.name).iterdir()
     events = [e for e in EventFileLoader(str(path)).Load() if e.summary.value]
     losses = {e.step: e.summary.value[0].tensor.float_val[0] for e in events if e.summary.value[0].tag == "loss/total"}
     assert losses == dict(zip(range(1, 7), load_history(run).steps.column("loss"), strict=True))
 
 
-def test_without_tensorboard_the_line_to_type_is_told(make_run, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_without_tensorboard_the_page_is_written_and_says_how_to_get_it(make_run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run = make_run()
+    done = call(run, "report", run.name, PYTHONPATH=blocker(tmp_path, "tensorboard"))
+    assert done.returncode == 0, done.stderr
+    assert (run.report / "index.html").exists()
+    assert not (run.report / "tensorboard").exists()
+    assert [line for line in done.stdout.splitlines() if "pip install 'janus-cluster[report]'" in line] == [
+        "tensorboard: no event files were written; to get them: pip install 'janus-cluster[report]'"
+    ]
+
+
+def test_event_files_that_were_asked_for_and_cannot_be_written_are_an_error(make_run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     run = make_run()
     done = call(run, "report", run.name, "--tensorboard", PYTHONPATH=blocker(tmp_path, "tensorboard"))
     assert done.returncode == 1
-    assert "pip install tensorboard" in done.stderr
+    assert "pip install 'janus-cluster[report]'" in done.stderr
     assert not run.report.exists()

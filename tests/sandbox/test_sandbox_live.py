@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -237,6 +238,24 @@ def test_down_leaves_nothing_but_logs_even_with_a_stubborn_job(
     assert (home / "logs" / "slurmctld.log").stat().st_size > 0
     assert not down(home)
     assert set(node_states(sandbox).values()) == {"idle"}
+
+
+def test_the_commands_print_json_and_nothing_else(hosts: SandboxInfo) -> None:
+    def janus(*argv: str) -> Any:
+        environ = os.environ | {"JANUS_HOME": str(Path(hosts.home).parent)}
+        command = [sys.executable, "-m", "janus_cluster.cli", "sandbox", *argv, "--json"]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True, timeout=120)
+        return json.loads(done.stdout)
+
+    running = janus("up")
+    assert (running["was_running"], running["state"], len(running["nodes"])) == (True, "running", 2)
+    try:
+        slow = janus("fault", "slow-link", "h800-02", "--rail", "ib3", "--rate", "100mbit")
+        assert [(f["kind"], f["node"], f["detail"]["rail"]) for f in slow["faults"]] == [
+            ("slow-link", "h800-02", "ib3")
+        ]
+    finally:
+        assert janus("heal") == {"faults": []}
 
 
 def test_plain_nodes_give_eight_gpus_each(tmp_path_factory: pytest.TempPathFactory) -> None:
