@@ -48,6 +48,9 @@ def run_job(run: RunDir, launcher: Launcher) -> int:
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         # job.sbatch asks Slurm for USR1 before the walltime ends.
         signal.signal(signum, lambda number, _frame: stop.note(number))
+    if early := os.environ.get("JANUS_STOP_SIGNAL"):
+        # It came to job.sbatch while the environment was being prepared.
+        stop.note(signal.Signals[f"SIG{early}"])
     with run_folder_held(run, job_id=launcher.job_id, wait_s=_WAIT_FOR_LOCK_S):
         while True:
             # Read anew: an attempt that ran out of memory leaves a smaller option behind.

@@ -54,6 +54,17 @@ def test_the_gate_runs_on_two_simulated_nodes(janus: Janus, tmp_path: Path) -> N
     assert only_run(tmp_path).status_json.exists()
 
 
+def test_a_stop_signal_from_before_the_attempt_ends_it(janus: Janus, tmp_path: Path) -> None:
+    done = janus("submit", "demo", "--cluster", "local", "--dry-run", "--json", "--set", "preflight.min_free_gb=0.1")
+    run = RunDir(Path(json.loads(done.stdout)["run_dir"]))
+    environ = os.environ | {"JANUS_LAUNCHER": "local", "JANUS_STOP_SIGNAL": "USR1"}
+    done = subprocess.run(["bash", str(run.job_sbatch)], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 13, done.stdout + done.stderr
+    status = json.loads(run.status_json.read_text())
+    assert (status["state"], status["signal"]) == ("STOPPED", 10)
+    assert "SIGUSR1" in status["reason"]
+
+
 def test_a_failed_gate_ends_with_2_and_names_the_check(janus: Janus) -> None:
     done = janus(*PREFLIGHT, "--set", "preflight.require_paths=[/no/such/place]")
     assert done.returncode == 2

@@ -242,8 +242,8 @@ def test_a_stop_signal_saves_at_a_step_boundary_and_the_job_goes_on_by_itself(
 
 
 def test_the_walltime_is_no_end(runs: Runs, reference: Curve) -> None:
-    # Slurm looks every half minute: it signals 90 to 120 s before the end.
-    job = runs.submit("slurm.time=00:02:00", "slurm.signal=B:USR1@90", steps=300)
+    # Slurm looks every half minute: it signals 60 to 90 s before the end, when training is on its way.
+    job = runs.submit("slurm.time=00:02:00", "slurm.signal=B:USR1@60", steps=300)
     job.wait_for_event("stop")
     # The second attempt is given the time to end; else a slow machine would make many of it.
     runs.slurm("scontrol", "update", f"JobId={job.id}", "TimeLimit=00:30:00")

@@ -126,6 +126,13 @@ def test_setup_lines_run_in_the_same_shell_before_env_sh(resolve: Resolve, tmp_p
     assert (environ["FROM_SETUP"], environ["LAST"], environ["NCCL_NET"]) == ("x", "2", "IB")
 
 
+def test_a_stop_signal_that_comes_early_is_handed_on(resolve: Resolve, tmp_path: Path) -> None:
+    resolved = _with_setup(resolve(run_dir=tmp_path / "run", python=str(_recorder(tmp_path))), ["kill -USR1 $$"])
+    done = _run(resolved, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert _recorded(tmp_path)[1]["JANUS_STOP_SIGNAL"] == "USR1"
+
+
 def test_the_submitted_code_comes_before_the_users_own_pythonpath(resolve: Resolve, tmp_path: Path) -> None:
     run = tmp_path / "it's $(touch pwned)"
     python = str(_recorder(tmp_path))
