@@ -13,6 +13,10 @@ import pytest
 from janus_cluster.sandbox import SandboxInfo, down, up
 from janus_cluster.sandbox.programs import find_missing
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that starts the tests in its background ignores Ctrl-C for them, and every program of the tests would too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def require_slurm(*, accounting: bool = False) -> None:
     """Return only where a real Slurm can be started; with REQUIRE_SLURM=1 its absence is a failure, never a skip."""
