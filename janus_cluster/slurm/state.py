@@ -18,7 +18,7 @@ from pathlib import Path
 from janus_cluster.errors import JanusError
 from janus_cluster.rundir import RunDir
 from janus_cluster.slurm.commands import Slurm, SlurmJob
-from janus_cluster.slurm.kept import LONGEST_TURN_S, Kept, load_kept, name_answer, one_asks, write_kept
+from janus_cluster.slurm.kept import LONGEST_TURN_S, Kept, lately_wanted, load_kept, name_answer, one_asks, write_kept
 from janus_cluster.slurm.recorded import StatusFile, Submission, load_status, load_submission
 
 # Which Slurm, and the job's number there.
@@ -110,7 +110,7 @@ def load_job_states(runs: Sequence[RunDir], *, now: float | None = None, max_age
     pairs = list(zip(runs, sent, strict=True))
     asked = [(run, s) for run, s in pairs if s and s.cluster != "local" and not _has_completed(run, s)]
     moment = time.time() if now is None else now
-    answers = _look_up(asked, moment, max_age_s) if max_age_s > 0 else _ask_slurm(s for _, s in asked)
+    answers = _look_up(asked, moment, max_age_s) if max_age_s > 0 else _ask_slurm(_key(s) for _, s in asked)
     return [_state_of(run, s, answers, moment) for run, s in pairs]
 
 
@@ -120,33 +120,54 @@ def _look_up(asked: Sequence[tuple[RunDir, Submission]], now: float, max_age_s: 
     The sandbox's controller serves nobody else, and jobs of a rehearsal begin and end within seconds: it is asked.
     """
     of_site = [(run, s) for run, s in asked if s.cluster != "sandbox" and _key(s)[1]]
-    answers = _ask_slurm([s for _, s in asked if s.cluster == "sandbox" or not _key(s)[1]])
+    answers = _ask_slurm(_key(s) for _, s in asked if s.cluster == "sandbox" or not _key(s)[1])
     # Read before Slurm is asked: where it changes meanwhile, the answer is not used again.
     words = {_key(s): _own_word(run, s) for run, s in of_site}
     sent = [s for _, s in of_site]
-    if (found := _all_kept(sent, words, now, max_age_s)) is not None:
-        return answers | found
-    with one_asks():
-        # Another one may have asked while this one waited.
-        if (found := _all_kept(sent, words, now, max_age_s)) is not None:
-            return answers | found
-        fresh = _ask_slurm(sent)
-        known = {key: answer.job for key, answer in fresh.items() if answer.problem is None and key in words}
-        new = {name_answer(*key): Kept(asked_at=now, word=words[key], job=job) for key, job in known.items()}
-        if new:
-            write_kept(new, now=now)
-    return answers | fresh
+    found = _all_kept(sent, words, now, max_age_s)
+    if found is None:
+        with one_asks():
+            # Another one may have asked while this one waited.
+            found = _all_kept(sent, words, now, max_age_s)
+            if found is None:
+                return answers | _ask_and_keep(words, now)
+    unnoticed = {
+        name_answer(*key): replace(k, wanted_at=now) for key, k in found.items() if now - k.wanted_at > max_age_s
+    }
+    if unnoticed:
+        write_kept(unnoticed, now=now)
+    return answers | {key: Answer(job=k.job, age_s=round(max(0.0, now - k.asked_at), 1)) for key, k in found.items()}
+
+
+def _ask_and_keep(words: Mapping[JobKey, str | None], now: float) -> dict[JobKey, Answer]:
+    """What Slurm says of these jobs, asked together with those that others look at; all of it is kept."""
+    beside = {
+        (conf, job_id): kept
+        for conf in {conf for conf, _ in words}
+        for job_id, kept in lately_wanted(conf, now=now).items()
+        if (conf, job_id) not in words
+    }
+    fresh = _ask_slurm(words, beside=beside)
+    new = {
+        name_answer(*key): replace(beside[key], asked_at=now, job=answer.job)
+        if key in beside
+        else Kept(asked_at=now, wanted_at=now, word=words[key], job=answer.job)
+        for key, answer in fresh.items()
+        if answer.problem is None
+    }
+    if new:
+        write_kept(new, now=now)
+    return {key: answer for key, answer in fresh.items() if key in words}
 
 
 def _all_kept(
     sent: Sequence[Submission], words: Mapping[JobKey, str | None], now: float, max_age_s: float
-) -> dict[JobKey, Answer] | None:
+) -> dict[JobKey, Kept] | None:
     """The kept answers for all of the jobs; None where one of them has none that may be used."""
     kept = load_kept() if sent else {}
     found = {_key(s): _usable(kept.get(name_answer(*_key(s))), s, words[_key(s)], now, max_age_s) for s in sent}
-    if not all(found.values()):
-        return None
-    return {key: Answer(job=k.job, age_s=round(max(0.0, now - k.asked_at), 1)) for key, k in found.items() if k}
+    usable = {key: k for key, k in found.items() if k}
+    return usable if len(usable) == len(found) else None
 
 
 def _usable(kept: Kept | None, submission: Submission, word: str | None, now: float, max_age_s: float) -> Kept | None:
@@ -255,27 +276,27 @@ def is_same_job(job: SlurmJob, run: RunDir, submission: Submission) -> bool:
     return job.restarts != 0 or job.submit_time < submission.submitted_at + _SUBMIT_SLACK_S
 
 
-def _ask_slurm(sent: Iterable[Submission]) -> dict[JobKey, Answer]:
-    ids_by_conf: dict[Path | None, list[str]] = {}
-    for submission in sent:
-        ids_by_conf.setdefault(submission.slurm_conf, [])
-        if submission.job_id is not None and submission.job_id.isdigit():
-            ids_by_conf[submission.slurm_conf].append(submission.job_id)
+def _ask_slurm(wanted: Iterable[JobKey], *, beside: Iterable[JobKey] = ()) -> dict[JobKey, Answer]:
+    """What every Slurm says of its jobs; of those named `beside` them only what the same questions bring."""
     answers: dict[JobKey, Answer] = {}
+    ids_by_conf: dict[Path | None, list[str]] = {}
+    for conf, job_id in wanted:
+        ids_by_conf.setdefault(conf, []).extend([job_id] if job_id else [])
     for conf, job_ids in ids_by_conf.items():
-        found = _climb(Slurm() if conf is None else Slurm(conf=conf, timeout_s=_SANDBOX_TIMEOUT_S), job_ids)
+        slurm = Slurm() if conf is None else Slurm(conf=conf, timeout_s=_SANDBOX_TIMEOUT_S)
+        found = _climb(slurm, job_ids, [job_id for own, job_id in beside if own == conf])
         answers |= {(conf, job_id): answer for job_id, answer in found.items()}
         answers[(conf, "")] = Answer(problem="no job id is known")
     return answers
 
 
-def _climb(slurm: Slurm, job_ids: Sequence[str]) -> dict[str, Answer]:
+def _climb(slurm: Slurm, job_ids: Sequence[str], beside: Sequence[str]) -> dict[str, Answer]:
     problem = None
     found: dict[str, SlurmJob] = {}
     try:
-        found |= slurm.squeue(job_ids)
+        found |= slurm.squeue([*job_ids, *beside])
         # A hidden partition or a site's privacy rule can keep a job out of squeue alone.
-        if not found and len(job_ids) == 1 and (job := slurm.scontrol_show_job(job_ids[0])):
+        if len(job_ids) == 1 and job_ids[0] not in found and (job := slurm.scontrol_show_job(job_ids[0])):
             found[job.job_id] = job
     except JanusError as e:
         problem = e.message
@@ -286,7 +307,8 @@ def _climb(slurm: Slurm, job_ids: Sequence[str]) -> dict[str, Answer]:
         recorded = {}
     # Accounting keeps open rows of jobs that were lost with a controller; only an end that it recorded counts.
     found |= {i: job for i, job in recorded.items() if job.state == "COMPLETED" or job.state in ENDED_BADLY}
-    return {i: Answer(job=found[i]) if i in found else Answer(problem=problem) for i in job_ids}
+    answers = {i: Answer(job=found[i]) if i in found else Answer(problem=problem) for i in job_ids}
+    return answers | {i: Answer(job=found[i]) for i in beside if i in found}
 
 
 def _key(submission: Submission) -> JobKey:

@@ -24,7 +24,13 @@ class Terminal:
         self.out: TextIO = os.fdopen(child, "w")
 
     def read(self) -> str:
-        return os.read(self._parent, 10_000).decode()
+        """What was written since the last time. It arrives in pieces; the NUL written here comes last."""
+        self.out.write("\0")
+        self.out.flush()
+        shown = b""
+        while not shown.endswith(b"\0"):
+            shown += os.read(self._parent, 10_000)
+        return shown.removesuffix(b"\0").decode()
 
     def close(self) -> None:
         self.out.close()

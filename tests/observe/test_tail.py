@@ -443,10 +443,14 @@ def test_terminal_gets_colours_and_a_pipe_none(tmp_path: Path) -> None:
     run.batch_log.write_text("script\n")
     end_as(run, "COMPLETED", 0)
     parent, child = os.openpty()
+    pieces: list[bytes] = []
     with os.fdopen(child, "w") as terminal:
+        reader = threading.Thread(target=read_terminal, args=(parent, pieces))
+        reader.start()
         tail(run, out=terminal, follow=False)
-        shown = os.read(parent, 10_000).decode()
+    reader.join()
     os.close(parent)
+    shown = b"".join(pieces).decode()
     colours = {word: colour for colour, word in re.findall(r"\x1b\[(\d+)m\S+ \|\x1b\[0m (\w+)", shown)}
     assert set(colours) == {"here", "there", "both", "rank", "script"}
     assert len({colours[word] for word in ("here", "there", "both", "script")}) == 4

@@ -113,9 +113,11 @@ def test_a_watch_and_a_loop_beside_it_ask_slurm_once_in_15_seconds(site: Site, t
     begun = time.monotonic()
     with shown.open("w") as out, subprocess.Popen(command, env=env, stdout=out) as watch:
         try:
-            while shown.read_text().count("2: PENDING (says squeue, ") < 2:
+            while (screens := shown.read_text().count("2: PENDING (says squeue, ")) < 2:
                 assert time.monotonic() - begun < 120, shown.read_text()
-                type_in(tmp_path / "home", "status")
+                # Of a job that nobody has looked at yet nothing is kept: the watch comes first.
+                if screens > 0:
+                    type_in(tmp_path / "home", "status", "2")
                 time.sleep(0.5)
         finally:
             watch.send_signal(signal.SIGINT)
@@ -151,6 +153,29 @@ def test_a_job_that_the_answer_does_not_hold_is_asked_for(site: Site, tmp_path: 
     assert site.questions == 2
     assert look([first])[0].age_s is not None
     assert site.questions == 2
+
+
+def test_who_asks_asks_for_what_others_look_at_too(site: Site, tmp_path: Path) -> None:
+    site.set(j1="PENDING", j2="PENDING", j3="PENDING")
+    runs = {job_id: make_run(tmp_path / "home", job_id, submitted_at=0.0) for job_id in "123"}
+    begun = time.time()
+    look(list(runs.values()), now=begun)
+    for round_ in range(1, 6):
+        now = begun + 16 * round_
+        look([runs["2"]], now=now)
+        assert len(look(list(runs.values()), now=now + 5)) == 3
+        assert site.questions == 1 + round_
+
+
+def test_what_nobody_looks_at_any_more_is_not_asked_for(site: Site, tmp_path: Path) -> None:
+    site.set(j1="PENDING", j2="PENDING")
+    first, second = (make_run(tmp_path / "home", job_id, submitted_at=0.0) for job_id in "12")
+    begun = time.time()
+    look([first, second], now=begun)
+    for round_ in range(1, 6):
+        look([second], now=begun + 16 * round_)
+    (name,) = json.loads(slurm_answers_json().read_text())["answers"]
+    assert name.endswith("\n2")
 
 
 def test_a_job_sent_after_the_answer_is_asked_for_whatever_its_number(site: Site, tmp_path: Path) -> None:
@@ -210,7 +235,8 @@ def test_the_file_is_private_and_a_damaged_one_is_passed_over(site: Site, tmp_pa
     damaged = ["", "{", "[]", '{"answers": 3}', *(
         json.dumps({"answers": {name: whole["answers"][name] | change}})
         for change in (
-            {"job": 7}, {"asked_at": "x"}, {"job": {"state": "RUNNING"}}, {"asked_at": 9e99}, {"asked_at": 0}
+            {"job": 7}, {"asked_at": "x"}, {"wanted_at": None}, {"job": {"state": "RUNNING"}},
+            {"asked_at": 9e99}, {"asked_at": 0}
         )
     )]  # fmt: skip
     for number, text in enumerate(damaged, 2):
