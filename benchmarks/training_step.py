@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
 
 from benchmarks.counting import Counts
 from benchmarks.ways import OURS, PREDECESSOR, SIZES, Bench, Rig, Way, describe, one_process
 from janus_cluster.training.entry import quiet_libraries
+from janus_cluster.training.kernels import skip_unused_kernels
 
 NO_RECOMPUTE: dict[str, Any] = {"recompute_every": 0, "recompute_vision": False}
 # (lever, off → on, from which way, what is changed, whether this is the lever's "on" side)
@@ -190,6 +190,16 @@ def measure(
     return rigs, {name: rig.count() for name, rig in rigs.items()} if counted else {}
 
 
+def render_about(report: Report) -> str:
+    """One line: when, on what, with what, beside how much other work."""
+    about, settings = report.about, report.settings
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    return (
+        f"{about['date']}, {about['gpu'] or about['cpu']}, {about['cores']} cores, load {about['load_average']:.1f}, "
+        f"{versions}; {settings['wall_s']} s: {about['command']}"
+    )
+
+
 def render_rows(rows: Sequence[Row], counts: dict[str, Counts]) -> str:
     """Markdown, a row a comparison."""
     lines = [
@@ -272,7 +282,7 @@ def run(
 
 def count_collectives(stage: str, *, accumulation: int) -> list[dict[str, int]]:
     """Collectives of every micro-step of one optimizer step, on this rank of several; torchrun starts it."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_unused_kernels()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     folder = Path(tempfile.mkdtemp(prefix=f"training-step-{dist.get_rank()}-"))
     bench = Bench(folder / "demo", size=SIZES["tiny"], device="cpu", accumulation=accumulation)
@@ -352,7 +362,7 @@ def main() -> None:
         few=options.few,
         with_compile=options.compile,
     )
-    print(text)
+    print(f"{render_about(report)}\n\n{text}")
     record = asdict(report)
     if options.collectives:
         collectives = {

@@ -113,19 +113,19 @@ def drop(path: Path) -> None:
 
 
 def _load_as_rank(folder: Path, place: str) -> None:
-    import deepspeed.ops
+    import deepspeed
     import torch
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.utils import logging as transformers_logging
 
     from janus_cluster.config.schema import Model, Training
+    from janus_cluster.training.kernels import skip_unused_kernels
     from janus_cluster.training.model.build import build_model
     from janus_cluster.training.model.presets import TokenizerIds
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    # As training does on a CPU: it would be compiled here, for half a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_unused_kernels()
     stage = int(place.partition(":")[2])
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     # transformers looks for it while it lives.

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers.integrations import HfDeepSpeedConfig
 
 from janus_cluster.config.schema import Lora, Model, Training
+from janus_cluster.training.kernels import skip_unused_kernels
 from janus_cluster.training.loss import action_count, text_weight_sum
 from janus_cluster.training.model.build import build_model, parameter_groups
 
@@ -81,6 +82,7 @@ def _whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def main(stage: int, weights: str, out: str) -> None:
+    skip_unused_kernels()
     deepspeed.init_distributed(dist_backend="gloo")
     config = {
         "train_micro_batch_size_per_gpu": 1,

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
 from model_cases import IDS
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import HfDeepSpeedConfig
 
 from janus_cluster.config.schema import Model, Training
+from janus_cluster.training.kernels import skip_unused_kernels
 from janus_cluster.training.model.build import build_model, parameter_groups
 
 STAGES = (1, 2, 3)
@@ -79,8 +79,7 @@ def measure(stage: int) -> list[dict[str, int]]:
 
 
 def main(out: str) -> None:
-    # Only inference calls this kernel; building it takes minutes.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_unused_kernels()
     deepspeed.init_distributed(dist_backend="gloo")
     measured = {str(stage): measure(stage) for stage in STAGES}
     if dist.get_rank() == 0:

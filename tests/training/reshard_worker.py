@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from janus_cluster.training.kernels import skip_unused_kernels
 from janus_cluster.training.reshard import load_resharded
 from janus_cluster.training.world import run_and_leave
 
@@ -85,7 +86,7 @@ def work(case: dict[str, Any]) -> None:
 
 
 def main(plan: Path) -> None:
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_unused_kernels()
     deepspeed.init_distributed(dist_backend="gloo")
     for case in json.loads(plan.read_text(encoding="utf-8")):
         work(case)
