@@ -5,7 +5,9 @@ Commands are imported when they are called: `--help` answers before pydantic, ri
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
@@ -75,12 +77,14 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "sandbox": ("janus_cluster.sandbox.cli", "sandbox", "A real two-node Slurm on this machine, to rehearse on."),
 }
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What click's own completion scripts set; see docs/completion.md.
 COMPLETION_VARIABLE = "_JANUS_CLUSTER_COMPLETE"
 
 EPILOG = """\
 \b
-JOB is a job file or a shipped job for submit; a job id, run name or run folder elsewhere.
+JOB is a job file or a shipped job for submit, preflight, render, plan and config;
+a job id, run name or run folder elsewhere.
 With --json stdout is one JSON document and nothing else; what went wrong is on stderr.
 
 \b
@@ -154,6 +158,8 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """The command has run and the process has ended with its exit code; errors are printed for people."""
+    _make_writable()
+    stdout = sys.stdout
     try:
         code = cli.main(standalone_mode=False, prog_name="janus-cluster")
     except click.exceptions.Abort:
@@ -167,10 +173,37 @@ def main() -> NoReturn:
             click.echo(f"next:  {e.hint}", err=True)
         sys.exit(e.exit_code)
     except BrokenPipeError:
-        # The reader has gone; a second failed flush at exit would only add noise.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(141)
+        _end_unread()
+    except OSError as e:
+        if e.errno == errno.ENOENT and e.filename is None:
+            # What os.getcwd says.
+            click.echo("error: the folder that you are in was removed\nnext:  cd to another one", err=True)
+            sys.exit(2)
+        if e.errno not in _FULL:
+            raise
+        click.echo(f"error: {e.strerror}: {e.filename or 'standard output'}", err=True)
+        sys.exit(1)
+    except SystemExit as e:
+        # Where a pipe has no reader click puts another object in the place of stdout, and both it and rich end with 1.
+        if sys.stdout is not stdout or isinstance(e.__context__, BrokenPipeError):
+            _end_unread()
+        raise
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _make_writable() -> None:
+    """stdout and stderr take any text: a terminal that is not UTF-8 shows `?`, a stream that was closed nothing."""
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _end_unread() -> NoReturn:
+    # The reader has gone; a second failed flush at exit would only add noise.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(141)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -215,7 +216,8 @@ def describe(done: Submission) -> str:
     rows += [("nodes", note) for note in done.notes]
     rows += [("run folder", str(done.run.path)), ("command", done.shell_line)]
     if done.job_id is None:
-        rows += [("dry run", "nothing was queued"), ("next", f"less {done.run.job_sbatch}"), ("", done.shell_line)]
+        look = f"less {shlex.quote(str(done.run.job_sbatch))}"
+        rows += [("dry run", "nothing was queued"), ("next", look), ("", done.shell_line)]
     else:
         rows += [("job id", done.job_id), ("next", f"janus-cluster tail {done.job_id}")]
         rows += [("", f"janus-cluster status {done.job_id}"), ("", f"janus-cluster cancel {done.job_id}")]

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 
 _STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
@@ -146,7 +146,9 @@ def split_stamp(raw: bytes) -> tuple[float | None, bytes]:
     if found is None:
         return None, raw
     try:
-        return datetime.fromisoformat(found[0][:24].decode("ascii")).timestamp(), raw[found.end() :]
+        # Without its Z: Python 3.10 reads none.
+        when = datetime.fromisoformat(found[0][:23].decode("ascii")).replace(tzinfo=timezone.utc)
+        return when.timestamp(), raw[found.end() :]
     except ValueError:
         return None, raw
 

@@ -173,21 +173,27 @@ def exclude_bad_nodes(resolved: ResolvedJob, *, slurm_conf: Path | None, site: P
         given,
         remembered,
         num_nodes=resolved.job.nodes,
-        site_nodes=_site_nodes(options.get("partition"), slurm_conf),
+        site_nodes=_site_nodes(resolved, slurm_conf),
         now=now,
         wanted=options.get("nodelist"),
         is_gated=keys.enabled,
     )
 
 
-def _site_nodes(partition: str | None, slurm_conf: Path | None) -> frozenset[str] | None:
-    """The nodes that this Slurm could give; None where it cannot be asked, as for a dry run away from it."""
-    from janus_cluster.slurm.commands import Slurm
+def _site_nodes(resolved: ResolvedJob, slurm_conf: Path | None) -> frozenset[str] | None:
+    """The nodes that this Slurm could give to the job; None where it cannot be asked, as for a dry run away from it.
+
+    Those with the job's GPUs, where any has them by that name: a partition may hold nodes of other kinds.
+    """
+    from janus_cluster.slurm.commands import Slurm, has_gpus
 
     try:
-        return Slurm(conf=slurm_conf, timeout_s=_ASK_NODES_S).usable_nodes(partition) or None
+        usable = Slurm(conf=slurm_conf, timeout_s=_ASK_NODES_S).usable_nodes(resolved.sbatch_options.get("partition"))
     except JanusError:
         return None
+    hardware = resolved.job.hardware
+    fitting = {node for node, gres in usable.items() if hardware.gpus_per_node and has_gpus(gres, hardware.gpu_type)}
+    return frozenset(fitting or usable) or None
 
 
 def _with_option(options: Mapping[str, str | None], name: str, value: str | None) -> dict[str, str | None]:
@@ -214,7 +220,7 @@ def load_request(request: Request, environ: Mapping[str, str]) -> LoadedJob:
     if request.nodes not in (None, 1, 2):
         raise UsageError(
             f"--nodes {request.nodes}: there is no job for {request.nodes} nodes; allowed: 1, 2",
-            hint="janus-cluster submit --nodes 2",
+            hint="--nodes 2",
         )
     options: dict[str, Any] = {"nodes": request.nodes, "name": request.name}
     if not request.preflight:

@@ -114,6 +114,13 @@ def test_a_dry_run_writes_what_submit_would_write(run: Run, tmp_path: Path) -> N
     assert "effective batch" in done.stdout
 
 
+def test_the_next_lines_of_a_dry_run_can_be_pasted_where_a_path_has_blanks(run: Run, tmp_path: Path) -> None:
+    done = run("submit", "demo", "--cluster", "local", "--dry-run", JANUS_HOME=str(tmp_path / "我的 目录"))
+    (script,) = (tmp_path / "我的 目录" / "runs").glob("*/job.sbatch")
+    assert f"less '{script}'" in done.stdout
+    assert f"JANUS_LAUNCHER=local bash '{script}'" in done.stdout
+
+
 def test_the_json_of_a_dry_run_keeps_its_contract(run: Run, tmp_path: Path) -> None:
     done = run("submit", "demo", "--dry-run", "--json")
     value: dict[str, Any] = json.loads(done.stdout)

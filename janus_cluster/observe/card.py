@@ -126,20 +126,20 @@ def next_steps(
     `smaller` are --set options for less memory that training.memory: auto has planned for this run.
     """
     at = f"goes on after step {checkpoint.step}" if checkpoint else "no complete checkpoint: begins at step 0"
-    resume = f"janus-cluster resume {ref}   ({at})"
+    resume = f"janus-cluster resume {ref}   # {at}"
     submit = f"janus-cluster submit {shlex.quote(str(run.job_yaml))}"
     only = f" --rank {failure.rank}" if failure.rank is not None else ""
     look = f"janus-cluster tail {ref} --no-follow -n 100{only}"
     steps = {
-        "walltime": [resume, f"{submit} --set slurm.time=…   (a new run with more time)"],
-        "host_out_of_memory": [f"{submit} --set slurm.mem=0   (all of the node's memory)", resume],
+        "walltime": [resume, f"janus-cluster resume {ref} --set slurm.time=…   # the same with more time"],
+        "host_out_of_memory": [f"janus-cluster resume {ref} {_with_less_host_memory(job)}", look],
         "gpu_out_of_memory": [
-            f"janus-cluster resume {ref} {smaller}   ({at})" if smaller else f"{submit} {_smaller(job)}",
+            _go_on_smaller(job, smaller, resume=f"janus-cluster resume {ref}", at=at, submit=submit),
             look,
         ],
-        "disk_full": [f"df -h {shlex.quote(str(run.path))}   (make room first)", resume],
+        "disk_full": [f"df -h {shlex.quote(str(run.path))}   # make room first", resume],
         "bad_data": [f"mend or take away {failure.path or 'the sample'}, then: {resume}"],
-        "diverged": [f"{submit} --set training.learning_rate=…   (a smaller one)", look],
+        "diverged": [f"{submit} --set training.learning_rate=…   # a smaller one", look],
         "environment": [f"less {shlex.quote(str(run.batch_log))}", resume],
     }
     if failure.kind in ("preflight", "preflight_undetermined"):
@@ -149,21 +149,38 @@ def next_steps(
     return steps.get(failure.kind, [look, resume])
 
 
-def _smaller(job: Mapping[str, Any]) -> str:
-    """--set options that need less memory on the GPU and keep the effective batch."""
+def _with_less_host_memory(job: Mapping[str, Any]) -> str:
+    """A --set option by which a rank gets more of the node's memory, or needs less."""
+    asked, workers = (job.get("slurm") or {}).get("mem"), (job.get("data") or {}).get("num_workers")
+    # A job that says nothing asks for all of it.
+    if asked in (None, 0, "0") and isinstance(workers, int) and workers > 1:
+        return f"--set data.num_workers={workers // 2}   # fewer loaders in memory"
+    return "--set slurm.mem=0   # all of the node's memory"
+
+
+def _go_on_smaller(job: Mapping[str, Any], smaller: str | None, *, resume: str, at: str, submit: str) -> str:
+    """The line that needs less memory on the GPU; a new run only where frames have to go."""
+    options = smaller or _smaller(job)
+    if options is None:
+        return f"{submit} --set data.history=…   # a new run with fewer frames; or more nodes"
+    return f"{resume} {options}   # {at}"
+
+
+def _smaller(job: Mapping[str, Any]) -> str | None:
+    """--set options that need less memory on the GPU and keep the effective batch; None where there are none left."""
     training, deepspeed = job.get("training") or {}, job.get("deepspeed") or {}
     batch, accumulated = training.get("per_device_batch_size"), training.get("gradient_accumulation_steps")
     if isinstance(batch, int) and isinstance(accumulated, int) and batch > 1:
         factor = next(n for n in range(2, batch + 1) if batch % n == 0)
         return (
             f"--set training.per_device_batch_size={batch // factor} "
-            f"--set training.gradient_accumulation_steps={accumulated * factor}   (the same effective batch)"
+            f"--set training.gradient_accumulation_steps={accumulated * factor}"
         )
     if not training.get("gradient_checkpointing", True):
         return "--set training.gradient_checkpointing=true"
     if deepspeed.get("profile") != "zero3":
         return "--set deepspeed.profile=zero3"
-    return "--set data.history=…   (fewer frames), or more nodes"
+    return None
 
 
 def _load_smaller_option(run: RunDir) -> str | None:

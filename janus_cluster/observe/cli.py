@@ -19,7 +19,7 @@ from janus_cluster.observe.text import to_json
 from janus_cluster.rundir import RunDir
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
     from janus_cluster.observe.status import RunStatus
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 WATCH_S = 15.0
 # `status` without a name looks for unfinished runs among this many of the newest.
 _RECENT_RUNS = 50
+# Columns: wider than any table.
+_UNLIMITED = 10_000
 
 _runs_dir_option = click.option(
     "--runs-dir",
@@ -196,8 +198,7 @@ def _print_status(console: Console, statuses: list[RunStatus], folders: list[Pat
     from janus_cluster.observe.status import render_status
 
     if statuses:
-        # The terminal folds long lines itself; a command folded by us could not be copied whole.
-        console.print(render_status(statuses), soft_wrap=True)
+        _print_unfolded(render_status(statuses, width=console.width))
     else:
         console.print(_no_runs(folders))
 
@@ -229,7 +230,7 @@ def list_runs(limit: int, as_json: bool, runs_dirs: tuple[Path, ...]) -> None:
     if as_json:
         click.echo(to_json([s.to_json() for s in statuses]))
     elif statuses:
-        _console().print(render_list(statuses))
+        _print_unfolded(render_list(statuses, width=_console().width))
     else:
         click.echo(_no_runs(folders))
 
@@ -286,5 +287,13 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=220, highlight=False)
 
 
+def _print_unfolded(what: RenderableType) -> None:
+    """The terminal folds long lines itself; a command or table folded by rich could not be copied whole."""
+    from rich.console import Console
+
+    Console(width=_UNLIMITED, highlight=False).print(what, soft_wrap=True)
+
+
 def _no_runs(folders: list[Path]) -> str:
-    return f"no runs in {', '.join(map(str, folders))}; janus-cluster submit starts one"
+    where = ", ".join(map(str, folders))
+    return f"no runs in {where} (JANUS_HOME or --runs-dir names another folder); janus-cluster submit starts one"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from janus_cluster.rundir import RunDir, read_json
 from janus_cluster.slurm.recorded import load_submission
 
 _LIST_HINT = "janus-cluster list shows the runs; --runs-dir DIR looks elsewhere"
+_NONE_HINT = "janus-cluster submit starts one; JANUS_HOME or --runs-dir DIR names another folder"
 _MOST_NAMED = 8
 
 
@@ -60,14 +62,24 @@ def _not_found(ref: str, several: Sequence[str], runs: Sequence[RunDir], runs_di
         named = "\n".join(f"  {name}" for name in several[:_MOST_NAMED])
         more = f"\n  … and {len(several) - _MOST_NAMED} more" if len(several) > _MOST_NAMED else ""
         return JobNotFound(f"{ref!r} is the beginning of {len(several)} runs:\n{named}{more}", hint="type more of it")
+    for place in (Path(ref).expanduser(), *(folder / ref for folder in runs_dirs)):
+        if ref and place.is_dir() and not os.access(place, os.R_OK | os.X_OK):
+            return JobNotFound(f"{place}: you may not read it: run folders are their owner's ({_owner(place)}) alone")
     where = ", ".join(str(d) for d in runs_dirs)
     if not runs:
-        return JobNotFound(f"no run {ref!r}: there are no runs in {where}", hint="janus-cluster submit starts one")
+        return JobNotFound(f"no run {ref!r}: there are no runs in {where}", hint=_NONE_HINT)
     ids = [sent.job_id for run in runs if (sent := load_submission(run)) and sent.job_id]
     known = dict.fromkeys([*(job_name(run) for run in runs), *(run.name for run in runs), *ids])
     near = difflib.get_close_matches(ref, known, n=3, cutoff=0.5)
     meant = f"; did you mean {' or '.join(near)}?" if near else ""
     return JobNotFound(f"no job id, run name or run folder {ref!r} in {where}{meant}", hint=_LIST_HINT)
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.owner()
+    except KeyError:
+        return f"user {path.stat().st_uid}"
 
 
 def _is_run(path: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from janus_cluster.observe.find import list_runs
-from janus_cluster.observe.status import RunStatus, collect_status, render_source, state_style
+from janus_cluster.observe.status import RunStatus, build_table, collect_status, render_source, state_style
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,22 +18,19 @@ def collect_list(runs_dirs: Sequence[Path], *, limit: int, max_age_s: float = 0.
     return collect_status(list_runs(runs_dirs)[:limit], max_age_s=max_age_s)
 
 
-def render_list(statuses: Sequence[RunStatus]) -> RenderableType:
-    """One line per run."""
-    from rich.table import Table
+def render_list(statuses: Sequence[RunStatus], *, width: int | None = None) -> RenderableType:
+    """One line per run. Units: width columns of the terminal; None for no limit."""
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("job", "name", "state", "try", "step", "according to"):
-        table.add_column(heading, overflow="fold", no_wrap=heading in ("job", "state", "try", "step"))
+    rows = []
     for s in statuses:
         p = s.progress
-        table.add_row(
-            s.job_id or "-",
-            Text(s.name),
-            Text(s.state.state, style=state_style(s.state)),
-            "-" if s.state.attempt is None else str(s.state.attempt),
-            "-" if p.step is None else f"{p.step}/{p.total_steps or '?'}",
-            Text(render_source(s.state)),
+        state = Text(s.state.state, style=state_style(s.state))
+        attempt = "-" if s.state.attempt is None else str(s.state.attempt)
+        step = "-" if p.step is None else f"{p.step}/{p.total_steps or '?'}"
+        rows.append(
+            [Text(s.job_id or "-"), Text(s.name), state, Text(attempt), Text(step), Text(render_source(s.state))]
         )
-    return table
+    # A name is there to be copied.
+    headings = ("job", "name", "state", "try", "step", "according to")
+    return build_table(headings, rows, folded="according to", width=width)

@@ -32,6 +32,13 @@ IDLE_S = 2.0
 # A time is looked for this far behind a place in the file; C code may write long stretches without any.
 _PROBE_BYTES = 64 * 1024
 _MOST_PROBES = 16
+# Past that only our own stamps are looked for, which takes 10 ms for 16 MB; and no further than this.
+_FAR_BYTES = 64 * 1024 * 1024
+_STAMP_AHEAD = re.compile(rb"\n(?=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z)")
+_STAMP_BYTES = 25
+_FAR_BLOCK_BYTES = 1024 * 1024
+# So many places without a time behind them, and the file is taken for one that has none.
+_MOST_UNTIMED = 3
 # [rank3]:[W1121 14:01:20.299042991 socket.cpp:207] …: the node's local time, without the year.
 _GLOG = re.compile(rb"(?:\[rank\d+\]:)?\[?[IWEF](\d\d)(\d\d) (\d\d):(\d\d):(\d\d)\.(\d{6})\d* ")
 # slurmstepd: error: *** JOB 7 ON h800-01 CANCELLED AT 2026-11-21T15:26:12 DUE TO TIME LIMIT ***, local time, too.
@@ -52,11 +59,16 @@ LineFilter = Callable[[LogLine], bool]
 
 @dataclass
 class GrowingFile:
-    """The reading position in one log file. `has_more`: the last look left some of it unread."""
+    """The reading position in one log file.
+
+    has_more:    the last look left some of it unread.
+    fell_short:  start_at_end found fewer lines than it was to, and has not looked at all of the file.
+    """
 
     path: Path
     offset: int = 0
     has_more: bool = False
+    fell_short: bool = False
     _since: float | None = None
     _inode: int | None = None
     _partial: bytes = b""
@@ -80,6 +92,7 @@ class GrowingFile:
         except FileNotFoundError:
             return []
         self._partial, self._time = back.partial[-MAX_LINE_BYTES:], back.newest
+        self.fell_short = len(found) < num_lines and back.size_read < stat.st_size
         return found[-num_lines:] if num_lines else []
 
     def skip_to_end(self) -> None:
@@ -264,10 +277,11 @@ def _local_time(*numbers: int) -> float | None:
 
 def _find_offset(file: BinaryIO, stat: os.stat_result, since: float) -> int:
     """A place before the first line that is not older than `since`, and not far before."""
-    low, high, is_timed = 0, stat.st_size, False
-    while high - low > _PROBE_BYTES:
+    low, high, is_timed, num_untimed = 0, stat.st_size, False, 0
+    while high - low > _PROBE_BYTES and (is_timed or num_untimed < _MOST_UNTIMED):
         middle = (low + high) // 2
         when, at = _next_time(file, middle, high, changed_at=stat.st_mtime)
+        num_untimed += when is None
         if when is not None and when < since:
             low, is_timed = at, True
         else:
@@ -290,7 +304,26 @@ def _next_time(file: BinaryIO, start: int, end: int, *, changed_at: float) -> tu
         at += len(raw)
         if not raw:
             break
-    return None, at
+    far = _find_stamp(file, at, min(end, start + _FAR_BYTES))
+    if far is None:
+        return None, at
+    file.seek(far)
+    return _own_time(file.readline(_PROBE_BYTES), changed_at=changed_at), far
+
+
+def _find_stamp(file: BinaryIO, start: int, end: int) -> int | None:
+    """Where the first line between the places begins that bears a stamp of ours."""
+    at = start
+    while at < end:
+        file.seek(at)
+        block = file.read(_FAR_BLOCK_BYTES)
+        if found := _STAMP_AHEAD.search(block):
+            return at + found.end() if at + found.end() < end else None
+        if len(block) <= _STAMP_BYTES:
+            break
+        # The end of a block may hold the beginning of a stamp.
+        at += len(block) - _STAMP_BYTES
+    return None
 
 
 def _next_line(file: BinaryIO, start: int) -> int:

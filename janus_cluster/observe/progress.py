@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from janus_cluster.rundir import RunDir
@@ -51,7 +53,18 @@ def load_progress(run: RunDir) -> Progress:
     except OSError:
         return Progress()
     lines = data.split(b"\n")[:-1]
-    return build_progress(parse_records(lines[1:] if start else lines))
+    progress = build_progress(parse_records(lines[1:] if start else lines))
+    checkpoint, export = progress.checkpoint, progress.export
+    return replace(
+        progress,
+        checkpoint=checkpoint and _find_moved(checkpoint, run.checkpoints / Path(checkpoint).name),
+        export=export and _find_moved(export, run.export),
+    )
+
+
+def _find_moved(told: str, here: Path) -> str:
+    """Where it is now: a run folder that was moved or copied tells the place it had."""
+    return str(here) if not Path(told).exists() and here.exists() else told
 
 
 def parse_records(lines: Iterable[bytes]) -> list[dict[str, Any]]:
@@ -80,7 +93,7 @@ def build_progress(records: Iterable[dict[str, Any]]) -> Progress:
     step, total = _last_step(last, by_kind), _whole(last.get("total_steps"))
     # Not of earlier attempts: they may have run on another number of nodes.
     recent = [r for r in trained[-_ETA_STEPS:] if r.get("attempt") == last.get("attempt")]
-    times = [t for r in recent if (t := _number(r.get("step_time_s"))) is not None]
+    times = [t for r in recent if (t := _finite(r.get("step_time_s"))) is not None]
     median_s = statistics.median(times) if times else None
     known = step is not None and total is not None and median_s is not None
     return Progress(
@@ -88,9 +101,9 @@ def build_progress(records: Iterable[dict[str, Any]]) -> Progress:
         step=step,
         total_steps=total,
         loss=_number(last.get("loss")),
-        step_time_s=_number(last.get("step_time_s")),
+        step_time_s=_finite(last.get("step_time_s")),
         median_step_time_s=median_s,
-        samples_per_s=_number(last.get("samples_per_s")),
+        samples_per_s=_finite(last.get("samples_per_s")),
         eta_s=max(0, (total or 0) - (step or 0)) * (median_s or 0.0) if known else None,
         action_accuracy=_number(evaluated.get("action_accuracy")),
         majority_accuracy=_number(evaluated.get("majority_accuracy")),
@@ -123,6 +136,11 @@ def _last_path(records: list[dict[str, Any]]) -> str | None:
 
 def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _finite(value: object) -> float | None:
+    known = _number(value)
+    return known if known is not None and math.isfinite(known) else None
 
 
 def _number(value: object) -> float | None:

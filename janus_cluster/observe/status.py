@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import time
@@ -10,18 +11,24 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from janus_cluster.observe.card import FailureCard, card_to_json, load_card, load_job, render_card
+from janus_cluster.observe.liveline import render_start
 from janus_cluster.observe.planned import describe_plan, load_plan_step_time
 from janus_cluster.observe.progress import Progress, load_progress
 from janus_cluster.observe.text import clean_line
 from janus_cluster.rundir import RunDir, read_json
 from janus_cluster.slurm.recorded import load_submission
-from janus_cluster.slurm.state import JobState, load_job_states
+from janus_cluster.slurm.state import NOBODY, JobState, load_job_states
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
 _GATE_EXIT_CODES = (10, 11)
 _MOST_EARLIER = 4
+# In a table: blanks between columns, and what a column that may be folded is not folded below.
+_GAP = 2
+_NARROWEST = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +128,11 @@ class RunStatus:
 def collect_status(runs: Sequence[RunDir], *, now: float | None = None, max_age_s: float = 0.0) -> list[RunStatus]:
     """Where every run stands, in order, from one Slurm query for all of them; `max_age_s` as in load_job_states."""
     states = load_job_states(runs, now=time.time() if now is None else now, max_age_s=max_age_s)
-    return [_status_of(run, state) for run, state in zip(runs, states, strict=True)]
+    return [load_run_status(run, state) for run, state in zip(runs, states, strict=True)]
 
 
-def _status_of(run: RunDir, state: JobState) -> RunStatus:
+def load_run_status(run: RunDir, state: JobState) -> RunStatus:
+    """What the run folder says of a run in that state."""
     sent = load_submission(run)
     checks, exclude = _load_failed_checks(run, state)
     progress = load_progress(run)
@@ -178,7 +186,7 @@ def _load_retry(run: RunDir) -> str | None:
 
 def add_card(status: RunStatus) -> RunStatus:
     """The same with the card of its failure, which is read from the run's logs; unchanged for a run without one."""
-    return replace(status, card=load_card(status.run, status.state, ref=status.ref))
+    return replace(status, card=load_card(status.run, status.state, ref=shlex.quote(status.ref)))
 
 
 def add_plan(status: RunStatus) -> RunStatus:
@@ -211,21 +219,18 @@ def _failed_check(result: dict[str, Any]) -> FailedCheck:
     )
 
 
-def render_status(statuses: Sequence[RunStatus]) -> RenderableType:
-    """A table of the runs, and below it, for each run that asks for it, what happened and what to type next."""
+def render_status(statuses: Sequence[RunStatus], *, width: int | None = None) -> RenderableType:
+    """A table of the runs, and below it, for each run that asks for it, what happened and what to type next.
+
+    Units: width columns of the terminal; None for no limit.
+    """
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("job", "name", "state", "try", "step", "loss", "s/step", "samples/s", "ETA"):
-        table.add_column(heading, overflow="fold", no_wrap=heading != "name")
+    rows = []
     for s in statuses:
         p = s.progress
-        table.add_row(
-            s.job_id or "-",
-            Text(s.name),
-            Text(s.state.state, style=state_style(s.state)),
+        values = (
             _or_dash(s.state.attempt),
             f"{p.step}/{p.total_steps or '?'}" if p.step is not None else "-",
             _or_dash(p.loss, ".4f"),
@@ -233,9 +238,33 @@ def render_status(statuses: Sequence[RunStatus]) -> RenderableType:
             _or_dash(p.samples_per_s, ".2f"),
             render_duration(s.eta_s) if s.eta_s is not None else "-",
         )
+        state = Text(s.state.state, style=state_style(s.state))
+        rows.append([Text(s.job_id or "-"), Text(s.name), state, *map(Text, values)])
+    headings = ("job", "name", "state", "try", "step", "loss", "s/step", "samples/s", "ETA")
+    table = build_table(headings, rows, folded="name", width=width)
     notes = [note for s in statuses for note in _notes(s)]
     # Text leaves square brackets alone, and a command that is not folded can be copied whole.
     return Group(table, *(Text(line, no_wrap=True, overflow="ignore") for line in ["", *notes]))
+
+
+def build_table(headings: Sequence[str], rows: Sequence[Sequence[Text]], *, folded: str, width: int | None) -> Table:
+    """A table of which only the column `folded` gives way to a narrow terminal: half a number would be a wrong one.
+
+    It may be wider than `width`; the terminal breaks its lines then, as it does with any other text.
+    """
+    from rich.cells import cell_len
+    from rich.table import Table
+
+    widths = [max([cell_len(heading), *(row[i].cell_len for row in rows)]) for i, heading in enumerate(headings)]
+    at = headings.index(folded)
+    if width is not None and (room := width - _GAP * (len(widths) - 1) - sum(widths) + widths[at]) >= _NARROWEST:
+        widths[at] = min(widths[at], room)
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+    for heading, cells in zip(headings, widths, strict=True):
+        table.add_column(heading, overflow="fold", width=cells)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _notes(status: RunStatus) -> list[str]:
@@ -243,8 +272,11 @@ def _notes(status: RunStatus) -> list[str]:
     code = f", exit code {state.exit_code}" if state.exit_code is not None else ""
     on = f" on {', '.join(state.nodes)}" if state.nodes else ""
     lines = [f"{ref}: {state.state}{on}{code} (says {render_source(state)})"]
-    if state.reason and not status.failed_checks:
-        lines.append(f"  reason: {state.reason}")
+    # The card has it as its error, and a run that was never submitted is told what to type.
+    is_told = status.card is not None and status.card.failure.message == state.reason
+    if state.reason and not status.failed_checks and not is_told and state.state != "NOT_SUBMITTED":
+        start = render_start(state.starts_at, now=time.time())
+        lines.append(f"  reason: {state.reason}{f'; {start}' if start else ''}")
     lines += [f"  {line}" for line in status.earlier]
     if status.retry:
         lines.append(f"  {status.retry}")
@@ -255,16 +287,24 @@ def _notes(status: RunStatus) -> list[str]:
         majority = progress.majority_accuracy
         beside = f" (majority class {majority:.3f})" if majority is not None else ""
         lines.append(f"  held-out action accuracy: {progress.action_accuracy:.3f}{beside}")
-    checks = _describe_checks(status.failed_checks)
-    if status.card is not None:
-        lines += render_card(status.card, instead_of_error=checks)
-    else:
-        lines += checks
+    if status.card is None:
+        lines += _describe_checks(status.failed_checks)
         lines += [f"  checkpoint: {progress.checkpoint}"] if state.is_final and progress.checkpoint else []
+    lines += render_failure(status)
     if state.is_final:
         lines += [f"  exported model: {progress.export}"] if progress.export else []
     lines += [f"  next: {command}" for command in next_commands(status)]
     return [_clean_indented(line) for line in lines]
+
+
+def render_failure(status: RunStatus) -> list[str]:
+    """The lines of the run's card, with the failed checks in it; none for a run without a card."""
+    if status.card is None:
+        return []
+    return [
+        _clean_indented(line)
+        for line in render_card(status.card, instead_of_error=_describe_checks(status.failed_checks))
+    ]
 
 
 def _describe_checks(checks: Sequence[FailedCheck]) -> list[str]:
@@ -295,7 +335,7 @@ def describe_balance(progress: Progress, nodes: Mapping[int, str] | None = None)
     lines = []
     for key, label, form, unit in _BALANCE:
         values = progress.ranks.get(key, ())
-        if len(values) < 2:
+        if len(values) < 2 or not all(map(math.isfinite, values)):
             continue
         low, high = (f"{v:{form}}{unit}" for v in (min(values), max(values)))
         if low == high:
@@ -316,29 +356,38 @@ def _clean_indented(text: str) -> str:
 
 
 def next_commands(status: RunStatus) -> list[str]:
-    """What a user would type now."""
-    state, ref = status.state, status.ref
+    """What a user would type now; what is said of a command is a comment behind it."""
+    state, ref = status.state, shlex.quote(status.ref)
     if state.state == "NOT_SUBMITTED":
-        return [f"sbatch {status.run.job_sbatch}"]
+        return [submit_by_hand(status.run)]
     if not state.is_final:
         return [f"janus-cluster tail {ref}"]
     if state.state == "COMPLETED":
         again = f"janus-cluster submit {shlex.quote(str(status.run.job_yaml))}"
         if (status.job_id or "").startswith("local-"):
-            return [f"janus-cluster sandbox up && {again} --cluster sandbox --follow   (the same on a real Slurm)"]
-        return [f"{again}   (the same again)"]
+            return [f"janus-cluster sandbox up && {again} --cluster sandbox --follow   # the same on a real Slurm"]
+        return [f"{again}   # the same again"]
     if status.card is not None and status.card.next_steps:
         return []
     if not status.failed_checks or state.attempt is None:
         return [f"janus-cluster tail {ref} --no-follow -n 100"]
-    commands = [f"less {status.run.verdict_md(state.attempt)}   (every check)"]
+    commands = [f"less {shlex.quote(str(status.run.verdict_md(state.attempt)))}   # every check"]
     if load_job(status.run).get("kind") == "preflight":
-        return [*commands, f"janus-cluster preflight {shlex.quote(str(status.run.job_yaml))}   (when it is mended)"]
+        return [*commands, f"janus-cluster preflight {shlex.quote(str(status.run.job_yaml))}   # when it is mended"]
     # Where every node failed the fault is the job's: there would be nothing left to run on.
     if status.exclude and len(status.exclude) < len(state.nodes):
         without = f"--set slurm.exclude={','.join(status.exclude)}"
-        commands.append(f"janus-cluster resume {ref} {without}   (the same run on other nodes)")
-    return [*commands, f"janus-cluster resume {ref}   (the same run, when it is mended)"]
+        commands.append(f"janus-cluster resume {ref} {without}   # the same run on other nodes")
+    return [*commands, f"janus-cluster resume {ref}   # the same run, when it is mended"]
+
+
+def submit_by_hand(run: RunDir) -> str:
+    """The line that starts a run which was written and never sent."""
+    try:
+        is_local = read_json(run.resolved_json)["cluster"] == "local"
+    except (OSError, ValueError, KeyError, TypeError):
+        is_local = False
+    return f"{'JANUS_LAUNCHER=local bash' if is_local else 'sbatch'} {shlex.quote(str(run.job_sbatch))}"
 
 
 def state_style(state: JobState) -> str:
@@ -352,7 +401,8 @@ def state_style(state: JobState) -> str:
 
 def render_source(state: JobState) -> str:
     """Who said it, and how long ago; and of what age Slurm's word was that it was held against."""
-    said = state.source if state.age_s is None else f"{state.source}, {render_duration(state.age_s)} ago"
+    source = "nobody" if state.source == NOBODY else state.source
+    said = source if state.age_s is None else f"{source}, {render_duration(state.age_s)} ago"
     return said if state.slurm_age_s is None else f"{said}; Slurm was asked {render_duration(state.slurm_age_s)} ago"
 
 

@@ -6,6 +6,7 @@ Lines come in the order of their times; what is noise becomes one live line at t
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from typing import TextIO
 
@@ -60,7 +61,8 @@ def tail(
     num_lines: None is all lines `since`, and DEFAULT_NUM_LINES where that is not given either.
     Returns:   the job's own exit code, never 0 for an end that nobody knows; 130 after Ctrl-C, 141 when the reader of
                the output has gone. Without `follow`: 0 for a job that still runs.
-    Raises:    UsageError for a bad expression or time, JobNotFound for a run that was never submitted.
+    Raises:    UsageError for a bad expression or time, JobNotFound for a run that was never submitted or whose folder
+               has been removed.
     """
     try:
         pattern = re.compile(grep) if grep is not None else None
@@ -83,7 +85,7 @@ def tail(
     except KeyboardInterrupt:
         follower.print_held()
         screen.leave()
-        screen.write(["", f"stopped watching; the job goes on. janus-cluster cancel {run.name} ends it"])
+        screen.write(["", f"stopped watching; the job goes on. janus-cluster cancel {shlex.quote(run.name)} ends it"])
         screen.flush()
         return CTRL_C_EXIT_CODE
     except BrokenPipeError:
@@ -117,7 +119,9 @@ class _Watch:
 
     def run_to_end(self, *, follow: bool) -> int:
         if load_submission(self.run) is None:
-            raise JobNotFound(f"{self.run.name} was not submitted yet", hint=load_job_states([self.run])[0].reason)
+            from janus_cluster.observe.status import submit_by_hand
+
+            raise JobNotFound(f"{self.run.name} was not submitted yet", hint=submit_by_hand(self.run))
         # Slurm may need half a minute for an answer: what is there is shown before it is asked.
         self.follower.print_last()
         self._ask()
@@ -157,6 +161,9 @@ class _Watch:
 
     def _ask(self) -> None:
         self._asked_at = time.monotonic()
+        if not self.run.path.is_dir():
+            self.screen.leave()
+            raise JobNotFound(f"{self.run.path} is gone", hint="squeue --me tells whether its job still runs")
         self.state = load_job_states([self.run], max_age_s=self.state_poll_s)[0]
 
     def _is_over(self) -> bool:
@@ -256,22 +263,20 @@ class _Watch:
         if self.state.is_final:
             self._tell_failure()
         why = f": {self.state.reason}" if self.state.reason else ""
-        self.follower.mark(f"{self.state.state} (exit code {code}, says {self.state.source}){why}")
+        source = "nobody" if self.state.source == NOBODY else self.state.source
+        self.follower.mark(f"{self.state.state} (exit code {code}, says {source}){why}")
         return code
 
     def _tell_failure(self) -> None:
         """The card of a failed run is printed, and the nodes that it blames are remembered."""
-        from janus_cluster.observe.card import render_card
         from janus_cluster.observe.harvest import remember_bad_nodes
-        from janus_cluster.observe.status import RunStatus, add_card
+        from janus_cluster.observe.status import add_card, load_run_status, next_commands, render_failure
 
-        sent = load_submission(self.run)
-        job_id = sent.job_id if sent else None
-        status = add_card(RunStatus(run=self.run, job_id=job_id, state=self.state))
+        status = add_card(load_run_status(self.run, self.state))
         if status.card is None:
             return
         remember_bad_nodes(status)
         if self.show_card:
             self.follower.mark("what failed")
-            self.screen.write(render_card(status.card))
+            self.screen.write([*render_failure(status), *(f"  next: {c}" for c in next_commands(status))])
             self.screen.flush()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from janus_cluster.observe.liveline import Screen
-from janus_cluster.observe.logfile import GrowingFile, LogLine
+from janus_cluster.observe.logfile import MAX_BACK_BYTES, GrowingFile, LogLine
 from janus_cluster.observe.merge import HOLD_S, Group, Merge
 from janus_cluster.observe.noise import classify, shorten_bar
 from janus_cluster.observe.tail_view import LogSource, View, parse_log_source, render_label
@@ -38,6 +38,8 @@ class Follower:
         self.num_left_out = 0
         self._bar, self._bar_at = "", 0.0
         self._files: dict[Path, tuple[LogSource, GrowingFile]] = {}
+        # Whose logs are there and not asked for.
+        self._others: set[LogSource] = set()
         self._merge = Merge(collapses=not view.raw)
         self._newest_attempt = 0
         self._shown_attempt = 0
@@ -61,6 +63,7 @@ class Follower:
     def print_last(self) -> None:
         """The last lines of what is there now are printed, or all since the view's time are about to be."""
         self._find_files()
+        self._tell_none_fits()
         since, num_lines = self.view.since, self.view.num_lines
         if num_lines is None:
             for _, file in self._files.values():
@@ -81,6 +84,11 @@ class Follower:
             if num_found >= most and not enough_in:
                 enough_in = source.attempt
         groups = self._merge.take(now=now, everything=True)
+        if len(groups) < num_lines and any(file.fell_short for _, file in self._files.values()):
+            self.mark(
+                f"fewer than {num_lines} lines are in the last {MAX_BACK_BYTES >> 20} MB of each log; "
+                "--since 1d looks further back"
+            )
         self._show(groups[len(groups) - min(num_lines, len(groups)) :])
         self.screen.flush()
 
@@ -156,12 +164,26 @@ class Follower:
         found = {}
         for path in paths:
             source = parse_log_source(self.run, path)
-            if source is not None and self.view.shows_file(source) and path.is_file():
-                found[path] = (source, GrowingFile(path))
+            if source is not None and path.is_file():
+                if self.view.shows_file(source):
+                    found[path] = (source, GrowingFile(path))
+                elif source.attempt:
+                    self._others.add(source)
         if found:
             self._files = dict(sorted((self._files | found).items(), key=lambda item: item[1][0].order))
             # Alone, nobody else will say the same.
             self._merge.hold_s = HOLD_S if max(self._count_speakers()) > 1 else 0.0
+
+    def _tell_none_fits(self) -> None:
+        """A mistyped node or rank is told with those that there are; one that is late will be shown all the same."""
+        if self._files or not self._others:
+            return
+        view = self.view
+        asked = [
+            *([f"node {view.node}"] if view.node else []),
+            *([f"rank {view.rank}"] if view.rank is not None else []),
+        ]
+        self.mark(f"no log of {', '.join(asked)} is here yet; there are those of {render_label(list(self._others))}")
 
     def _count_speakers(self) -> tuple[int, int]:
         """How many ranks there are, and how many nodes."""

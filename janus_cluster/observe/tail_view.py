@@ -118,7 +118,8 @@ def parse_since(text: str, *, now: float) -> float:
             today = datetime.fromtimestamp(now)
             moment = today.replace(hour=hour, minute=minute, second=second, microsecond=0)
             return (moment if moment.timestamp() <= now else moment - timedelta(days=1)).timestamp()
-        return datetime.fromisoformat(text).timestamp()
+        # Python 3.10 reads no Z.
+        return datetime.fromisoformat(re.sub("Z$", "+00:00", text)).timestamp()
     except ValueError:
         raise UsageError(
             f"--since {text!r} is no time", hint="10m, 2h, 1d, 14:05, 2026-11-21T14:05 or 2026-11-21T14:05:00Z"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,8 +42,19 @@ def clean_line(text: str) -> str:
 
 def to_json(value: Any) -> str:
     """Indented JSON, readable as it stands, in which every character that a terminal would act on is escaped."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    # Where stdout cannot take all characters, a `?` in a path would be another path.
+    is_utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=not is_utf8)
     return _NOT_IN_JSON.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
+
+
+def _without_nan(value: Any) -> Any:
+    """The value with null for every number that JSON has no word for: the loss of a run that diverged."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return [_without_nan(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def load_secrets(run: RunDir) -> dict[str, str]:

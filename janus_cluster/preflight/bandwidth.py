@@ -153,6 +153,10 @@ def counter_deltas(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[
 
 
 def _count_errors(deltas: Mapping[str, Mapping[str, int]], rail: str) -> int:
-    """Of the rail's own port; of all ports where the rail is a GPU and NCCL chose the port."""
-    ports = [deltas[rail]] if rail in deltas else list(deltas.values())
+    """Of the rail's own port; where the rail is a GPU and NCCL chose the port, of all HCA ports (mlx5_0:1).
+
+    Without HCAs it is of all interfaces; beside HCAs these blame nobody: IPoIB drops packets on sound nodes.
+    """
+    of_hcas = [counters for port, counters in deltas.items() if ":" in port]
+    ports = [deltas[rail]] if rail in deltas else of_hcas or list(deltas.values())
     return sum(sum(counters.values()) for counters in ports)

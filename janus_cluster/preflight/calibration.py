@@ -74,7 +74,8 @@ def write_baseline(site: Path, run: RunDir) -> dict[str, float]:
     """
     verdict, by_node, profile = _load_gate(run, run.attempts()[-1])
     if verdict["state"] not in ("PASS", "WARN"):
-        raise GateFailed(f"not calibrated: the preflight is {verdict['state']}", hint=f"less {run.path}/preflight")
+        said = f"not calibrated: the preflight is {verdict['state']}"
+        raise GateFailed(said, hint=f"janus-cluster status {run.name}")
     rates: dict[str, list[float]] = {}
     for own in by_node.values():
         for test, rate in own.items():

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 _MOST_BYTES = 4_000_000  # nvidia-smi -q of eight GPUs is 75 kB
 _KILL_WAIT_S = 1.0
+# ibstat lies in /usr/sbin on Debian, which is not on a user's PATH there.
+_ALSO_IN = ("/usr/sbin", "/sbin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ def run_command(argv: Sequence[str], *, timeout_s: float) -> CommandOutput:
     (nvidia-smi on a broken GPU) cannot be waited for at all.
     """
     program = argv[0]
+    path = os.pathsep.join([os.environ.get("PATH") or os.defpath, *_ALSO_IN])
     begun = time.monotonic()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
@@ -52,7 +55,7 @@ def run_command(argv: Sequence[str], *, timeout_s: float) -> CommandOutput:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env=os.environ | {"LC_ALL": "C", "LANGUAGE": "C"},
+                env=os.environ | {"PATH": path, "LC_ALL": "C", "LANGUAGE": "C"},
                 start_new_session=True,
             )
         except FileNotFoundError:

@@ -20,7 +20,9 @@ def judge_cross_node(facts_by_node: Mapping[str, dict[str, Any] | None]) -> list
         return []
     rails = find_rails({node: facts.get("interfaces", []) for node, facts in present.items()})
     tables = {node: facts.get("agreement", {}) for node, facts in present.items()}
-    return [*judge_agreement(tables), *judge_links(rails, list(present))]
+    # With GPUs the pairs of GPUs are the rails; the one interface that matters is judged as net.interface.
+    carry_the_data = not any("gpu" in facts for facts in present.values())
+    return [*judge_agreement(tables), *judge_links(rails, list(present), carry_the_data=carry_the_data)]
 
 
 def judge_agreement(tables: Mapping[str, Mapping[str, Mapping[str, Any] | None]]) -> list[CheckResult]:

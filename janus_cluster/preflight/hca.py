@@ -16,6 +16,8 @@ from typing import Any
 from janus_cluster.preflight.sysfs import NodeRoot, read_text
 
 _PORT_FILES = ("state", "phys_state", "rate", "link_layer")
+# Linux that lets an HCA register a DMA-BUF. Source: kernel commit bfe0cc6eb249 (RDMA/uverbs), 5.12.
+_DMA_BUF_SINCE = (5, 12)
 # Counters that only grow when something goes wrong. Source: kernel, Documentation/ABI/stable/sysfs-class-infiniband
 ERROR_COUNTERS = (
     "symbol_error",
@@ -68,12 +70,18 @@ def read_counters(root: NodeRoot) -> dict[str, dict[str, int]]:
 
 
 def read_peermem(root: NodeRoot) -> dict[str, Any]:
-    """Facts: the kernel module that lets an HCA read GPU memory; its older name counts too."""
+    """Facts: the kernel module that lets an HCA read GPU memory, its older name counts too; and whether it can do so
+    by DMA-BUF, which needs no module of its own but the open driver (not tainted P) and Linux 5.12.
+    """
+    taint = read_text(root.sys / "module" / "nvidia" / "taint")
+    kernel = re.match(r"(\d+)\.(\d+)", read_text(root.proc / "sys" / "kernel" / "osrelease") or "", re.ASCII)
+    is_new = kernel is not None and (int(kernel[1]), int(kernel[2])) >= _DMA_BUF_SINCE
+    dma_buf = taint is not None and "P" not in taint and is_new
     for name in ("nvidia_peermem", "nv_peer_mem"):
         folder = root.sys / "module" / name
         if folder.is_dir():
-            return {"module": name, "version": read_text(folder / "version")}
-    return {"module": None, "version": None}
+            return {"module": name, "version": read_text(folder / "version"), "dma_buf": dma_buf}
+    return {"module": None, "version": None, "dma_buf": dma_buf}
 
 
 def rails(fact: dict[str, Any], *, chosen: Sequence[str] | None = None) -> list[Port]:

@@ -12,7 +12,15 @@ from janus_cluster.preflight.model import Check, CheckResult, State, worst
 _SHOWN = 4
 # ibstat's words for what sysfs numbers. Source: rdma-core, ibstat.c port_state_str.
 _STATES = {"Down": "1: DOWN", "Initializing": "2: INIT", "Armed": "3: ARMED", "Active": "4: ACTIVE"}
-_PHYS = {"Sleep": "1: Sleep", "Polling": "2: Polling", "Disabled": "3: Disabled", "LinkUp": "5: LinkUp"}
+_PHYS = {
+    "Sleep": "1: Sleep",
+    "Polling": "2: Polling",
+    "Disabled": "3: Disabled",
+    "PortConfigurationTraining": "4: PortConfigurationTraining",
+    "LinkUp": "5: LinkUp",
+    "LinkErrorRecovery": "6: LinkErrorRecovery",
+    "PhyTest": "7: Phy Test",
+}
 
 
 def judge_hcas(
@@ -73,6 +81,8 @@ def _judge_sysfs(fact: dict[str, Any], found: Sequence[Port], profile: dict[str,
         return check.judged("FAIL", f"no port in {fact['folder']}", fix=fix)
     state, measured = _rails_verdict(found, profile, [p for p in fact["ports"] if p not in found])
     fix = f"on {node}: ibstat; down: cable, switch port, subnet manager; slow: cable; Ethernet: profile h800-ethernet"
+    if len(found) > profile["ports_min"]:
+        fix += "; no rail at all, but storage: name the rails, environment.variables.NCCL_IB_HCA: =mlx5_0:1,…"
     return check.judged(state, measured, fix=fix)
 
 
@@ -186,10 +196,13 @@ def _judge_firmware(found: Sequence[Port], node: str) -> CheckResult:
 
 
 def _judge_peermem(fact: dict[str, Any], node: str) -> CheckResult:
-    """Without it NCCL copies every message through host memory."""
+    """Without it, and without DMA-BUF in its place, NCCL copies every message through host memory."""
     check = Check(
         id="hca.peermem", node=node, expected="module nvidia_peermem", source="NCCL user guide, GPUDirect RDMA"
     )
+    if fact["module"] is None and fact.get("dma_buf"):
+        told = "nvidia_peermem is not loaded; the open driver and this kernel can do without (DMA-BUF)"
+        return check.judged("WARN", told, fix="see `transport`: NCCL's own log must say GDRDMA")
     if fact["module"] is None:
         return check.judged("FAIL", "nvidia_peermem is not loaded", fix=f"on {node}, as root: modprobe nvidia_peermem")
     return check.judged("PASS", f"{fact['module']} {fact['version'] or '(no version)'}")

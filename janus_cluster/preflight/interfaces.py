@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from janus_cluster.preflight.model import Check, CheckResult
+from janus_cluster.preflight.model import Check, CheckResult, State
 from janus_cluster.preflight.sysfs import read_text
 
 _SYSFS = Path("/sys/class/net")
@@ -97,8 +97,13 @@ def plan_rails(interfaces: Mapping[str, Sequence[Interface]]) -> list[dict[str, 
     ]
 
 
-def judge_links(rails: Sequence[Mapping[str, Any]], nodes: Sequence[str]) -> list[CheckResult]:
-    """FAIL for a node whose end of a shared network has no carrier: that end is known, so the node is."""
+def judge_links(
+    rails: Sequence[Mapping[str, Any]], nodes: Sequence[str], *, carry_the_data: bool = True
+) -> list[CheckResult]:
+    """FAIL for a node whose end of a shared network has no carrier: that end is known, so the node is.
+
+    WARN where the data goes another way: Ethernet ports that are down are normal on sound nodes with InfiniBand.
+    """
     results = []
     for node in nodes:
         check = Check(
@@ -109,5 +114,6 @@ def judge_links(rails: Sequence[Mapping[str, Any]], nodes: Sequence[str]) -> lis
         fix = f"on {node}: ip link show {down[0] if down else ''}; is the cable in, is the switch port up?"
         told = f"no carrier on {', '.join(down)}" if down else ", ".join(end["name"] for end in ends) + " up"
         if rails:
-            results.append(check.judged("FAIL" if down else "PASS", told, fix=fix))
+            bad: State = "FAIL" if carry_the_data else "WARN"
+            results.append(check.judged(bad if down else "PASS", told, fix=fix))
     return results

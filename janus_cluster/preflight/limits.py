@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+from pathlib import Path
 from typing import Any
 
 from janus_cluster.preflight.model import Check, CheckResult, State
@@ -26,6 +27,7 @@ def read_limits(root: NodeRoot) -> dict[str, Any]:
         "nofile": _soft(resource.RLIMIT_NOFILE),
         "shm": shm,
         "memory_available_bytes": parse_available(read_text(root.proc / "meminfo") or ""),
+        "memory_limit_bytes": read_memory_limit(root),
     }
 
 
@@ -40,9 +42,36 @@ def parse_available(meminfo: str) -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
+def read_memory_limit(root: NodeRoot) -> int | None:
+    """Bytes that the job's cgroup may use, the least of it and those above it; None without a limit.
+
+    Slurm gives a job what it asked for or the partition's default, --exclusive or not; past it the kernel kills.
+    """
+    mounted, found = root.sys / "fs" / "cgroup", []
+    for line in (read_text(root.proc / "self" / "cgroup") or "").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        # An empty list of controllers is cgroup v2.
+        base, name = (mounted / "memory", "memory.limit_in_bytes") if controllers else (mounted, "memory.max")
+        folder = Path(path.lstrip("/"))
+        found += [read_text(base / above / name) for above in (folder, *folder.parents)]
+    # Version 1 writes no limit as the largest number of pages, about 8 EiB.
+    limits = [int(text) for text in found if text is not None and text.isdigit() and int(text) < 2**60]
+    return min(limits, default=None)
+
+
 def judge_limits(fact: dict[str, Any], profile: dict[str, Any], *, node: str) -> list[CheckResult]:
     """Each against `warn_below` and `fail_below` of the profile; no limit is more than any number."""
     shm = fact["shm"]
+    available, limit = fact["memory_available_bytes"], fact.get("memory_limit_bytes")
+    is_limited = limit is not None and (available is None or limit < available)
+    memory_fix = (
+        "the limit is the job's own (cgroup): --set slurm.mem=0 asks for all of the node's memory"
+        if is_limited
+        else f"on {node}: ps aux --sort=-rss | head; another job or a leftover process holds the memory"
+    )
     shm_fix = f"on {node}: mount -o remount,size=64G {shm['path']}; in a container: --shm-size=64g"
     return [
         _judge(
@@ -59,8 +88,7 @@ def judge_limits(fact: dict[str, Any], profile: dict[str, Any], *, node: str) ->
             fix=f"on {node}: ls -l {shm['path']}; remove what dead jobs left",
         ),
         _judge(
-            "limits.memory", fact["memory_available_bytes"], profile["memory_gib"], node,
-            fix=f"on {node}: ps aux --sort=-rss | head; another job or a leftover process holds the memory",
+            "limits.memory", limit if is_limited else available, profile["memory_gib"], node, fix=memory_fix,
         ),
     ]  # fmt: skip
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import socket
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 from janus_cluster.preflight.model import Check, CheckResult
 from janus_cluster.preflight.sysfs import NodeRoot, read_text
 
-_SIOCGIFADDR = 0x8915
+_SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
 _RTF_UP = 1
 
 
@@ -33,16 +35,26 @@ def _route_to(peer: str) -> tuple[str | None, str]:
     with socket.socket(family, kind, proto) as probe:
         probe.connect(address)
         source = str(probe.getsockname()[0])
-        owners = [name for _, name in socket.if_nameindex() if _address_of(probe, name) == source]
-    return (owners[0] if owners else None), source
+        networks = {name: told for _, name in socket.if_nameindex() if (told := _network_of(probe, name)) is not None}
+    return find_owner(source, networks), source
 
 
-def _address_of(probe: socket.socket, interface: str) -> str | None:
+def find_owner(address: str, networks: Mapping[str, ipaddress.IPv4Interface]) -> str | None:
+    """The interface that has the address; else, because the kernel tells the first one of each only, the one of its
+    network."""
+    own = ipaddress.IPv4Address(address)
+    owners = [name for name, told in networks.items() if told.ip == own]
+    owners += [name for name, told in networks.items() if own in told.network]
+    return owners[0] if owners else None
+
+
+def _network_of(probe: socket.socket, interface: str) -> ipaddress.IPv4Interface | None:
     request = struct.pack("256s", interface.encode()[:15])
     try:
-        return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
+        told = [fcntl.ioctl(probe.fileno(), what, request)[20:24] for what in (_SIOCGIFADDR, _SIOCGIFNETMASK)]
     except OSError:
         return None  # an interface without an IPv4 address
+    return ipaddress.IPv4Interface("/".join(map(socket.inet_ntoa, told)))
 
 
 def _routes(root: NodeRoot) -> str:
@@ -74,6 +86,7 @@ def _number(text: str | None) -> int | None:
 def judge_route(fact: dict[str, Any], profile: dict[str, Any], *, node: str) -> list[CheckResult]:
     """The interface is known, up and, where training's traffic goes through it, fast enough.
 
+    SKIP for a job of one node, which has no peer: nodes of a cluster often have no default route, or a slow one.
     Units: Mb/s, as the kernel tells a link's speed.
     """
     if not profile["wanted"]:
@@ -81,6 +94,8 @@ def judge_route(fact: dict[str, Any], profile: dict[str, Any], *, node: str) -> 
     floor = profile.get("speed_mb_per_s_min")
     expected = f"up, >= {floor} Mb/s" if floor else "an interface that is up"
     check = Check(id="net.interface", node=node, expected=expected, source=profile["source"], unit="Mb/s")
+    if fact["peer"] is None:
+        return [check.judged("SKIP", f"one node: nothing leaves it (default route: {fact['interface'] or 'none'})")]
     if fact["interface"] is None:
         return [check.judged("ERROR", str(fact["error"]), fix=f"on {node}: ip route; set NCCL_SOCKET_IFNAME")]
     speed = fact["speed_mb_per_s"]

@@ -16,7 +16,7 @@ from janus_cluster.preflight.model import Check, CheckResult
 from janus_cluster.preflight.nvlink import judge_nvlink
 from janus_cluster.preflight.paths import judge_paths
 from janus_cluster.preflight.route import judge_route
-from janus_cluster.preflight.versions import judge_same_versions, judge_versions
+from janus_cluster.preflight.versions import judge_driver, judge_same_versions, judge_versions
 from janus_cluster.preflight.xid import judge_xids
 
 
@@ -58,6 +58,7 @@ def judge_node(facts: dict[str, Any], resolved: ResolvedJob, node: str) -> list[
         results += judge_gpu_health(facts["gpu"], profile["gpu"], node=node, gpus_per_node=gpus)
         results += judge_nvlink(facts["gpu"]["nvlink"], profile["gpu"], node=node, gpus_per_node=gpus)
         results += judge_xids(facts["kernel_log"], profile["gpu"], node=node)
+        results += judge_driver(facts["versions"], facts["gpu"], node=node)
     return [
         *results,
         *judge_route(facts["route"], profile["net"], node=node),

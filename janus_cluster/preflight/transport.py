@@ -12,7 +12,8 @@ from janus_cluster.preflight.model import Check, CheckResult
 _USING_IB = re.compile(r"NET/IB : Using (?P<ports>\[\d+\].*)")
 _PORT = re.compile(r"\[\d+\](?P<name>[^\s:]+:\d+)/(?P<layer>[A-Za-z]+)")
 _USING_SOCKET = re.compile(r"NET/Socket : Using (?P<ports>\[\d+\]\S+)")
-_CHANNEL = re.compile(r"via NET/(?P<net>IB|Socket)/(?P<index>\d+)(?P<gdr>/GDRDMA)?")
+# A number in brackets is the rank through whose HCA it goes (PXN). IBext and IBext_v8 are a plugin's names for IB.
+_CHANNEL = re.compile(r"via NET/(?P<net>IB|Socket)(?:ext\w*)?/(?P<index>\d+)(?:\(\d+\))?(?P<gdr>/GDRDMA)?")
 _NETWORK = re.compile(r"Using network (?P<net>\S+)")
 
 
@@ -31,7 +32,7 @@ def parse_nccl_log(lines: Iterable[str]) -> dict[str, Any]:
         elif found := _USING_SOCKET.search(line):
             sockets.add(found["ports"])
         elif found := _NETWORK.search(line):
-            networks.add(found["net"])
+            networks.add("IB" if found["net"].startswith("IBext") else found["net"])
         elif found := _CHANNEL.search(line):
             channels["IB/GDRDMA" if found["gdr"] else found["net"]] += 1
     return {"ports": ports, "networks": sorted(networks), "sockets": sorted(sockets), "channels": channels}

@@ -14,6 +14,8 @@ from janus_cluster import __version__
 from janus_cluster.preflight.model import Check, CheckResult
 
 PACKAGES = ("janus-cluster", "torch", "transformers", "deepspeed", "pydantic")
+# The oldest driver of each line of CUDA. Source: NVIDIA, CUDA compatibility, minor version compatibility, table 1.
+_LEAST_DRIVER = {"11": "450", "12": "525", "13": "580"}
 _TORCH_CUDA = re.compile(r"^cuda(?:: [^=]+)? = '([^']+)'", re.MULTILINE)
 
 
@@ -73,6 +75,26 @@ def judge_versions(facts: Mapping[str, str | None], *, node: str, ranges: Mappin
             fix=f"on {node}: pip install 'janus-cluster[train]' into environment.python",
         ),
     ]
+
+
+def judge_driver(facts: Mapping[str, str | None], gpus: Mapping[str, Any], *, node: str) -> list[CheckResult]:
+    """WARN where the driver is older than torch's CUDA wants; all_reduce then says whether a cuda-compat package helps.
+
+    Nothing where either is not told: that is another check's word.
+    """
+    drivers = sorted({row.get("driver_version", "") for row in gpus.get("identity", {}).get("rows", [])} - {""})
+    cuda = facts.get("cuda") or ""
+    least = _LEAST_DRIVER.get(cuda.partition(".")[0])
+    if not drivers or not least:
+        return []
+    check = Check(
+        id="versions.driver", node=node, expected=f"driver >= {least} for torch's CUDA {cuda}", source="NVIDIA"
+    )
+    bad = [driver for driver in drivers if numbers(driver) < numbers(least)]
+    fix = (
+        f"a torch that was built for an older CUDA (https://pytorch.org/get-started), or on {node} a driver >= {least}"
+    )
+    return [check.judged("WARN" if bad else "PASS", f"driver {', '.join(bad or drivers)}, CUDA {cuda}", fix=fix)]
 
 
 def _lacks_cuda(facts: Mapping[str, str | None], ranges: Mapping[str, Any]) -> bool:

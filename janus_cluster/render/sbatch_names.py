@@ -9,10 +9,10 @@ SWITCHES = frozenset([
 ])
 SWITCH_OR_VALUE = frozenset(["exclusive", "nice", "no-kill", "oom-kill-step", "propagate"])
 WITH_VALUE = frozenset([
-    "account", "acctg-freq", "batch", "bb", "bbf", "begin", "chdir", "cluster-constraint", "clusters", "comment",
-    "constraint", "container", "container-id", "core-spec", "cores-per-socket", "cpu-freq", "cpus-per-gpu",
-    "cpus-per-task", "deadline", "delay-boot", "dependency", "distribution", "exclude", "extra", "extra-node-info",
-    "gid", "gpu-bind", "gpu-freq", "gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task", "gres", "gres-flags",
+    "account", "acctg-freq", "batch", "bb", "bbf", "begin", "chdir", "cluster-constraint", "comment", "constraint",
+    "container", "container-id", "core-spec", "cores-per-socket", "cpu-freq", "cpus-per-gpu", "cpus-per-task",
+    "deadline", "delay-boot", "dependency", "distribution", "exclude", "export", "extra", "extra-node-info", "gid",
+    "gpu-bind", "gpu-freq", "gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task", "gres", "gres-flags",
     "hint", "job-name", "kill-on-invalid-dep", "licenses", "mail-type", "mail-user", "mcs-label", "mem", "mem-bind",
     "mem-per-cpu", "mem-per-gpu", "mincpus", "network", "nodefile", "nodelist", "ntasks-per-core", "ntasks-per-gpu",
     "ntasks-per-socket", "open-mode", "partition", "power", "prefer", "priority", "profile", "qos", "reservation",
@@ -36,8 +36,8 @@ _NO_JOB = "it is not about a job"
 # What a job file may not set, and what to do instead.
 OWNED = {
     "array": "one run folder is one job; submit once per variant",
+    "clusters": "status, tail and cancel would ask another Slurm; export SLURM_CLUSTERS=… for all of them",
     "error": "standard error goes to the log of the run folder, logs/batch.log",
-    "export": _OWN_ENVIRONMENT,
     "export-file": _OWN_ENVIRONMENT,
     "get-user-env": "the job already starts from the login environment; use environment.setup",
     "help": _NO_JOB,

@@ -15,16 +15,16 @@ from janus_cluster.errors import UsageError
 from janus_cluster.render import sbatch_names
 from janus_cluster.rundir import RunDir
 
-_COMMA_LISTS = frozenset(
-    ["clusters", "constraint", "exclude", "gres", "licenses", "mail-type", "nodelist", "partition"]
-)
+_COMMA_LISTS = frozenset(["constraint", "exclude", "gres", "licenses", "mail-type", "nodelist", "partition"])
 _TIMES = frozenset(["time", "time-min"])
 # The option on the left takes the place of the default on the right: beside it, sbatch would refuse or mix them.
-_REPLACES = {
+REPLACES = {
     "gpus": "gres",
     "gpus-per-node": "gres",
     "gpus-per-socket": "gres",
     "gpus-per-task": "gres",
+    "mem-per-cpu": "mem",
+    "mem-per-gpu": "mem",
     "no-requeue": "requeue",
     "oversubscribe": "exclusive",
     "tres-per-task": "gres",
@@ -39,6 +39,9 @@ _WALLTIME = re.compile(
 )
 _UNIT_S = {"d": 86400, "dh": 3600, "h": 3600, "minutes": 60, "m": 60, "hm": 60, "dm": 60, "s": 1, "hs": 1, "ds": 1}
 _UNLIMITED = frozenset(["UNLIMITED", "INFINITE"])
+# NONE and NIL leave the submitter's shell behind. NONE has slurmd fetch the login environment, which some sites cannot
+# ("user env retrieval failed requeued held"); NIL (Slurm 23.02) has it fetch nothing; ALL takes the shell along.
+_EXPORTS = ("NONE", "NIL", "ALL")
 _SIGNAL = re.compile(r"(?:B|RB|BR):(?:SIG)?(?:USR1|10)(?:@\d{1,5})?", re.ASCII)
 
 
@@ -59,7 +62,10 @@ def resolve_sbatch_options(job: JobConfig, *, run_dir: Path) -> dict[str, str | 
         problem = _overlay(options, key, name, value)
         if problem:
             problems.append(problem)
-    problems += _gpu_contradictions(job.hardware.gpus_per_node, options)
+    if "exclusive" not in options and "mem" not in seen:
+        # Of a shared node the job gets what the partition gives it.
+        options.pop("mem", None)
+    problems += _gpu_contradictions(job.hardware.gpus_per_node, job.nodes, options)
     if problems:
         raise UsageError.of_many(problems, hint="`man sbatch` lists the options; write the long name without dashes")
     return options
@@ -87,6 +93,8 @@ def _defaults(job: JobConfig, run_dir: Path) -> dict[str, str | None]:
         options["gres"] = ":".join(filter(None, ["gpu", hardware.gpu_type, str(hardware.gpus_per_node)]))
     options |= {
         "exclusive": None,
+        # All of it: an exclusive job gets all CPUs and GPUs, but no more memory than it asked for (sbatch(1)).
+        "mem": "0",
         "time": "24:00:00",
         "output": _output_pattern(RunDir(run_dir).batch_log, run_dir),
         "open-mode": "append",
@@ -126,7 +134,7 @@ def _overlay(options: dict[str, str | None], key: str, name: str, value: object)
         text = _option_text(name, value)
     except ValueError as e:
         return f"slurm.{key}: {value!r}: {e}"
-    options.pop(_REPLACES.get(name, ""), None)
+    options.pop(REPLACES.get(name, ""), None)
     options[name] = text
     return None
 
@@ -146,6 +154,8 @@ def _option_text(name: str, value: object) -> str | None:
         parse_walltime_min(text)
     if name == "signal" and not _SIGNAL.fullmatch(text):
         raise ValueError("the attempt listens for USR1 in the batch shell; allowed: B:USR1@<seconds before the end>")
+    if name == "export" and text not in _EXPORTS:
+        raise ValueError(f"allowed: {', '.join(_EXPORTS)}; single variables go under environment.variables or .forward")
     if name == "open-mode" and text != "append":
         raise ValueError("a requeued job would erase the log of the attempt before; allowed: append")
     return text
@@ -158,14 +168,17 @@ def _check_one_line(text: str) -> None:
         raise ValueError(f"the character {bad!r} cannot stand in an #SBATCH line")
 
 
-def _gpu_contradictions(gpus_per_node: int, options: Mapping[str, str | None]) -> list[str]:
-    """What is wrong with GPU requests that do not ask for hardware.gpus_per_node."""
+def _gpu_contradictions(gpus_per_node: int, nodes: int, options: Mapping[str, str | None]) -> list[str]:
+    """What is wrong with GPU requests that do not ask for hardware.gpus_per_node; --gpus counts those of all nodes."""
     problems = []
-    for name in ("gres", "gpus-per-node", "gpus-per-task"):
+    for name in ("gres", "gpus", "gpus-per-node", "gpus-per-task"):
         asked = _gpus_asked(name, options.get(name) or "")
-        if asked is not None and asked != gpus_per_node:
+        over = nodes if name == "gpus" else 1
+        if asked is not None and asked != gpus_per_node * over:
+            on_all = f" on each of {nodes} nodes" if over > 1 else ""
             problems.append(
-                f"slurm.{name}: {options[name]!r} asks for {asked} GPUs, but hardware.gpus_per_node is {gpus_per_node}"
+                f"slurm.{name}: {options[name]!r} asks for {asked} GPUs, but hardware.gpus_per_node is "
+                f"{gpus_per_node}{on_all}"
             )
     return problems
 

@@ -53,7 +53,11 @@ See also: docs/report.md
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A log of the predecessor's training instead of a run, alone or beside RUN.",
 )
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Write here; default: <run>/report.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write here; default: <run>/report, of two <run>/report/with_<other>, of a log alone <log>.report.",
+)
 @click.option(
     "--tensorboard/--no-tensorboard",
     default=None,
@@ -178,6 +182,8 @@ def _print_comparison(a: History, b: History) -> None:
     for d in differences:
         table.add_row(Text(d.key), *(Text("–" if v is None else v) for v in (d.a, d.b)))
     console.print(table)
+    for h in (a, b):
+        console.print(*(Text(f"{h.name}: {note}") for note in h.notes), sep="\n", end="\n" if h.notes else "")
     if not differences:
         console.print(
             "configuration: no difference" if a.settings and b.settings else "configuration: not known of both"

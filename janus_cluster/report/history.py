@@ -87,6 +87,8 @@ class History:
     settings: Mapping[str, Setting] = field(default_factory=dict)
     state: str | None = None
     num_nodes: int | None = None
+    # The loss of the last logged step is no finite number.
+    has_diverged: bool = False
     # What a reader of the figures must know: damaged lines, how steps were counted.
     notes: Sequence[str] = ()
 
@@ -107,13 +109,18 @@ def load_history(run: RunDir) -> History:
     words = _Words(run)
     steps, evaluations, notes = Table(), Table(), []
     events: deque[Event] = deque(maxlen=_MAX_EVENTS)
-    num_foreign = 0
+    num_foreign, has_diverged = 0, False
+    not_finite: list[int | None] = []
     try:
         for record in run.read_metrics():
             if not isinstance(record, dict):
                 num_foreign += 1
             elif record.get("kind") == "train":
                 steps.add(_step_row(record))
+                if isinstance(loss := record.get("loss"), float):
+                    has_diverged = not math.isfinite(loss)
+                    if has_diverged:
+                        not_finite.append(_whole(record.get("step")))
             elif record.get("kind") == "eval":
                 evaluations.add({name: number(record.get(name)) for name in _EVAL_VALUES})
             elif record.get("kind") in _EVENT_KINDS:
@@ -122,6 +129,8 @@ def load_history(run: RunDir) -> History:
         raise JanusError(f"{run.metrics_jsonl}: {e.strerror}", hint=f"ls -l {run.path}") from e
     if num_foreign:
         notes.append(f"{num_foreign} lines of the metrics are no records and were left out")
+    if not_finite:
+        notes.append(f"the loss is no finite number from step {not_finite[0]} on, {len(not_finite)} times")
     if steps.stride > 1:
         notes.append(f"of {steps.stride} logged steps one is shown")
     attempts = _without_ghosts([a for n in run.attempts() if (a := _load_attempt(run, n, words)) is not None])
@@ -137,6 +146,7 @@ def load_history(run: RunDir) -> History:
         settings=_settings(job, origins, words),
         state=_load_state(run, words),
         num_nodes=_whole(job.get("nodes")),
+        has_diverged=has_diverged,
         notes=notes,
     )
 

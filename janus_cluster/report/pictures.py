@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,10 @@ _DPI = 110
 # Fewer points than that are drawn as they are; of more, a running median is drawn over them.
 _MIN_SMOOTHED = 40
 _MANY_RANKS = 8
+_CHINESE_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei"),
+    *("SimHei", "Microsoft YaHei", "PingFang SC"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +122,8 @@ def _comparison_legend(ax: Axes, a: History, b: History) -> None:
         Line2D([], [], color=colour, linewidth=2.4, label=_shorten(h.name))
         for h, colour in zip((a, b), _RUN_COLOURS, strict=True)
     ]
-    ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, fontsize=9)
+    prop = {"family": _font_families(), "size": 9}
+    ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, prop=prop)
 
 
 def _draw_loss(history: History) -> Figure | None:
@@ -193,9 +199,12 @@ def _draw_ranks(history: History) -> Figure | None:
     colours = matplotlib.colormaps["viridis"]
     for ax, value in zip(axes, panels, strict=True):
         names = columns[value]
+        # Of many ranks the one that stands out has a name, and those at the ends of the colours.
+        medians = [statistics.median(finite(steps.column(n)) or [-math.inf]) for n in names]
+        named = {0, len(names) - 1, medians.index(max(medians))}
         for i, name in enumerate(names):
             colour = colours(0.9 * i / max(1, len(names) - 1))
-            label = f"rank {i}" if len(names) <= _MANY_RANKS or i in (0, len(names) - 1) else None
+            label = f"rank {i}" if len(names) <= _MANY_RANKS or i in named else None
             _line(ax, steps, name, colour=colour, label=label, faint=0.0 if len(steps) >= _MIN_SMOOTHED else 1.0)
         ax.set_ylabel(_RANK_LABELS[value])
         ax.set_ylim(bottom=0)
@@ -216,12 +225,14 @@ def _draw_timeline(history: History) -> Figure | None:
     def x(time_s: float) -> float:
         return (time_s - begin_s) / divisor
 
-    figure, axes = _figure(2, heights=(2.4, 0.9 + 0.42 * len(attempts)))
-    progress, lanes = axes
     steps = history.steps
-    x_steps = [x(t) for t in steps.column("time")]
-    progress.plot(x_steps, list(steps.column("step")), color=_BLUE, linewidth=1.6, drawstyle="steps-post")
-    progress.set_ylabel("step")
+    heights = [2.4] if len(steps) else []
+    figure, axes = _figure(len(heights) + 1, heights=[*heights, 0.9 + 0.42 * len(attempts)])
+    lanes = axes[-1]
+    for progress in axes[:-1]:
+        x_steps = [x(t) for t in steps.column("time")]
+        progress.plot(x_steps, list(steps.column("step")), color=_BLUE, linewidth=1.6, drawstyle="steps-post")
+        progress.set_ylabel("step")
     starts = [a.started_at for a in attempts[1:]]
     for attempt, latest_s in zip(attempts, [*starts, end_s], strict=True):
         _draw_attempt(lanes, attempt, x=x, latest_s=latest_s)
@@ -246,7 +257,7 @@ def _draw_timeline(history: History) -> Figure | None:
     lanes.set_ylim(max(a.number for a in attempts) + 0.6, min(a.number for a in attempts) - 0.6)
     lanes.grid(axis="y", visible=False)
     lanes.set_xlabel(f"{unit} since the first attempt began")
-    _timeline_legend(lanes, attempts, has_checkpoints=any(e.kind == "checkpoint" for e in history.events))
+    _timeline_legend(figure, lanes, attempts, has_checkpoints=any(e.kind == "checkpoint" for e in history.events))
     return figure
 
 
@@ -265,7 +276,7 @@ def _draw_attempt(ax: Axes, attempt: Attempt, *, x: Callable[[float], float], la
     )
 
 
-def _timeline_legend(ax: Axes, attempts: Sequence[Attempt], *, has_checkpoints: bool) -> None:
+def _timeline_legend(figure: Figure, ax: Axes, attempts: Sequence[Attempt], *, has_checkpoints: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -274,7 +285,7 @@ def _timeline_legend(ax: Axes, attempts: Sequence[Attempt], *, has_checkpoints: 
         handles.append(Line2D([], [], marker="|", linestyle="", color=_GREY, label="checkpoint", markersize=9))
     for state in dict.fromkeys(a.state for a in attempts):
         handles.append(Patch(color=_STATE_COLOURS.get(state, _GREY), label=state.lower()))
-    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=5, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
 
 
 def _is_placed(event: Any, attempts: Sequence[Attempt]) -> bool:
@@ -386,11 +397,22 @@ def _time_unit(span_s: float) -> tuple[float, str]:
     return (60.0, "minutes") if span_s < 3 * 3600 else (3600.0, "hours")
 
 
+def _font_families() -> list[str]:
+    """matplotlib's own font, and those here that have Chinese signs."""
+    from matplotlib import font_manager
+
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in _CHINESE_FONTS if name in known)]
+
+
 def _shorten(text: str, width: int = 34) -> str:
     return text if len(text) <= width else f"{text[: width // 2 - 1]}…{text[-width // 2 :]}"
 
 
 def _to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        # A name for which no font here has the signs stands in the page, where the reader's fonts have them.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -47,7 +47,7 @@ def summarize(history: History) -> Summary:
         state=history.state,
         steps=_whole(last[0]),
         total_steps=_whole(last[1]),
-        loss=losses[-1] if losses else None,
+        loss=math.nan if history.has_diverged else losses[-1] if losses else None,
         loss_last_10=statistics.fmean(losses[-_LAST_STEPS:]) if losses else None,
         action_accuracy=_last(evaluations.column("action_accuracy")),
         majority_accuracy=_last(evaluations.column("majority_accuracy")),

@@ -74,16 +74,16 @@ class Slurm:
         found = re.search(r"\bNodeAddr=(\S+)", done.stdout)
         return found.group(1) if found else None
 
-    def usable_nodes(self, partition: str | None) -> frozenset[str]:
-        """The nodes of the partition (None: of any) that are neither down nor drained. Raises: SlurmUnavailable,
-        JanusError.
+    def usable_nodes(self, partition: str | None) -> dict[str, str]:
+        """Node → its GRES (`gpu:h800:8(S:0-1)`) for the nodes of the partition (None: of any) that are neither down
+        nor drained. Raises: SlurmUnavailable, JanusError.
         """
         only = [f"--partition={partition}"] if partition else []
-        done = self._run(["sinfo", "--noheader", "--Node", "--format=%N %T", *only])
+        done = self._run(["sinfo", "--noheader", "--Node", "--format=%N %T %G", *only])
         if done.returncode != 0:
             raise self._failed("sinfo", done)
-        rows = (line.split() for line in done.stdout.splitlines())
-        return frozenset(r[0] for r in rows if len(r) == 2 and not re.search("down|drain|fail|unknown", r[1]))
+        rows = (line.split(maxsplit=2) for line in done.stdout.splitlines())
+        return {r[0]: r[2] for r in rows if len(r) == 3 and not re.search("down|drain|fail|unknown", r[1])}
 
     def squeue(self, job_ids: Sequence[str]) -> dict[str, SlurmJob]:
         """Every job of `job_ids` that the controller still remembers, finished ones too, from one query.
@@ -317,6 +317,15 @@ def parse_hostlist(text: str) -> tuple[str, ...]:
         return ()
     parts = re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text.strip())
     return tuple(host for part in parts for host in _expand_hosts(part))
+
+
+def has_gpus(gres: str, gpu_type: str) -> bool:
+    """Whether a node with this GRES has GPUs of the type; of a GRES without types, and of "", any."""
+    for part in gres.split(","):
+        fields = part.split("(")[0].lower().split(":")
+        if fields[0] == "gpu" and (len(fields) < 3 or gpu_type.lower() in ("", fields[1])):
+            return True
+    return False
 
 
 def _expand_hosts(pattern: str) -> list[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from janus_cluster.errors import SlurmUnavailable, SubmitFailed
+from janus_cluster.render.sbatch_names import OWNED
+from janus_cluster.render.sbatch_options import REPLACES
 from janus_cluster.rundir import RunDir
 from janus_cluster.slurm.commands import WAYS_OUT
 
@@ -27,6 +30,16 @@ _IN_A_SESSION_OF_ITS_OWN = (
     "signal.pthread_sigmask(signal.SIG_SETMASK, ())\n"
     "os.execvp(sys.argv[1], sys.argv[1:])\n"
 )
+
+# The SLURM_ variables that are about the client and not about the job in which the shell stands.
+_OF_THE_CLIENT = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_UMASK"})
+# SBATCH_ variables that are not called like their option. Source: sbatch(1), input environment variables.
+_OPTION_OF = {
+    "ARRAY_INX": "array", "DEBUG": "verbose", "MEM_PER_NODE": "mem", "REQ_SWITCH": "switches", "TIMELIMIT": "time",
+    "WAIT4SWITCH": "switches",
+}  # fmt: skip
+# sbatch takes one of them.
+_MEMORY = frozenset({"mem", "mem-per-cpu", "mem-per-gpu"})
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,10 @@ class BundleExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
         return [sys.executable, "-I", "-S", "-c", _IN_A_SESSION_OF_ITS_OWN, *sbatch_command(self._run, self._options)]
 
     def _get_job_id_from_submission_command(self, string: bytes | str) -> str:
-        self.accepted_job_id = str(super()._get_job_id_from_submission_command(string))
+        said = string if isinstance(string, str) else string.decode(errors="replace")
+        # submitit takes the first "job <number>" of whatever a site's own sbatch may print before.
+        found = re.search(r"^Submitted batch job (\d+)", said, re.MULTILINE)
+        self.accepted_job_id = found[1] if found else str(super()._get_job_id_from_submission_command(said))
         return self.accepted_job_id
 
     def _num_tasks(self) -> int:
@@ -91,8 +107,16 @@ def submit_run(run: RunDir, *, slurm_conf: Path | None, options: Sequence[str] =
     """The job is queued. Returns: its job id. Raises: SubmitFailed with sbatch's own words."""
     said = io.StringIO()
     executor = BundleExecutor(run, options)
+    script = run.job_sbatch.read_text(encoding="utf-8")
+    drop = {*left_by_another_job(os.environ)}
+    for name in overriding(os.environ, script):
+        print(f"{name} of this shell is left aside: sbatch would prefer it to job.sbatch", file=sys.stderr)
+        drop.add(name)
+    environ = {name: value for name, value in os.environ.items() if name not in drop}
+    if slurm_conf is not None:
+        environ["SLURM_CONF"] = str(slurm_conf)
     try:
-        with _slurm_conf(slurm_conf), contextlib.redirect_stderr(said):
+        with _environ(environ), contextlib.redirect_stderr(said):
             job = executor.submit(RunAttempt(str(run.path)))
     except OSError:
         if executor.accepted_job_id is None:
@@ -107,18 +131,42 @@ def submit_run(run: RunDir, *, slurm_conf: Path | None, options: Sequence[str] =
     return str(job.job_id)
 
 
+def left_by_another_job(environ: Mapping[str, str]) -> list[str]:
+    """The variables that describe the job in which this shell runs, if it does.
+
+    sbatch carries SLURM_ variables into the new job even with --export=NONE, where its srun takes them for its own:
+    SLURM_CPU_BIND of an interactive job would bind all ranks to the few cores of that one.
+    """
+    if "SLURM_JOB_ID" not in environ and "SLURM_JOBID" not in environ:
+        return []
+    return sorted(name for name in environ if name.startswith("SLURM_") and name not in _OF_THE_CLIENT)
+
+
+def overriding(environ: Mapping[str, str], script: str) -> list[str]:
+    """The SBATCH_ variables that say otherwise than the script, or what no job of ours may say.
+
+    sbatch prefers a variable to the script's own line; what only adds to the script (SBATCH_ACCOUNT, …) is the user's.
+    """
+    given = set(re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE))
+    taken = given | set(OWNED) | {REPLACES[name] for name in given if name in REPLACES}
+    taken |= {name for name, default in REPLACES.items() if default in given}
+    taken |= _MEMORY if given & _MEMORY else frozenset()
+    options = {name: name.removeprefix("SBATCH_") for name in sorted(environ) if name.startswith("SBATCH_")}
+    return [name for name, rest in options.items() if _OPTION_OF.get(rest, rest.lower().replace("_", "-")) in taken]
+
+
 @contextlib.contextmanager
-def _slurm_conf(conf: Path | None) -> Iterator[None]:
-    """SLURM_CONF points at `conf` for the children of this process; submitit passes the environment on."""
-    if conf is None:
-        yield
-        return
-    before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = str(conf)
+def _environ(environ: Mapping[str, str]) -> Iterator[None]:
+    """This process's environment is `environ`, for its children; submitit passes it on."""
+    before = dict(os.environ)
+    _replace_environ(environ)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["SLURM_CONF"]
-        else:
-            os.environ["SLURM_CONF"] = before
+        _replace_environ(before)
+
+
+def _replace_environ(environ: Mapping[str, str]) -> None:
+    for name in [name for name in os.environ if name not in environ]:
+        del os.environ[name]
+    os.environ.update(environ)

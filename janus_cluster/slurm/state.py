@@ -28,9 +28,10 @@ NOBODY = "none"
 FINAL_STATUS = frozenset({"COMPLETED", "FAILED", "STOPPED", "CANCELLED"})
 # A stop signal also comes with preemption and requeue: only Slurm knows, a moment later, whether the job comes back.
 MAY_BEGIN_AGAIN = frozenset({"STOPPED", "CANCELLED"})
-WAITING = frozenset(
-    {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
-)
+WAITING = frozenset({
+    "PENDING", "CONFIGURING", "POWER_UP_NODE", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "EXPEDITING",
+    "RESV_DEL_HOLD", "SPECIAL_EXIT",
+})  # fmt: skip
 RUNNING = frozenset({"RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT"})
 ENDED_BADLY = {
     "FAILED": "the job script failed",

@@ -149,7 +149,9 @@ def render_score_table(scores: HeldOutScores) -> str:
         f"  {action:<14} {_number(s.precision, 2):>9} {_number(s.recall, 2):>7} {_number(s.f1, 2):>6} {s.support:>8}"
         for action, s in scores.head.by_action.items()
     ]
-    segments = ", ".join(f"{name} {_number(value, 3)}" for name, value in scores.perplexity_by_segment.items())
+    segments = ", ".join(
+        f"{name} {'—' if value is None else f'{value:.4g}'}" for name, value in scores.perplexity_by_segment.items()
+    )
     return "\n".join([*lines, f"  perplexity: {segments}"])
 
 

@@ -26,7 +26,7 @@ from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.model.build import parameter_groups
 from janus_cluster.training.pulse import Pulse
 from janus_cluster.training.reshard import load_resharded, written_cut
-from janus_cluster.training.saving import new_checkpoint
+from janus_cluster.training.saving import new_checkpoint, warn_of_slow_save
 from janus_cluster.training.world import World
 
 
@@ -64,6 +64,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self._world = world
         self._metrics = metrics
         self._saves_in: Path | None = None
+        self._has_warned_of_saves = False
         self.is_stopping = False
         super().__init__(model=model, args=args, callbacks=[metrics, _StopAtBoundary(self)], **of_trainer)
         self.remove_callback(PrinterCallback)
@@ -109,7 +110,12 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
         self._saves_in = None
         path = Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        self._metrics.saved(self.state.global_step, path, time.perf_counter() - started_s)
+        took_s = time.perf_counter() - started_s
+        self._metrics.saved(self.state.global_step, path, took_s)
+        warning = warn_of_slow_save(took_s, limit_s=self._job.restart.stop_timeout_s)
+        if warning is not None and not self._has_warned_of_saves:
+            self._metrics.say(f"warning: {warning}")
+        self._has_warned_of_saves |= warning is not None
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the Trainer makes its checkpoint-<step>: aside, while one is being written."""

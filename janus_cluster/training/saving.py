@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
 import shutil
@@ -72,6 +73,21 @@ def new_checkpoint(
         _publish(aside / name, checkpoints / name)
         remove_old(checkpoints, keep_last=keep_last, keep_every=keep_every, just_written=step)
     wait_for_all()
+
+
+def warn_of_slow_save(took_s: float, *, limit_s: float) -> str | None:
+    """What to type where a checkpoint takes half of the time that a stop has for one: a busy file system would lose it.
+
+    Units: seconds, as restart.stop_timeout_s. None where there is time enough.
+    """
+    if took_s < limit_s / 2:
+        return None
+    wanted_s = 60 * math.ceil(4 * took_s / 60)
+    return (
+        f"this checkpoint took {took_s:.0f} s, and after a stop signal there are {limit_s:g} s for one; "
+        f"the next resume gives it more with --set restart.stop_timeout_s={wanted_s} "
+        f"--set slurm.signal=B:USR1@{wanted_s + 60}"
+    )
 
 
 def _make_room(checkpoints: Path, name: str) -> tuple[str | None, Path]:

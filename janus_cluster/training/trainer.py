@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import deepspeed.ops
+import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainingArguments
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from janus_cluster.config.schema import JobConfig
 from janus_cluster.training.data.sampler import RankBatches
 from janus_cluster.training.held_out import HeldOutScores, ScoreSums, move_to, predict_batches
+from janus_cluster.training.kernels import skip_unused_kernels
 from janus_cluster.training.loss import SEGMENT_NAMES, action_count, ramped_weight, text_weight_sum
 from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.model.build import parameter_groups
@@ -40,7 +42,10 @@ def build_training_arguments(
     """
     training = job.training
     if device == "cpu" and ds_config_json is not None:
-        _skip_compiling_unused_kernels()
+        skip_unused_kernels()
+    if ds_config_json is not None and dist.is_initialized():
+        # ZeRO-3 asks DeepSpeed for the number of ranks while the model is built. accelerate tells it too, on GPUs only.
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
     return TrainingArguments(
         output_dir=str(output_dir),
         deepspeed=None if ds_config_json is None else str(ds_config_json),
@@ -61,6 +66,8 @@ def build_training_arguments(
         seed=training.seed,
         data_seed=training.seed,
         ddp_timeout=training.ddp_timeout_s,
+        # A count that nobody here uses, over all ranks: waiting for it would be told as waiting for this rank's data.
+        average_tokens_across_devices=False,
         dataloader_num_workers=job.data.num_workers,
         dataloader_pin_memory=device == "cuda",
         remove_unused_columns=False,
@@ -77,11 +84,6 @@ def build_training_arguments(
         disable_tqdm=True,
         log_level="warning",
     )
-
-
-def _skip_compiling_unused_kernels() -> None:
-    """DeepSpeed no longer compiles its shared-memory all-reduce on cpu: only inference calls it, and it needs g++."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class JanusTrainer(ResumableTrainer):

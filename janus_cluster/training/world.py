@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from janus_cluster.errors import JanusError, UsageError
 from janus_cluster.stamped import stamp_output
@@ -69,19 +70,33 @@ def load_world(device: str, environment: Mapping[str, str] | None = None) -> Wor
 
 @contextmanager
 def process_group(world: World, *, timeout_s: float) -> Iterator[None]:
-    """All ranks can talk inside the block, and the group is gone after it.
+    """All ranks can talk inside the block, and the group is gone after it; groups made there wait as long as this one.
 
     A process that leaves without taking the group down aborts (exit −6) while another rank still listens. Only after
     an error it is left standing: others may sit in a collective that this rank never joins, and NCCL would wait for
     them here; torchrun ends them once this process has.
     """
+    timeout = timedelta(seconds=timeout_s)
+    # Without it they would wait 10 minutes over NCCL, whatever the job says. DeepSpeed makes one for ZeRO's reductions:
+    # a hung rank would end the others there before the attempt's watchdog could name it.
+    vars(distributed_c10d).update(default_pg_timeout=timeout, default_pg_nccl_timeout=timeout)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-        dist.init_process_group("nccl", timeout=timedelta(seconds=timeout_s), device_id=world.device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=bound_to(world.device, torch.__version__))
     else:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group("gloo", timeout=timeout)
     yield
+    # All together: taking the group down is a collective of NCCL's own, and rank 0 may have an export still to write.
+    dist.barrier()
     dist.destroy_process_group()
+
+
+def bound_to(device: torch.device, torch_version: str) -> torch.device | None:
+    """The device that a group is bound to: it connects at once, and barriers know where. None where torch hangs so.
+
+    Source: pytorch/pytorch#153960; DeepSpeed leaves it away for the same versions (comm/torch.py).
+    """
+    return None if torch_version.startswith("2.7.0") else device
 
 
 def share_among(world: World) -> Share:

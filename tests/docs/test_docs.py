@@ -217,6 +217,17 @@ def test_both_readmes_hold_the_same_commands() -> None:
     assert table_commands(chinese) == table_commands(english)
 
 
+def test_both_readmes_name_the_same_files_in_their_maps() -> None:
+    english, chinese = (
+        [
+            sorted(re.findall(r"[A-Za-z0-9_<>.-]+(?:/|\.(?:py|json|jsonl|sh|sbatch|yaml|log|md))", b.text))
+            for b in blocks(page)
+        ]
+        for page in READMES
+    )
+    assert english == chinese
+
+
 def test_both_readmes_hold_the_same_sections_and_link_to_each_other() -> None:
     levels = [re.findall(r"^(#+) ", page.read_text(encoding="utf-8"), re.MULTILINE) for page in READMES]
     assert levels[0] == levels[1]

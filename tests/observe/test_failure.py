@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from janus_cluster.observe.card import load_card, next_steps, render_card
 from janus_cluster.observe.evidence import Evidence, RankError, RankExit, load_evidence, parse_exits
-from janus_cluster.observe.failure import Failure, classify, is_follow_up, kind_of_words
+from janus_cluster.observe.failure import Failure, Kind, classify, is_follow_up, kind_of_words
 from janus_cluster.rundir import RunDir, write_json_atomically
 from janus_cluster.slurm.state import JobState
 
@@ -288,7 +289,7 @@ def test_the_card_names_the_last_complete_checkpoint_and_what_to_type(tmp_path: 
     assert card is not None
     shown = "\n".join(render_card(card))
     assert f"step 10: {run.checkpoints / 'checkpoint-10'}" in shown
-    assert "next: janus-cluster resume 7   (goes on after step 10)" in shown
+    assert "next: janus-cluster resume 7   # goes on after step 10" in shown
     assert load_card(run, JobState(state="RUNNING", source="x"), ref="7") is None
 
 
@@ -296,7 +297,26 @@ def test_too_little_gpu_memory_suggests_a_smaller_batch_of_the_same_effective_si
     failure = Failure(kind="gpu_out_of_memory", rank=3, node="b")
     job = {"training": {"per_device_batch_size": 6, "gradient_accumulation_steps": 2}}
     first = next_steps(failure, run=RunDir(tmp_path), ref="7", checkpoint=None, job=job)[0]
-    assert "--set training.per_device_batch_size=3 --set training.gradient_accumulation_steps=4" in first
+    options = "--set training.per_device_batch_size=3 --set training.gradient_accumulation_steps=4"
+    assert first.startswith(f"janus-cluster resume 7 {options}   # "), "a new run would lose what this one has learnt"
+
+
+@pytest.mark.parametrize(
+    ("kind", "job", "first"),
+    [
+        ("host_out_of_memory", {"data": {"num_workers": 8}}, "janus-cluster resume 7 --set data.num_workers=4 "),
+        ("host_out_of_memory", {"slurm": {"mem": "64G"}}, "janus-cluster resume 7 --set slurm.mem=0 "),
+        ("gpu_out_of_memory", {"training": {"gradient_checkpointing": False}},
+         "janus-cluster resume 7 --set training.gradient_checkpointing=true "),
+        ("gpu_out_of_memory", {"deepspeed": {"profile": "zero2"}},
+         "janus-cluster resume 7 --set deepspeed.profile=zero3 "),
+        ("gpu_out_of_memory", {"deepspeed": {"profile": "zero3"}}, "janus-cluster submit "),
+    ],
+)  # fmt: skip
+def test_what_can_go_on_is_not_begun_anew(tmp_path: Path, kind: Kind, job: dict[str, Any], first: str) -> None:
+    failure = Failure(kind=kind)
+    steps = next_steps(failure, run=RunDir(tmp_path), ref="7", checkpoint=None, job=job)
+    assert steps[0].startswith(first)
 
 
 @pytest.mark.parametrize(

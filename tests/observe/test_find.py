@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -73,6 +75,21 @@ def test_unknown_name_tells_the_nearest_and_what_to_type(runs: Path) -> None:
 def test_what_is_no_run_is_not_found(runs: Path, ref: str) -> None:
     with pytest.raises(JobNotFound):
         find_run(ref, [runs])
+
+
+def test_a_run_of_somebody_else_is_not_called_absent(runs: Path) -> None:
+    (runs / "theirs-1").mkdir(mode=0o700)
+    code = (
+        "import sys; from pathlib import Path; from janus_cluster.observe.find import find_run; "
+        "find_run('theirs-1', [Path(sys.argv[1])])"
+    )
+    (runs / "theirs-1").chmod(0)
+    # root may read everything, unless it gives that up.
+    unprivileged = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    argv = [*unprivileged, sys.executable, "-c", code, str(runs)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    (runs / "theirs-1").chmod(0o700)
+    assert "theirs-1: you may not read it" in done.stderr
 
 
 def test_empty_folder_says_that_there_are_no_runs(tmp_path: Path) -> None:

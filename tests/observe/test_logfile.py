@@ -250,6 +250,22 @@ def test_reading_begins_at_a_time_without_reading_what_is_older(tmp_path: Path, 
     assert lines[0].text.startswith(f"line {first:.0f} ") if first < 200_000 else lines == []
 
 
+def test_a_time_is_found_though_others_wrote_much_without_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.log"
+    flood = b"words of C code, without a time\n" * 60_000
+    with path.open("wb") as f:
+        for i in range(12):
+            f.write(stamped(NOW + i, f"block {i}") + flood)
+        f.write(stamped(NOW + 12, "end"))
+    at(path, NOW + 12)
+    file = GrowingFile(path)
+    file.start_at_time(NOW + 10)
+    size = path.stat().st_size
+    assert file.offset >= size - 3 * len(flood) - 1000, "what is older is not read line by line"
+    looks = (file.read_new()[0] for _ in range(2 * len(flood) // logfile.MAX_READ_BYTES))
+    assert next(lines for lines in looks if lines)[0].text == "block 10"
+
+
 def test_a_file_without_times_begins_near_its_end_where_a_time_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "a.log"
     with path.open("wb") as f:

@@ -64,9 +64,9 @@ def test_status_json_of_many_jobs_is_a_list(home: Path) -> None:
     assert [v["state"] for v in values] == ["FAILED", "COMPLETED"]
 
 
-def test_status_tells_reason_and_next_command(home: Path) -> None:
+def test_status_tells_reason_once_and_next_command(home: Path) -> None:
     done = type_in(home, "status", "train")
-    assert "reason: because" in done.stdout
+    assert done.stdout.count("because") == 1
     assert "next: janus-cluster tail local-9999999920 --no-follow -n 100\n" in done.stdout
 
 
@@ -79,6 +79,58 @@ def test_list_shows_runs_of_the_given_folder_only(home: Path, tmp_path: Path) ->
     assert other.returncode == 0
     assert "no runs in" in other.stdout
     assert "COMPLETED" in type_in(home, "list").stdout
+
+
+@pytest.mark.parametrize("command", [("list",), ("list", "--json")])
+def test_a_pipe_without_a_reader_ends_with_141(home: Path, command: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [sys.executable, "-m", "janus_cluster.cli", *command]
+    environ = os.environ | {"JANUS_HOME": str(home)}
+    done = subprocess.run(argv, env=environ, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_terminal_that_is_not_utf8_gets_what_it_can_show_and_a_program_all(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(home, "导航-20261121-cccccccc", state="COMPLETED", exit_code=0)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    shown = type_in(home, "tail", "导航", "--no-follow")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "COMPLETED (exit code 0" in shown.stdout
+    (found,) = json.loads(type_in(home, "list", "-n", "1", "--json").stdout)
+    assert found["name"] == "导航-20261121-cccccccc", "a ? in it would name another run"
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "said"),
+    [
+        (
+            "mkdir gone && cd gone && rmdir ../gone",
+            2,
+            "error: the folder that you are in was removed\nnext:  cd to another one",
+        ),
+        ("exec >/dev/full", 1, "error: No space left on device: standard output"),
+    ],
+)
+def test_a_fault_of_the_place_is_told_in_a_line(home: Path, place: str, code: int, said: str) -> None:
+    environ = {k: v for k, v in os.environ.items() if k != "JANUS_HOME"} | {
+        "PYTHONPATH": str(Path(__file__).parents[2])
+    }
+    argv = ["bash", "-c", f'{place} && exec "$@"', "bash", sys.executable, "-m", "janus_cluster.cli", "list"]
+    done = subprocess.run(argv, cwd=home, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.rstrip()) == (code, said)
+
+
+def test_without_a_stdout_tail_still_ends_with_the_jobs_code(home: Path) -> None:
+    argv = [sys.executable, "-m", "janus_cluster.cli", "tail", "train", "--no-follow"]
+    environ = os.environ | {"JANUS_HOME": str(home)}
+    done = subprocess.run(
+        ["bash", "-c", 'exec "$@" >&-', "bash", *argv], env=environ, capture_output=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (12, b"")
 
 
 def test_unknown_job_exits_22_and_says_what_to_type(home: Path) -> None:
@@ -134,7 +186,7 @@ def test_status_and_tail_show_one_card_of_a_failed_run(home: Path, command: tupl
     assert "first:      rank 3 on h800-01" in done.stdout
     assert "error:      OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB" in done.stdout
     assert 'frames:     File "/x/train.py", line 7, in step' in done.stdout
-    assert f"next: janus-cluster submit {run.job_yaml} --set" in done.stdout
+    assert "next: janus-cluster resume local-9999999920 --set" in done.stdout
 
 
 def test_for_programs_the_card_is_an_object(home: Path) -> None:
@@ -144,7 +196,7 @@ def test_for_programs_the_card_is_an_object(home: Path) -> None:
     assert (card["kind"], card["rank"], card["node"]) == ("gpu_out_of_memory", 3, "h800-01")
     assert "CUDA out of memory" in card["message"]
     assert card["frames"][0] == 'File "/x/train.py", line 7, in step'
-    assert card["next"][0].startswith(f"janus-cluster submit {run.job_yaml} --set")
+    assert card["next"][0].startswith("janus-cluster resume local-9999999920 --set")
     assert json.loads(type_in(home, "list", "--json").stdout)[0]["card"] is None
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from janus_cluster.node.status import StatusFile as StatusWriter
+from janus_cluster.observe.listing import render_list
 from janus_cluster.observe.progress import TAIL_BYTES, Progress, build_progress, load_progress
 from janus_cluster.observe.status import (
     RunStatus,
@@ -22,6 +25,7 @@ from janus_cluster.observe.status import (
 )
 from janus_cluster.preflight.model import CheckResult, Verdict
 from janus_cluster.rundir import RunDir, write_json_atomically
+from janus_cluster.slurm.state import NOBODY, JobState
 
 CONTRACT = [
     *("job_id", "name", "state", "source", "age_s", "attempt", "nodes"),
@@ -167,6 +171,15 @@ def test_finished_run_shows_accuracy_checkpoint_and_export(tmp_path: Path) -> No
     assert "40/40" in text
 
 
+def test_a_run_that_was_moved_names_its_checkpoint_where_it_is_now(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path)
+    (run.checkpoints / "checkpoint-40").mkdir(parents=True)
+    for kind, place in (("checkpoint", "/old/place/checkpoints/checkpoint-40"), ("export", "/old/place/export")):
+        run.append_metric({"kind": kind, "time": 1.0, "attempt": 1, "step": 40, "path": place})
+    assert load_progress(run).checkpoint == str(run.checkpoints / "checkpoint-40")
+    assert load_progress(run).export == "/old/place/export", "what is in neither place is told as it was"
+
+
 def test_progress_is_read_from_the_end_of_a_long_file(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path)
     train(run, [1], note="x" * TAIL_BYTES)
@@ -192,11 +205,64 @@ def test_no_metrics_is_no_progress(tmp_path: Path) -> None:
 
 
 def test_dry_run_tells_how_to_submit_it(tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "demo-1")
+    run = RunDir(tmp_path / "导航 1")
     run.path.mkdir()
     statuses = collect_status([run])
     assert statuses[0].to_json()["state"] == "NOT_SUBMITTED"
-    assert f"sbatch {run.job_sbatch}" in shown(statuses)
+    assert shown(statuses).count(f"sbatch '{run.job_sbatch}'") == 1
+    write_json_atomically(run.resolved_json, {"cluster": "local"})
+    assert f"next: JANUS_LAUNCHER=local bash '{run.job_sbatch}'" in shown(statuses), "there may be no Slurm here"
+
+
+def test_every_next_command_is_one_that_a_shell_takes_as_it_is_copied(tmp_path: Path) -> None:
+    folder = tmp_path / "我的 实验"
+    gated, writer = make_run(folder / "a")
+    check = CheckResult(id="x", phase="static", node="h800-02", state="FAIL", measured="1", expected="2")
+    verdict = Verdict(
+        state="FAIL", job_id="1", config_hash="x", nodes=("h800-01", "h800-02"), created_at=0.0, results=(check,)
+    )
+    write_json_atomically(gated.verdict_json(1), verdict.to_json())
+    writer.finish("FAILED", 10, reason="preflight FAIL")
+    done, writer = make_run(folder / "b")
+    writer.finish("COMPLETED", 0)
+    failed, writer = make_run(folder / "c")
+    writer.finish("FAILED", 12, reason="[Errno 28] No space left on device")
+    text = shown([add_card(s) for s in collect_status([gated, done, failed])])
+    commands = [line.split("next: ")[1] for line in text.splitlines() if "next: " in line]
+    assert len(commands) == 6, text
+    for command in commands:
+        assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0, command
+    assert any(command.startswith(f"less '{gated.verdict_md(1)}'") for command in commands)
+
+
+def test_a_narrow_terminal_cuts_no_number(tmp_path: Path) -> None:
+    run, writer = make_run(tmp_path)
+    writer.finish("COMPLETED", 0)
+    train(run, [39, 40])
+    console = Console(width=1000, color_system=None)
+    for width, name in ((40, run.name), (80, None)):
+        with console.capture() as capture:
+            console.print(render_status(collect_status([run]), width=width))
+        heading, *rows = capture.get().split("\n\n")[0].splitlines()
+        assert heading.split() == ["job", "name", "state", "try", "step", "loss", "s/step", "samples/s", "ETA"]
+        assert rows[0].split()[2:] == ["COMPLETED", "1", "40/40", "0.0625", "3.00", "5.25", "-"]
+        assert (rows[0].split()[1] == name) == (name is not None), "the name alone gives way, where that is enough"
+    with console.capture() as capture:
+        console.print(render_list(collect_status([run]), width=80))
+    assert run.name in capture.get() and "status.json," in capture.get(), "a name can be copied"
+
+
+def test_a_job_that_waits_says_why_and_until_when(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path)
+    state = JobState(state="PENDING", source="squeue", age_s=0.0, reason="Resources", starts_at=time.time() + 725)
+    text = shown([RunStatus(run=run, job_id="7", state=state)])
+    assert re.search(r"reason: Resources; expected start \d\d:\d\d \(in 12 min\)", text)
+
+
+def test_what_nobody_says_is_said_by_nobody(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path)
+    state = JobState(state="UNKNOWN", source=NOBODY, reason="Slurm does not answer")
+    assert "7: UNKNOWN (says nobody)" in shown([RunStatus(run=run, job_id="7", state=state)])
 
 
 @pytest.mark.parametrize(
@@ -251,6 +317,16 @@ def test_the_expected_time_is_that_of_the_attempt_that_runs() -> None:
     new = {"kind": "train", "attempt": 2, "step": 4, "total_steps": 9, "step_time_s": 10.0}
     progress = build_progress([*old, new])
     assert (progress.attempt, progress.median_step_time_s, progress.eta_s) == (2, 10.0, 50.0)
+
+
+def test_numbers_that_are_none_are_shown_as_such_and_reckoned_with_by_nobody(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path)
+    nan = float("nan")
+    train(run, [1], loss=nan, step_time_s=nan, samples_per_s=float("inf"), ranks={"data_wait_s": [nan, 0.1]})
+    state = JobState(state="RUNNING", source="status.json", attempt=1)
+    text = shown([RunStatus(run=run, job_id="7", state=state, progress=load_progress(run))])
+    assert text.splitlines()[1].split()[-4:] == ["nan", "-", "-", "-"]
+    assert "waiting" not in text
 
 
 def test_what_is_no_list_of_numbers_by_rank_is_left_out() -> None:

@@ -43,6 +43,11 @@ def test_json_is_escaped_and_means_the_same() -> None:
     assert json.loads(text) == value
 
 
+def test_json_has_no_word_for_nan() -> None:
+    text = to_json({"loss": float("nan"), "ranks": [{"wait": float("inf")}, {"wait": 1.5}], "pair": (1, 2.0)})
+    assert json.loads(text) == {"loss": None, "ranks": [{"wait": None}, {"wait": 1.5}], "pair": [1, 2.0]}
+
+
 def test_secrets_of_a_run_are_replaced_by_their_names(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert load_secrets(run) == {}

@@ -33,7 +33,7 @@ class Case:
 
     lines:         shell, among the mounts of the node that has the fault; the last word is what is mounted over
     tree:          how the pretended node BAD_NODE differs from the sound one
-    memlock_bytes: the soft limit of that node's slurmd, or of this host's shell
+    memlock_bytes: the soft limit of that node's slurmd, or both limits of this host's shell
     runs_size:     the run folders lie on a tmpfs of this size, which all nodes share
     blocked_ports: TCP to these ports does not leave the node
     """

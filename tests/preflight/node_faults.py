@@ -94,6 +94,12 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "GPU 0: 40000",
     ),
     "ECC": ({"smi": replaced("ecc", "4, 0, 0", "4, 2, 2")}, "gpu.ecc", "FAIL", "GPU 4: 2 uncorrected"),
+    "ECC, long ago": (
+        {"smi": replaced("ecc", "4, 0, 0", "4, 0, 2")},
+        "gpu.ecc",
+        "WARN",
+        "GPU 4: 2 uncorrected (aggregate)",
+    ),
     "ECC not told": ({"smi": replaced("ecc", "4, 0, 0", "4, [N/A], [N/A]")}, "gpu.ecc", "ERROR", "GPU 4"),
     "remap failed": (
         {"smi": replaced("remapped", ", 0, 0, 0, 0", ", 0, 1, 0, 1")},

@@ -111,6 +111,10 @@ def test_a_slow_rail_is_of_the_pair_unless_the_counters_rose_at_one_end() -> Non
     assert attribute("ib3", NODES, loud, "")[0] == "n2"
     assert attribute("ib4", NODES, loud, "")[0] == "n1,n2", "another rail's errors blame nobody for this one"
     assert attribute("gpu3", NODES, {"n1": {}, "n2": {"mlx5_3:1": {"symbol_error": 1}}}, "")[0] == "n2"
+    dropping = {"n1": {"mlx5_3:1": {}, "ib0": {"tx_dropped": 9}}, "n2": {"mlx5_3:1": {}, "ib0": {}}}
+    assert attribute("gpu3", NODES, dropping, "")[0] == "n1,n2", "what IPoIB drops blames nobody for a rail of GPUs"
+    ethernet: dict[str, dict[str, dict[str, int]]] = {"n1": {"eth0": {"rx_errors": 9}}, "n2": {"eth0": {}}}
+    assert attribute("gpu3", NODES, ethernet, "")[0] == "n1"
     both: dict[str, dict[str, dict[str, int]]] = {"n1": {"ib3": {"rx_errors": 1}}, "n2": {"ib3": {"rx_errors": 7}}}
     assert attribute("ib3", NODES, both, "")[0] == "n1,n2"
     slow = judged([rail("ib3", 0.5), rail("ib0", 1.0)], CPU, deltas=loud)["rail.ib3"]

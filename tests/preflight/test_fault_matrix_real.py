@@ -168,7 +168,8 @@ def run_here(workshop: Workshop, case: Case) -> subprocess.CompletedProcess[str]
     lines = ["mount -t tmpfs -o size=16g tmpfs /dev/shm", small_runs, case.lines, 'exec "$@"']
     argv = ["unshare", "--mount", "sh", "-euc", "\n".join(lines), "sh"]
     if case.memlock_bytes is not None:
-        argv = ["prlimit", f"--memlock={case.memlock_bytes}:", *argv]
+        # The hard one too: job.sbatch raises a soft limit as far as it may.
+        argv = ["prlimit", f"--memlock={case.memlock_bytes}:{case.memlock_bytes}", *argv]
     names = workshop.bad_node(case.tree)
     return run(replace(workshop, env=workshop.env | names), [*argv, *workshop.command("--local", sets=case.options)])
 

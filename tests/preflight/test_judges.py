@@ -10,7 +10,7 @@ import pytest
 from janus_cluster.preflight.all_reduce import busbw_gb_per_s, judge_all_reduce
 from janus_cluster.preflight.model import CheckResult, Verdict, worst
 from janus_cluster.preflight.report import render_summary, render_verdict, render_verdict_markdown
-from janus_cluster.preflight.versions import PACKAGES, judge_same_versions, judge_versions, read_versions
+from janus_cluster.preflight.versions import PACKAGES, judge_driver, judge_same_versions, judge_versions, read_versions
 
 RANGES = {"python_min": "3.10", "torch_min": "2.6", "transformers_below": "6", "cuda_wanted": True}
 
@@ -117,6 +117,24 @@ def test_a_torch_without_cuda_is_told_where_gpus_are_wanted() -> None:
         ("versions.cuda", "WARN"),
         ("versions", "PASS"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "found"),
+    [
+        ("13.0", "535.183.01", [("WARN", "driver 535.183.01, CUDA 13.0")]),
+        ("13.0", "580.65.06", [("PASS", "driver 580.65.06, CUDA 13.0")]),
+        ("12.8", "535.183.01", [("PASS", "driver 535.183.01, CUDA 12.8")]),
+        (None, "535.183.01", []),
+        ("12.8", "", []),
+        ("99.0", "535.183.01", []),
+    ],
+)
+def test_a_driver_that_is_older_than_torchs_cuda_is_told(
+    cuda: str | None, driver: str, found: list[tuple[str, str]]
+) -> None:
+    gpus = {"identity": {"rows": [{"index": "0", "driver_version": driver}]}}
+    assert [(r.state, r.measured) for r in judge_driver({"cuda": cuda}, gpus, node="n1")] == found
 
 
 def test_a_verdict_survives_its_json_and_names_the_bad_node() -> None:

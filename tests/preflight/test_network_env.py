@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Interface
 from typing import Any
 
 import pytest
 
 from janus_cluster.preflight.network_env import derive_network_env
 from janus_cluster.preflight.profile import load_profile
-from janus_cluster.preflight.route import judge_route, read_route
+from janus_cluster.preflight.route import find_owner, judge_route, read_route
 from janus_cluster.preflight.sysfs import NodeRoot
 from janus_cluster.render.env_lint import lint_env
 from janus_cluster.resources import templates_dir
@@ -86,5 +87,23 @@ def test_the_interface_that_carries_the_data_is_judged(told: dict[str, Any], sta
 
 
 def test_no_interface_is_no_pass() -> None:
-    (result,) = judge_route({"interface": None, "error": "no route"}, IB["net"], node="n1")
+    (result,) = judge_route({"peer": "n0", "interface": None, "error": "no route"}, IB["net"], node="n1")
     assert result.state == "ERROR"
+
+
+@pytest.mark.parametrize("interface", [None, "eth0"])
+def test_one_node_needs_no_way_out(interface: str | None) -> None:
+    alone = {"peer": None, "interface": interface, "error": None, "operstate": "up", "speed_mb_per_s": 1000}
+    (result,) = judge_route(alone, ETHERNET["net"], node="n1")
+    assert result.state == "SKIP"
+
+
+@pytest.mark.parametrize(("address", "owner"), [("10.0.0.5", "eth0"), ("10.0.0.9", "eth0"), ("10.9.0.1", None)])
+def test_a_second_address_belongs_to_the_interface_of_its_network(address: str, owner: str | None) -> None:
+    networks = {"lo": IPv4Interface("127.0.0.1/8"), "eth0": IPv4Interface("10.0.0.5/24")}
+    assert find_owner(address, networks) == owner
+
+
+def test_an_address_of_its_own_comes_before_a_wider_network() -> None:
+    networks = {"eth0": IPv4Interface("10.0.0.5/8"), "ib0": IPv4Interface("10.1.0.5/16")}
+    assert find_owner("10.1.0.5", networks) == "ib0"

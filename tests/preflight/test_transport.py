@@ -50,6 +50,25 @@ def test_everything_else_fails_where_infiniband_is_wanted(lines: tuple[str, ...]
     assert state(*lines) == "FAIL"
 
 
+@pytest.mark.parametrize(
+    "end", ["/GDRDMA", "(4)/GDRDMA", "(12)/GDRDMA/Shared", "/GDRDMA(PCI)", "(4)/GDRDMA(PCI)/Shared"]
+)
+def test_gpudirect_is_seen_however_the_channel_is_shared(end: str) -> None:
+    line = GDR.replace("/GDRDMA", end)
+    assert parse_nccl_log([line])["channels"] == {"IB/GDRDMA": 1, "IB": 0, "Socket": 0}
+    assert state(USING_IB, NETWORK_IB, GDR, line) == "PASS"
+
+
+def test_a_channel_through_another_ranks_hca_is_not_taken_for_gpudirect() -> None:
+    assert state(USING_IB, NETWORK_IB, GDR, GDR.replace("/3/GDRDMA", "/3(4)")) == "FAIL"
+
+
+def test_the_plugins_of_infiniband_are_infiniband() -> None:
+    line = GDR.replace("NET/IB/3", "NET/IBext_v8/3(4)")
+    facts = parse_nccl_log([USING_IB, NETWORK_IB.replace("IB", "IBext_v8"), line])
+    assert (facts["networks"], facts["channels"]["IB/GDRDMA"]) == (["IB"], 1)
+
+
 def test_a_log_that_says_nothing_is_never_a_pass() -> None:
     assert state() == "ERROR"
     assert state(P2P) == "ERROR"

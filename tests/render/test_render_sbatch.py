@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -50,7 +51,10 @@ def _recorder(folder: Path) -> Path:
 
 
 def _run(
-    resolved: ResolvedJob, tmp_path: Path, environ: Mapping[str, str] | None = None
+    resolved: ResolvedJob,
+    tmp_path: Path,
+    environ: Mapping[str, str] | None = None,
+    preexec_fn: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """The script, as the batch shell of a node would run it: another folder, almost no environment."""
     run = Path(resolved.run_dir)
@@ -60,8 +64,9 @@ def _run(
     script.write_text(render_sbatch(resolved), encoding="utf-8")
     clean = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "RECORD": str(tmp_path / "record")} | dict(environ or {})
     return subprocess.run(
-        ["bash", str(script)], capture_output=True, text=True, timeout=30, cwd="/", env=clean, check=False
-    )
+        ["bash", str(script)], capture_output=True, text=True, timeout=30, cwd="/", env=clean, check=False,
+        preexec_fn=preexec_fn,
+    )  # fmt: skip
 
 
 def _recorded(tmp_path: Path) -> tuple[list[str], dict[str, str]]:
@@ -92,10 +97,35 @@ def test_steps_inherit_the_scripts_environment_and_not_none(resolve: Resolve, tm
     assert "#SBATCH --export=NONE\n" in render_sbatch(resolved)
 
 
+def test_what_the_script_says_of_its_environment_is_what_it_asks_for(resolve: Resolve) -> None:
+    text = render_sbatch(resolve(sets=["slurm.export=ALL"]))
+    assert "#SBATCH --export=ALL\n" in text and "export SLURM_EXPORT_ENV=ALL\n" in text
+    assert "login environment" not in text
+
+
 def test_the_same_script_runs_without_slurm(resolve: Resolve, tmp_path: Path) -> None:
     resolved = resolve(run_dir=tmp_path / "run", python=str(_recorder(tmp_path)))
     _run(resolved, tmp_path, {"JANUS_LAUNCHER": "local"})
     assert _recorded(tmp_path)[0][-2:] == ["--launcher", "local"]
+
+
+@pytest.mark.parametrize(("soft", "most"), [(1024, 4096), (4096, 4096), (1024, None)])
+def test_low_soft_limits_of_the_login_shell_are_raised(
+    soft: int, most: int | None, resolve: Resolve, tmp_path: Path
+) -> None:
+    hard = most or resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\n[ "$1" = -c ] || { ulimit -Sn; ulimit -Sl; ulimit -Hl; } > "$RECORD"\n')
+    python.chmod(0o755)
+    resolved = resolve(run_dir=tmp_path / "run", python=str(python))
+
+    def lower() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]))
+
+    assert _run(resolved, tmp_path, preexec_fn=lower).returncode == 0
+    files, locked, lockable = (tmp_path / "record").read_text().split()
+    assert (files, locked) == (str(65536 if hard < 0 else min(hard, 65536)), lockable)
 
 
 def test_the_exit_code_is_that_of_the_attempt(resolve: Resolve, tmp_path: Path) -> None:
@@ -110,7 +140,7 @@ def test_every_sbatch_line_stands_before_the_first_command(resolve: Resolve) -> 
     directives = [i for i, line in enumerate(lines) if line.startswith("#SBATCH")]
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
     assert lines[0] == "#!/bin/bash"
-    assert len(directives) == 13 and max(directives) < first_command
+    assert len(directives) == 14 and max(directives) < first_command
 
 
 def test_setup_lines_run_in_the_same_shell_before_env_sh(resolve: Resolve, tmp_path: Path) -> None:

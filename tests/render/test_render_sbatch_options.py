@@ -34,6 +34,7 @@ def test_defaults_ask_for_whole_nodes_with_their_gpus() -> None:
         "ntasks-per-node": "1",
         "gres": "gpu:h800:8",
         "exclusive": None,
+        "mem": "0",
         "time": "24:00:00",
         "output": "/shared/runs/r/logs/batch.log",
         "open-mode": "append",
@@ -97,10 +98,22 @@ def test_an_empty_value_means_not_given(value: str | None) -> None:
         ({"oversubscribe": True}, "exclusive"),
         ({"gpus_per_node": "h800:8"}, "gres"),
         ({"gpus": 16}, "gres"),
+        ({"mem_per_gpu": "200G"}, "mem"),
+        ({"exclusive": False}, "mem"),
+        ({"oversubscribe": True}, "mem"),
     ],
 )
 def test_an_option_takes_the_place_of_the_default_it_contradicts(slurm: dict[str, Any], gone: str) -> None:
-    assert gone not in _options(slurm)
+    assert gone not in _options(slurm, nodes=2)
+
+
+@pytest.mark.parametrize("value", ["NONE", "NIL", "ALL"])
+def test_a_site_whose_slurmd_cannot_fetch_an_environment_has_a_way_out(value: str) -> None:
+    assert _options({"export": value})["export"] == value
+
+
+def test_the_users_own_memory_stays_on_a_shared_node() -> None:
+    assert _options({"mem": "500G", "exclusive": False})["mem"] == "500G"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +131,8 @@ def test_an_option_takes_the_place_of_the_default_it_contradicts(slurm: dict[str
         ({"parsable": True}, ["--json"]),
         ({"test_only": True}, ["--dry-run"]),
         ({"wait": True}, ["--follow"]),
-        ({"export": "ALL"}, ["environment.variables or .forward"]),
+        ({"export": "ALL,A=1"}, ["slurm.export", "NONE, NIL, ALL", "environment.variables or .forward"]),
+        ({"export_file": "x"}, ["environment.variables or .forward"]),
         ({"ntasks_per_node": 8}, ["processes_per_node"]),
         ({"partition": True}, ["slurm.partition", "needs a value"]),
         ({"partition": 1.5}, ["needs a value"]),
@@ -132,6 +146,8 @@ def test_an_option_takes_the_place_of_the_default_it_contradicts(slurm: dict[str
         ({"open-mode": "truncate"}, ["append"]),
         ({"gres": "gpu:h800:4"}, ["asks for 4 GPUs", "hardware.gpus_per_node is 8"]),
         ({"gpus_per_node": 4}, ["asks for 4 GPUs"]),
+        ({"gpus": 4}, ["slurm.gpus", "asks for 4 GPUs"]),
+        ({"clusters": "other"}, ["slurm.clusters", "SLURM_CLUSTERS"]),
         ({"mail_type": "A", "mail-type": "B"}, ["given twice"]),
     ],
 )

@@ -76,3 +76,18 @@ def test_by_hand_the_script_logs_to_its_run_folder_and_its_steps_get_its_environ
     log = (script.parent / "logs" / "batch.log").read_text()
     assert log.count("step: cpu/unset") == 2, log
     assert not list(tmp_path.rglob("pwned"))
+
+
+def test_where_nodes_cannot_fetch_an_environment_the_shell_is_taken_along(
+    sandbox: SandboxInfo, resolve: Resolve, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/bash\n[ "$1" = -c ] || srun -N2 bash -c \'echo "step: $DS_ACCELERATOR/${STRAY-unset}"\'\n'
+    )
+    python.chmod(0o755)
+    resolved = resolve("demo", run_dir=tmp_path / "r", python=str(python), sets=["slurm.export=ALL"])
+    script = _write(resolved)
+    _slurm(sandbox, "sbatch", "--wait", str(script), STRAY="mine")
+    log = (script.parent / "logs" / "batch.log").read_text()
+    assert log.count("step: cpu/mine") == 2, log

@@ -22,6 +22,15 @@ def test_a_run_is_summed_up_without_the_steps_that_warm_up(make_run) -> None:
     assert (summary.action_accuracy, summary.majority_accuracy) == (0.6, 0.4)
 
 
+def test_a_loss_that_is_no_number_is_not_passed_over_for_an_earlier_one(make_run) -> None:
+    run = make_run()
+    run.append_metric({"kind": "train", "time": 1131.0, "attempt": 2, "step": 7, "loss": float("nan")})
+    history = load_history(run)
+    assert math.isnan(summarize(history).loss or 0.0)
+    assert history.notes == ["the loss is no finite number from step 7 on, 1 times"]
+    assert comparison_to_json(history, history)["runs"][0]["loss"] is None
+
+
 def test_events_of_metrics_and_gate_stand_in_the_order_of_time(make_run) -> None:
     assert [e.kind for e in load_history(make_run()).events] == ["gate", "checkpoint", "stop", "gate"]
 
@@ -48,7 +57,7 @@ def test_values_of_a_wrong_kind_are_gaps_and_no_error(make_run) -> None:
     bad = {"kind": "train", "step": 7, "loss": "nan?", "step_time_s": True, "samples_per_s": None, "ranks": [1],
            "loss_segments": 3, "attempt": {}}  # fmt: skip
     with run.metrics_jsonl.open("a") as f:
-        f.write(json.dumps(bad) + "\n" + '{"kind": "train", "step": 8, "loss": NaN, "ranks": {"data_wait_s": ["x"]}}\n')
+        f.write(json.dumps(bad) + "\n" + '{"kind": "train", "step": 8, "ranks": {"data_wait_s": ["x"]}}\n')
         f.write(f'{{"kind": "train", "step": 9, "loss": {10**400}}}\n')
     steps = load_history(run).steps
     assert all(math.isnan(v) for v in steps.column("loss")[-3:])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from janus_cluster.report.history import load_history
+from janus_cluster.report.pictures import _draw_ranks, draw_pictures
 from janus_cluster.rundir import RunDir
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -92,6 +93,41 @@ def test_what_a_run_does_not_tell_has_no_picture(make_run) -> None:
         run.append_metric(record | {"ranks": {}})
     assert call(run, "report", run.name).returncode == 0
     assert {p.stem for p in run.report.glob("*.png")} == {"loss", "speed", "timeline"}
+
+
+@pytest.mark.slow
+def test_a_run_that_never_trained_has_its_attempts_alone_in_its_timeline(make_run) -> None:
+    run = make_run()
+    trained = {p.name: p.png for p in draw_pictures(load_history(run))}
+    run.metrics_jsonl.unlink()
+    (picture,) = draw_pictures(load_history(run))
+    heights = [struct.unpack(">I", png[20:24])[0] for png in (trained["timeline"], picture.png)]
+    assert picture.name == "timeline"
+    assert heights[1] < 0.6 * heights[0], "no empty panel of steps above them"
+
+
+@pytest.mark.slow
+def test_of_sixteen_ranks_the_one_that_stands_out_is_named(make_run) -> None:
+    run = make_run()
+    run.metrics_jsonl.unlink()
+    waits = [0.02] * 7 + [0.5] + [0.02] * 8
+    for step in (1, 2, 3):
+        run.append_metric(
+            {"kind": "train", "step": step, "attempt": 1, "time": 1000.0 + step, "ranks": {"data_wait_s": waits}}
+        )
+    figure = _draw_ranks(load_history(run))
+    assert figure is not None
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["rank 0", "rank 7", "rank 15"]
+
+
+@pytest.mark.slow
+def test_a_name_that_no_font_here_can_draw_is_no_complaint(make_run) -> None:
+    run, other = make_run(), make_run("导航-20261121-bbbb")
+    done = call(run, "report", run.name, other.name, "--no-tensorboard")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "导航-20261121-bbbb" in (run.report / "with_导航-20261121-bbbb" / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

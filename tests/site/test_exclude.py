@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
+from pathlib import Path
 
 import pytest
 
+from janus_cluster.config.load import load_job
+from janus_cluster.config.resolve import resolve_job
+from janus_cluster.resources import jobs_dir
 from janus_cluster.site.exclude import decide_exclusion, merge_hosts
-from janus_cluster.site.nodes import NodeRecord
+from janus_cluster.site.nodes import NodeRecord, remember_nodes
+from janus_cluster.submit import exclude_bad_nodes
 
 NOW = 1_795_000_000.0
 
@@ -71,3 +77,22 @@ def test_where_nodes_are_short_the_one_remembered_longest_is_used_again_and_the_
 def test_without_a_gate_nobody_judges_it() -> None:
     found = decide_exclusion(None, [bad("h1")], num_nodes=2, site_nodes={"h1", "h2"}, now=NOW, is_gated=False)
     assert "no gate will judge it" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("h3", "option"),
+    [("gpu:h800:8", "h1"), ("gpu:v100:4", None), ("(null)", None)],
+    ids=["one like them", "another kind of GPU", "no GPU"],
+)
+def test_a_node_without_the_jobs_gpus_takes_no_bad_nodes_place(
+    h3: str, option: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sinfo = tmp_path / "sinfo"
+    sinfo.write_text(f"#!/bin/sh\necho 'h1 idle gpu:h800:8(S:0-1)\nh2 idle gpu:h800:8(S:0-1)\nh3 idle {h3}'\n")
+    sinfo.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    remember_nodes([bad("h1")], now=NOW, folder=tmp_path)
+    loaded = load_job(jobs_dir() / "preflight.yaml", sets=["nodes=2"], environ={})
+    run_dir = tmp_path / "run"
+    resolved = resolve_job(loaded, run_dir=run_dir, cluster="slurm", environ={}, cwd=tmp_path, python=sys.executable)
+    assert exclude_bad_nodes(resolved, slurm_conf=None, site=tmp_path, now=NOW).option == option

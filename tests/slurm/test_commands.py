@@ -11,6 +11,7 @@ import pytest
 from janus_cluster.errors import JanusError, JobNotFound, SlurmUnavailable
 from janus_cluster.slurm.commands import (
     Slurm,
+    has_gpus,
     parse_exit_code,
     parse_hostlist,
     parse_sacct,
@@ -234,6 +235,29 @@ def test_forgotten_job_is_no_error(bin_dir: Path) -> None:
     assert Slurm().scontrol_show_job("1") is None
     with pytest.raises(JobNotFound):
         Slurm().requeue("1")
+
+
+def test_usable_nodes_are_told_with_their_gres(bin_dir: Path) -> None:
+    rows = "n1 idle gpu:h800:8(S:0-1)\\nn2 drained* gpu:h800:8\\nn3 mixed- (null)\\nn4 down$ (null)"
+    put_program(bin_dir, "sinfo", f"print('{rows}')")
+    assert Slurm().usable_nodes("gpu") == {"n1": "gpu:h800:8(S:0-1)", "n3": "(null)"}
+
+
+@pytest.mark.parametrize(
+    ("gres", "gpu_type", "has"),
+    [
+        ("gpu:h800:8(S:0-1)", "h800", True),
+        ("shard:80,gpu:H800:8", "h800", True),
+        ("gpu:8", "h800", True),
+        ("gpu:a100:8", "", True),
+        ("gpu:a100:8", "h800", False),
+        ("gpu:a100:4,gpu:h800:4", "h800", True),
+        ("(null)", "h800", False),
+        ("", "", False),
+    ],
+)
+def test_a_gres_has_gpus_of_a_type_or_not(gres: str, gpu_type: str, has: bool) -> None:
+    assert has_gpus(gres, gpu_type) is has
 
 
 def test_a_nodes_address_is_found(bin_dir: Path) -> None:

@@ -111,7 +111,9 @@ def test_failed_status_keeps_its_own_exit_code_and_reason() -> None:
     assert state.reason == "preflight FAIL: h800-02 paths.model"
 
 
-@pytest.mark.parametrize("word", ["PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING", "SPECIAL_EXIT"])
+@pytest.mark.parametrize(
+    "word", ["PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING", "POWER_UP_NODE", "EXPEDITING", "SPECIAL_EXIT"]
+)
 @pytest.mark.parametrize("last", ["STOPPED", "CANCELLED", "FAILED", "RUNNING"])
 def test_requeued_job_is_waiting_whatever_its_last_attempt_said(word: str, last: str) -> None:
     state = judge(a_status(last), a_job(word, reason="BeginTime", nodes=()))

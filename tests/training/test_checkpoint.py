@@ -29,7 +29,7 @@ from janus_cluster.training.checkpoint import (
     write_manifest,
 )
 from janus_cluster.training.data.demo import write_demo_episodes
-from janus_cluster.training.saving import PARTIAL_NAME, new_checkpoint
+from janus_cluster.training.saving import PARTIAL_NAME, new_checkpoint, warn_of_slow_save
 from janus_cluster.training.world import World
 from tests.conftest import not_tested
 
@@ -429,3 +429,15 @@ def test_a_gradient_that_is_no_number_is_not_saved(tmp_path: Path, profile: str)
     assert [manifest[key] for key in about] == [2, int(profile[-1]), 2, 4]
     state = (run.checkpoints / "checkpoint-1" / "trainer_state.json").read_text()
     assert PARTIAL_NAME not in state, "no path of the time of writing"
+
+
+@pytest.mark.parametrize(("took_s", "wanted"), [(119.0, None), (120.0, 480), (200.0, 840)])
+def test_a_checkpoint_that_takes_half_of_a_stops_time_is_told_with_what_to_type(
+    took_s: float, wanted: int | None
+) -> None:
+    said = warn_of_slow_save(took_s, limit_s=240)
+    if wanted is None:
+        assert said is None
+    else:
+        assert said is not None
+        assert f"--set restart.stop_timeout_s={wanted} --set slurm.signal=B:USR1@{wanted + 60}" in said

@@ -170,6 +170,20 @@ def test_exported_weights_are_the_trained_ones(trained: RunDir) -> None:
     assert exported_sum == pytest.approx(master_sum, rel=1e-6, abs=1e-3)
 
 
+def test_zero3_shards_weights_from_the_disk_while_they_are_read(
+    trained: RunDir, episodes: Path, tmp_path: Path
+) -> None:
+    """As every real run does: in bf16, from a folder of weights. The tiny preset's own are sharded later."""
+    settings = job(episodes, max_steps=1, precision="bf16") | {"checkpoint": {"export": False}}
+    settings["model"]["path"] = str(trained.export)
+    settings["data"]["validation_fraction"] = 0.0
+    run = write_run_folder(tmp_path / "run", settings)
+    assert run_on_nodes(MODULE, run) == [0, 0], everything_said(run)
+    (step,) = [m for m in run.read_metrics() if m["kind"] == "train"]
+    assert 0 < step["loss"] < 100
+    assert "0 newly initialised" in run.rank_log(1, NODES[0], 0).read_text(encoding="utf-8")
+
+
 def test_each_rank_has_its_own_log_and_only_rank_0_tells_the_steps(trained: RunDir) -> None:
     first, second = (trained.rank_log(1, node, rank).read_text() for rank, node in enumerate(NODES))
     assert "step 5/5 loss " in first and "step_time_s" in first

@@ -136,6 +136,11 @@ def test_floats_keep_their_dtype_on_the_way_to_the_device(episodes: Path, tmp_pa
     assert isinstance(prepared["frames"], list) and prepared["frames"][0].dtype == torch.uint8
 
 
+def test_no_rank_waits_for_others_before_its_own_batches_are_there(episodes: Path, tmp_path: Path) -> None:
+    # The Trainer adds up the labels of all ranks' batches while these are fetched, unless it is told not to.
+    assert not build_trainer(episodes, tmp_path / "run").args.average_tokens_across_devices
+
+
 def test_a_run_that_had_done_all_its_steps_does_no_other(episodes: Path, tmp_path: Path) -> None:
     first = build_trainer(episodes, tmp_path / "run", per_device_batch_size=2, gradient_accumulation_steps=1)
     first.train()

@@ -13,6 +13,7 @@ from transformers.modeling_utils import set_zero3_state
 
 from janus_cluster.config.schema import Model, Training
 from janus_cluster.errors import UsageError
+from janus_cluster.training.model.attention import use_kernels_of_any_length
 from janus_cluster.training.model.janus import JanusModel
 from janus_cluster.training.model.load import load_model, load_vggt
 from janus_cluster.training.model.lora import add_adapters, is_adapter
@@ -35,6 +36,7 @@ def build_model(
     (TrainingArguments made before) a loaded model is partitioned at once; DeepSpeed moves it.
     Raises: UsageError on missing, misshapen or foreign weights, naming file and key.
     """
+    use_kernels_of_any_length()
     if model_cfg.path is not None:
         model, aggregator = load_model(model_cfg, tokenizer_ids=tokenizer_ids, device=device, dtype=dtype, seed=seed)
     elif model_cfg.preset == "tiny":

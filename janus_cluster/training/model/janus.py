@@ -30,7 +30,7 @@ from janus_cluster.training import loss as losses
 from janus_cluster.training.model import pixels
 from janus_cluster.training.model.layout import TextLayout, read_layout
 from janus_cluster.training.model.vggt import Aggregator
-from janus_cluster.training.model.vision import plan_vision, use_grouped_attention
+from janus_cluster.training.model.vision import plan_vision, use_grouped_attention, use_patch_product
 
 KEYS_SHOWN = 5
 
@@ -98,6 +98,7 @@ class JanusModel(Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
         # A tuple keeps VGGT out of the module tree: no ZeRO hooks (11,936 calls a pass), optimizer state or checkpoint.
         self._vggt: tuple[Aggregator, ...] = ()
         use_grouped_attention(self.model.visual)
+        use_patch_product(self.model.visual)
         self.post_init()
 
     @classmethod

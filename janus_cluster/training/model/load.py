@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from janus_cluster.config.safetensors_header import CheckpointProblem, StoredTen
 from janus_cluster.config.schema import Model
 from janus_cluster.config.weight_names import Shapes, vggt_shapes
 from janus_cluster.errors import UsageError
+from janus_cluster.training.model.attention import use_kernels_of_any_length
 from janus_cluster.training.model.checkpoint_files import read_tensor_index, read_tensors
 from janus_cluster.training.model.janus import JanusConfig, JanusModel
 from janus_cluster.training.model.presets import TokenizerIds
@@ -80,6 +82,7 @@ def load_exported(
     folder: str | Path, *, vggt_path: str | Path | None = None, device: torch.device | str, dtype: torch.dtype
 ) -> JanusModel:
     """An exported model on `device`, ready to be evaluated. VGGT comes from `vggt_path` or from the folder itself."""
+    use_kernels_of_any_length()
     model = JanusModel.from_pretrained(folder, dtype=dtype, attn_implementation=_attention_kind(device, dtype))
     source = Path(vggt_path) if vggt_path is not None else Path(folder) / VGGT_FILE
     model.attach_vggt(load_vggt(source, model.config.vggt, device=device, dtype=dtype))
@@ -98,7 +101,21 @@ def write_vggt(model: JanusModel, folder: str | Path) -> Path:
 def _attention_kind(device: torch.device | str, dtype: torch.dtype) -> str:
     """Flash attention where it is installed and can compute: on a GPU, in 16 bits."""
     can_flash = torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    return "flash_attention_2" if can_flash and is_flash_attn_2_available() else "sdpa"
+    if not (can_flash and is_flash_attn_2_available()):
+        return "sdpa"
+    if (reason := why_not_importable("flash_attn")) is not None:
+        print(f"model: flash-attn is installed, but not for this torch ({reason}): torch's own attention", flush=True)
+        return "sdpa"
+    return "flash_attention_2"
+
+
+def why_not_importable(module: str) -> str | None:
+    """What the import says, in a line; None where it goes well. A library built for another torch has all its files."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
 
 
 def _load_config(model_cfg: Model, folder: Path, ids: TokenizerIds) -> JanusConfig:
