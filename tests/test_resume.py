@@ -206,6 +206,7 @@ def amendable(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return submit(request, environ={"JANUS_HOME": str(folder / "home")}, cwd=folder).run
 
 
+@pytest.mark.slow
 def test_a_run_of_two_nodes_goes_on_on_one_and_back_with_the_same_effective_batch(
     janus: Run, two_nodes: RunDir
 ) -> None:
@@ -336,6 +337,7 @@ def test_secrets_and_forwarded_variables_stay_those_of_the_submission(
     assert (run.history / "1").stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.slow
 def test_nothing_has_changed_when_sbatch_refuses(janus: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bin").mkdir()
     for name, text in (("sbatch", "echo sbatch: error: invalid account >&2; exit 1"), ("srun", "")):

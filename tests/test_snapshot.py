@@ -35,6 +35,7 @@ def test_what_nodes_read_is_there_and_the_reference_numbers_are_not() -> None:
     assert sum(map(len, files.values())) < 3e6, "every run folder holds a copy"
 
 
+@pytest.mark.slow
 def test_a_copy_runs_on_its_own_and_a_copy_of_it_has_the_same_hash(tmp_path: Path) -> None:
     files = read_package()
     write_package(files, tmp_path / "code")

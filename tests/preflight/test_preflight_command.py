@@ -37,6 +37,7 @@ def local(node: FakeNode, *argv: str) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_a_faulty_host_is_told_as_json_and_by_the_exit_code(tmp_path: Path) -> None:
     ports = sound_ports()
     ports[3] = FakePort("mlx5_3", state="Down", phys="Polling", rate=10)
@@ -56,6 +57,7 @@ def test_a_faulty_host_is_told_as_json_and_by_the_exit_code(tmp_path: Path) -> N
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_table_of_a_faulty_host_shows_the_fault_and_how_to_mend_it(tmp_path: Path) -> None:
     node = h800_node(tmp_path, ports=[]).write()
     argv = ["--local", "--set", f"preflight.sysfs_root={node.root}"]

@@ -207,6 +207,7 @@ def test_roots_are_numbered_in_the_jobs_order(tmp_path):
     assert len(split.train) + len(split.held_out) == 12
 
 
+@pytest.mark.slow
 def test_processes_give_what_this_process_gives(tmp_path):
     root = write_episodes(tmp_path / "data", episodes=8)
     names = sorted(folder.name for folder in root.iterdir())
@@ -218,6 +219,7 @@ def test_processes_give_what_this_process_gives(tmp_path):
     assert here == there
 
 
+@pytest.mark.slow
 def test_many_tiny_episodes_are_read_by_several_processes_in_the_same_order(tmp_path):
     root = tmp_path / "data"
     write_episodes(root, episodes=1, steps=1)

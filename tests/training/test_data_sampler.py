@@ -142,6 +142,6 @@ def test_leaving_out_batches_gives_the_rest_of_the_uninterrupted_order() -> None
     assert list(islice(batches, 21, None)) == list(batches)[21:]
 
 
-def test_half_a_million_samples_are_ordered_in_a_second() -> None:
+def test_no_sample_of_more_than_half_a_million_is_lost() -> None:
     big = order((400_000, 1.0), (200_000, 0.5), batch=128)
     assert sum(len(batch) for batch in RankBatches(big, rank=0, world_size=16, rows=1)) == 4688 * 8
