@@ -75,24 +75,9 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pul
     metrics = MetricsLog(
         run, attempt=attempt, is_main=world.is_main, effective_batch_size=resolved.effective_batch_size
     )
-    found = agree_on_resume(run.checkpoints, resume=job.checkpoint.resume, world=world, report=metrics.say)
-    for broken in found.passed_over:
-        metrics.append("checkpoint_broken", broken.step, path=str(broken.path), reason=broken.reason)
-    checkpoint = found.checkpoint
-    if checkpoint is not None:
-        metrics.append("resume", int(checkpoint.name.removeprefix("checkpoint-")), checkpoint=str(checkpoint))
-        metrics.say(f"resuming from {checkpoint}")
+    checkpoint = _find_checkpoint(run, job, world, metrics)
     clock.mark("resume")
-    split = load_samples(
-        job.data,
-        seed=job.training.seed,
-        pad_history=job.compat == "predecessor",
-        index_dir=Path(job.data.index_dir) if job.data.index_dir else run.data_index,
-        share=share_among(world),
-        bad_data=run.bad_data_jsonl,
-        report=metrics.say,
-    )
-    metrics.say(split.describe())
+    split = _load_split(run, job, world, metrics)
     clock.mark("index")
     tokenizer = load_job_tokenizer(job, split)
     # Before the model is built: a sample that is too long is found in seconds, one that is held out too.
@@ -135,18 +120,49 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pul
         metrics.append("stop", step, checkpoint=str(run.checkpoints / f"checkpoint-{step}"))
         metrics.say(f"stopped on purpose after step {step} of {trainer.state.max_steps}")
         return
+    _evaluate_at_the_end(trainer, metrics)
+    if job.checkpoint.export:
+        pulse.beat("export", step)
+        write_export(run.export, trainer=trainer, tokenizer=tokenizer, job=job, world=world)
+        metrics.append("export", step, path=str(run.export))
+        metrics.say(f"export {run.export}")
+
+
+def _find_checkpoint(run: RunDir, job: JobConfig, world: World, metrics: MetricsLog) -> Path | None:
+    """The checkpoint that all ranks go on from, if any; broken ones on the way to it are told."""
+    found = agree_on_resume(run.checkpoints, resume=job.checkpoint.resume, world=world, report=metrics.say)
+    for broken in found.passed_over:
+        metrics.append("checkpoint_broken", broken.step, path=str(broken.path), reason=broken.reason)
+    checkpoint = found.checkpoint
+    if checkpoint is not None:
+        metrics.append("resume", int(checkpoint.name.removeprefix("checkpoint-")), checkpoint=str(checkpoint))
+        metrics.say(f"resuming from {checkpoint}")
+    return checkpoint
+
+
+def _load_split(run: RunDir, job: JobConfig, world: World, metrics: MetricsLog) -> SampleSplit:
+    """The samples to train on and those held out, the same on every rank."""
+    split = load_samples(
+        job.data,
+        seed=job.training.seed,
+        pad_history=job.compat == "predecessor",
+        index_dir=Path(job.data.index_dir) if job.data.index_dir else run.data_index,
+        share=share_among(world),
+        bad_data=run.bad_data_jsonl,
+        report=metrics.say,
+    )
+    metrics.say(split.describe())
+    return split
+
+
+def _evaluate_at_the_end(trainer: JanusTrainer, metrics: MetricsLog) -> None:
+    """The log ends with the scores of the last step, or with why there are none."""
     if trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     if trainer.held_out_scores is not None:
         metrics.say(render_score_table(trainer.held_out_scores))
     else:
         metrics.say("no held-out samples (data.validation_fraction): accuracy was not measured")
-
-    if job.checkpoint.export:
-        pulse.beat("export", step)
-        write_export(run.export, trainer=trainer, tokenizer=tokenizer, job=job, world=world)
-        metrics.append("export", trainer.state.global_step, path=str(run.export))
-        metrics.say(f"export {run.export}")
 
 
 def quiet_libraries() -> None:
