@@ -14,6 +14,7 @@ NODES ?= 2
 CLUSTER ?= slurm
 DEMO_DATA ?= demo_data
 PYTEST_ARGS ?=
+BENCH_OUT ?= benchmarks/results
 SLURM_PROGRAMS := slurmctld slurmd slurmdbd munged mariadbd ip tc shellcheck cc tmux
 SLURM_PACKAGES := slurm-wlm slurmdbd munge mariadb-server iproute2 shellcheck gcc libc6-dev tmux
 
@@ -71,8 +72,12 @@ format: $(STAMP)  ## Rewrite in house format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 bench: $(STAMP)  ## What the command line and a training step cost, as ratios (CPU, minutes; benchmarks/README.md)
-	@$(BIN)/python -m benchmarks.startup
-	@OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m benchmarks.training_step
+	@mkdir -p $(BENCH_OUT)
+	@{ $(BIN)/python -m benchmarks.startup; echo; \
+	  OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu KINETO_LOG_LEVEL=99 \
+	    $(BIN)/python -m benchmarks.training_step --json $(BENCH_OUT)/bench.json; \
+	} | tee $(BENCH_OUT)/bench.txt
+	@echo "written: $(BENCH_OUT)/bench.txt, bench.json"
 
 submit: $(STAMP)  ## Submit the main job: make submit NODES=2 CLUSTER=slurm
 	@$(JANUS) submit --nodes $(NODES) --cluster $(CLUSTER)

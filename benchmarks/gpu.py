@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,13 +30,11 @@ from typing import Any
 import deepspeed
 import torch
 
-from benchmarks.gpu_measure import Result, loss_now, measure, render_result
-from benchmarks.ways import OURS, PREDECESSOR, SEED, Bench, Rig, Size, Way, describe, one_process
-from janus_cluster.config.networks import PRESETS
+from benchmarks.gpu_measure import Result, first_line, loss_now, measure, render_result
+from benchmarks.ways import OURS, PREDECESSOR, SEED, Bench, Rig, Size, Way, describe, network_sizes, one_process
 from janus_cluster.plan.flops import Flops, Work, count_flops
 from janus_cluster.plan.hardware import GPUS
-from janus_cluster.plan.sample import plan_sample
-from janus_cluster.plan.sizes import TINY_VOCABULARY, Sizes, sizes_of
+from janus_cluster.plan.sample import Sample, plan_sample
 from janus_cluster.training.entry import quiet_libraries
 from janus_cluster.training.model.build import set_recompute
 from janus_cluster.training.model.compile import compile_blocks
@@ -55,24 +54,9 @@ def sizes_for(name: str) -> list[Size]:
     return [replace(Size.of_preset("qwen2.5-vl-7b", **real), text_layers=layers) for layers in (7, 14)]
 
 
-def network_sizes(size: Size) -> Sizes:
-    """`size` as the plan counts it."""
-    preset = PRESETS[size.preset]
-    vggt = preset.vggt.to_dict() | {"depth": size.vggt_depth, "dino_depth": size.dino_depth}
-    text = {"vocab_size": TINY_VOCABULARY} | preset.text | {"num_hidden_layers": size.text_layers}
-    values = {
-        "text_config": text,
-        "vision_config": preset.vision,
-        "tie_word_embeddings": preset.tie_word_embeddings,
-        "vggt_config": vggt,
-        "vggt_merger_hidden_dim": preset.vggt_merger_hidden_dim,
-    }
-    return sizes_of(values, preset=preset, name=size.preset)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Lever:
-    """`switch` turns ours into the way without the lever, on the same engine; another engine where it cannot."""
+    """What is ours against what, `off`: `switch` turns to it on the same engine, or another engine is built for it."""
 
     name: str
     off: Way
@@ -87,16 +71,18 @@ def levers(with_compile: bool) -> list[Lever]:
         Lever(name="no recompute (off: every layer)", off=replace(OURS, recompute_every=1), same_engine=True),
         Lever(name="no recompute (off: every 2nd)", off=replace(OURS, recompute_every=2), same_engine=True),
         Lever(name="head on label positions", off=replace(OURS, head="all positions"), same_engine=True),
-        Lever(name="two samples a row of the batch (on) or one", off=OURS, same_engine=True, rows=2),
+        Lever(name="one sample a micro-batch (off: two)", off=OURS, same_engine=True, rows=2),
     ]
     if with_compile:
-        found.append(Lever(name="VGGT compiled (on) or not", off=replace(OURS, compile_vggt=True), same_engine=True))
+        compiled = replace(OURS, compile_vggt=True)
+        found.append(Lever(name="VGGT not compiled (off: compiled)", off=compiled, same_engine=True))
     return [
         *found,
         Lever(name="crop", off=replace(OURS, image_mode="pad"), same_engine=False),
-        Lever(name="ZeRO-2 (off: ZeRO-3)", off=replace(OURS, zero="3"), same_engine=False),
-        Lever(name="ZeRO-2 (on) or ZeRO-1", off=replace(OURS, zero="1"), same_engine=False),
+        Lever(name="ZeRO-2 (off: ZeRO-1)", off=replace(OURS, zero="1"), same_engine=False),
         Lever(name="VGGT outside, one pass", off=replace(OURS, vggt=PREDECESSOR.vggt), same_engine=False),
+        # The last one: DeepSpeed never lets go of a ZeRO-3 engine's memory.
+        Lever(name="ZeRO-2 (off: ZeRO-3)", off=replace(OURS, zero="3"), same_engine=False),
     ]
 
 
@@ -119,6 +105,14 @@ def switch(rig: Rig, way: Way) -> None:
             module._compiled_call_impl = None
 
 
+@dataclass
+class Built:
+    """An engine, or why there is none."""
+
+    rig: Rig | None = None
+    problem: str | None = None
+
+
 class Session:
     """Engines one after the other on one GPU, within the time that there is."""
 
@@ -129,69 +123,86 @@ class Session:
         self.results: list[Result] = []
         self.ratios: list[dict[str, Any]] = []
         self.left_out: list[str] = []
-        self._longest_s = 0.0
+        self._build_s = self._measure_s = 0.0
 
     def run(self) -> None:
         """Ours, then every lever that there is time for."""
-        chosen = [lever for lever in levers(self.options.compile) if self._wanted(lever)]
-        if self.options.predecessor:
-            chosen.append(BEFORE)
-        with self._engine(OURS) as rig:
-            ours = self._measure(rig, "ours", OURS, rows=1)
-            for lever in [lever for lever in chosen if lever.same_engine]:
-                self._on_same_engine(rig, lever)
-        for lever in [lever for lever in chosen if not lever.same_engine]:
-            if not self._time_left(lever.name):
+        chosen = chosen_levers(self.options)
+        ours = self._on_our_engine([lever for lever in chosen if lever.same_engine])
+        for lever in chosen:
+            if lever.same_engine or not self._time_left(lever, builds=1, measurements=1):
                 continue
-            with self._engine(lever.off) as other:
-                result = self._measure(other, lever.name, lever.off, rows=1)
+            result = self._on_own_engine(lever)
             # Both began with the same weights and batches.
             self._compare(lever.name, [result], [ours], abs(result.first_loss - ours.first_loss))
 
-    def _on_same_engine(self, rig: Rig | None, lever: Lever) -> None:
-        """Off, on, off, on: what the GPU's clock does meanwhile meets both."""
-        if rig is None or not self._time_left(lever.name):
-            return
-        off, on = [], []
+    def _on_our_engine(self, chosen: Sequence[Lever]) -> Result:
+        """Ours, and the levers that need no other engine, off, on, off, on: the GPU's clock meets both alike."""
+        with self._engine(OURS) as built:
+            ours = self._measure(built, "ours", OURS, rows=1)
+            for lever in chosen:
+                if self._time_left(lever, builds=0, measurements=2 * self.options.pairs):
+                    self._switch_to_and_fro(built, lever)
+        return ours
+
+    def _switch_to_and_fro(self, built: Built, lever: Lever) -> None:
+        off, on, difference = [], [], 0.0
         for _ in range(self.options.pairs):
-            switch(rig, OURS)
-            on_loss = loss_now(rig)
-            switch(rig, lever.off)
-            difference = abs(loss_now(rig) - on_loss)
-            off.append(self._measure(rig, f"{lever.name}: other", lever.off, rows=lever.rows))
-            switch(rig, OURS)
-            on.append(self._measure(rig, f"{lever.name}: ours", OURS, rows=1))
+            if built.rig is None:
+                # After running out of memory within a backward pass an engine is not to be trusted.
+                self.left_out.append(f"{lever.name}: {built.problem}")
+                return
+            switch(built.rig, OURS)
+            on_loss = loss_now(built.rig)
+            switch(built.rig, lever.off)
+            difference = abs(loss_now(built.rig) - on_loss)
+            off.append(self._measure(built, f"{lever.name}: other", lever.off, rows=lever.rows))
+            if built.rig is not None:
+                switch(built.rig, OURS)
+                on.append(self._measure(built, f"{lever.name}: ours", OURS, rows=1))
         self._compare(lever.name, off, on, difference)
 
+    def _on_own_engine(self, lever: Lever) -> Result:
+        with self._engine(lever.off) as built:
+            return self._measure(built, lever.name, lever.off, rows=1)
+
     def _compare(self, name: str, off: Sequence[Result], on: Sequence[Result], loss_difference: float) -> None:
-        if any(r.problem for r in (*off, *on)):
+        """Keeps the lever's ratio; its spread is that of the pairs, or of the steps where there is one pair."""
+        if len(off) != len(on) or any(r.problem for r in (*off, *on)):
             return
         ratios = [b.samples_per_s / a.samples_per_s for a, b in zip(off, on, strict=True)]
+        low, high = min(ratios), max(ratios)
+        if len(ratios) == 1:
+            (a,), (b,) = off, on
+            low, high = (
+                b.rows * x / (a.rows * y) for x, y in ((min(a.step_s), max(b.step_s)), (max(a.step_s), min(b.step_s)))
+            )
         self.ratios.append(
             {
                 "lever": name,
                 "ratio": statistics.median(ratios),
-                "min": min(ratios),
-                "max": max(ratios),
+                "min": low,
+                "max": high,
                 "peak_gb": [off[0].peak_gb, on[0].peak_gb],
                 "loss_difference": loss_difference,
             }
         )
+        self._save()
 
-    def _measure(self, rig: Rig | None, name: str, way: Way, *, rows: int) -> Result:
+    def _measure(self, built: Built, name: str, way: Way, *, rows: int) -> Result:
+        """Measured, or why not: one lever's failure must not cost the others."""
         begun = time.perf_counter()
-        if rig is None:
-            result = Result(name=name, way=asdict(way), rows=rows, problem="the engine could not be built")
-        else:
+        result = Result(name=name, way=asdict(way), rows=rows, problem=built.problem)
+        if built.rig is not None:
             try:
-                flops = self._flops(way)
-                result = measure(rig, name, way, rows=rows, options=self.options, flops=flops)
-            except torch.OutOfMemoryError as error:
-                rig.engine.zero_grad()
-                result = Result(name=name, way=asdict(way), rows=rows, problem=str(error).splitlines()[0])
+                result = measure(built.rig, name, way, rows=rows, options=self.options, flops=self._flops(way))
+            except Exception as error:
+                traceback.print_exc(limit=-3)
+                result.problem = f"{type(error).__name__}: {first_line(error)}"
+                built.rig, built.problem = None, f"{name}: {result.problem}"
         if not way.compile_vggt:
             # Compiling takes its minute once.
-            self._longest_s = max(self._longest_s, time.perf_counter() - begun)
+            self._measure_s = max(self._measure_s, time.perf_counter() - begun)
         self.results.append(result)
         # A call that is ended from outside has lost only what it was about.
         self._save()
@@ -199,57 +210,87 @@ class Session:
         return result
 
     @contextmanager
-    def _engine(self, way: Way) -> Iterator[Rig | None]:
-        """A built engine, or None where it does not fit; its memory is free again afterwards."""
+    def _engine(self, way: Way) -> Iterator[Built]:
+        """A built engine, or why there is none; under ZeRO-1 and 2 its memory is free again afterwards."""
         begun = time.perf_counter()
-        rig = None
+        rig, built = None, Built()
         try:
-            rig = Rig(self.bench, way)
-        except torch.OutOfMemoryError as error:
-            print(f"{way}: {str(error).splitlines()[0]}", file=sys.stderr)
-        self._longest_s = max(self._longest_s, time.perf_counter() - begun)
+            rig = built.rig = Rig(self.bench, way)
+        except Exception as error:
+            traceback.print_exc(limit=-3)
+            built.problem = f"not built: {type(error).__name__}: {first_line(error)}"
+        self._build_s = max(self._build_s, time.perf_counter() - begun)
         try:
-            yield rig
+            yield built
         finally:
             if rig is not None:
-                rig.engine.destroy()
-            del rig
+                rig.close()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _flops(self, way: Way) -> Flops:
-        sizes = network_sizes(self.size)
+    def _sample(self, way: Way) -> Sample:
+        text, labels = int(self.bench.text_tokens), int(self.bench.label_tokens)
         data = self.bench.data[way.image_mode]
-        text = int(self.bench.text_tokens)
-        sample = plan_sample(data, camera=self.size.camera, text_tokens=text, label_tokens=int(self.bench.label_tokens))
-        return count_flops(sizes, sample, Work(recompute_every=way.recompute_every))
+        return plan_sample(data, camera=self.size.camera, text_tokens=text, label_tokens=labels)
+
+    def _flops(self, way: Way) -> Flops:
+        return count_flops(network_sizes(self.size), self._sample(way), Work(recompute_every=way.recompute_every))
 
     def as_record(self) -> dict[str, Any]:
         """What the JSON file holds of this network."""
         return {
             "size": {key: str(value) for key, value in asdict(self.size).items()},
+            "sample": asdict(self._sample(OURS)) | {"tokens": self._sample(OURS).tokens},
             "flops_per_sample": self._flops(OURS).tflop(),
             "results": [asdict(result) for result in self.results],
             "ratios": self.ratios,
             "left_out": self.left_out,
         }
 
-    def _wanted(self, lever: Lever) -> bool:
-        return not self.options.levers or any(word in lever.name for word in self.options.levers)
-
-    def _time_left(self, name: str) -> bool:
-        # An engine and a measurement each take no longer than the longest so far.
-        if time.monotonic() + 2.5 * self._longest_s < self.deadline:
+    def _time_left(self, lever: Lever, *, builds: int, measurements: int) -> bool:
+        """No longer than the longest so far, each of them, and a third on top."""
+        needed_s = builds * self._build_s + measurements * self._measure_s
+        if time.monotonic() + 1.33 * needed_s < self.deadline:
             return True
-        self.left_out.append(name)
+        self.left_out.append(f"{lever.name}: no time left")
         return False
 
 
-def extrapolate(few: Result, many: Result, *, layers: tuple[int, int], whole: int) -> float:
-    """Seconds of a micro-step with `whole` language layers, from two numbers of them."""
-    a, b = statistics.median(few.step_s), statistics.median(many.step_s)
-    return b + (whole - layers[1]) * (b - a) / (layers[1] - layers[0])
+def chosen_levers(options: argparse.Namespace) -> list[Lever]:
+    """Those that --levers names, all where it is not given, none for `-`; the predecessor last."""
+    words = options.levers
+    found = [
+        lever
+        for lever in levers(options.compile)
+        if words is None or any(word != "-" and word in lever.name for word in words)
+    ]
+    return [*found, BEFORE] if options.predecessor else found
+
+
+def extrapolate(few: float, many: float, *, layers: tuple[int, int], whole: int) -> float:
+    """What grows evenly with the language layers, for `whole` of them, from two numbers of layers."""
+    return many + (whole - layers[1]) * (many - few) / (layers[1] - layers[0])
+
+
+def extrapolated(sessions: Sequence[Session], *, whole: int, peak_tflops: float | None) -> dict[str, Any]:
+    """Seconds of a micro-step with `whole` language layers, part by part, from two networks; the MFU of that."""
+    layers = (sessions[0].size.text_layers, sessions[1].size.text_layers)
+    few, many = (session.results[0] for session in sessions)
+
+    def at_whole(a: float, b: float) -> float:
+        return extrapolate(a, b, layers=layers, whole=whole)
+
+    step_s = at_whole(statistics.median(few.step_s), statistics.median(many.step_s))
+    flops = at_whole(*(session._flops(OURS).model for session in sessions))
+    return {
+        "layers": whole,
+        "micro_step_s": step_s,
+        "parts_s": {
+            part: at_whole(few.parts_s[part], many.parts_s[part]) for part in many.parts_s if part in few.parts_s
+        },
+        "mfu": flops / step_s / 1e12 / peak_tflops if peak_tflops else None,
+    }
 
 
 def render_ratios(session: Session) -> str:
@@ -264,7 +305,7 @@ def render_ratios(session: Session) -> str:
             f"| {found['lever']} | {found['ratio']:.2f} | {found['min']:.2f}–{found['max']:.2f} | {memory} | "
             f"{found['loss_difference']:.1e} |"
         )
-    lines += [f"| {name} | no time left | – | – | – |" for name in session.left_out]
+    lines += [f"| {reason} | – | – | – | – |" for reason in session.left_out]
     return "\n".join(lines)
 
 
@@ -306,13 +347,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = describe("benchmarks.gpu")
     if options.peak_tflops is None and about["gpu"]:
         options.peak_tflops = next((peak for name, peak in PEAK_OF.items() if name in about["gpu"]), None)
-    record: dict[str, Any] = {"about": about, "settings": {k: str(v) for k, v in vars(options).items()}, "networks": []}
+    record: dict[str, Any] = {
+        "about": about,
+        "settings": {k: str(v) for k, v in vars(options).items()},
+        "finished": False,
+        "networks": [],
+    }
     sessions: list[Session] = []
 
     def save() -> None:
         record["networks"] = [session.as_record() for session in sessions]
         if options.json:
-            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            # In one step: a call may be ended from outside while it writes.
+            beside = options.json.with_suffix(".part")
+            beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            beside.replace(options.json)
 
     with one_process(options.device):
         for size in sizes_for(options.size):
@@ -323,12 +372,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sessions.append(Session(bench, size, options, deadline=deadline, save=save))
                 sessions[-1].run()
             print(f"\n{render_ratios(sessions[-1])}\n", flush=True)
-    firsts = [(session.size.text_layers, session.results[0]) for session in sessions]
-    if len(firsts) == 2 and not any(result.problem for _, result in firsts):
-        (a, few), (b, many) = firsts
-        whole_s = extrapolate(few, many, layers=(a, b), whole=28)
-        record["extrapolated"] = {"layers": 28, "micro_step_s": whole_s}
-        print(f"28 layers, extrapolated from {a} and {b}: {whole_s:.3f} s a micro-step")
+    if len(sessions) == 2 and not any(session.results[0].problem for session in sessions):
+        record["extrapolated"] = found = extrapolated(sessions, whole=28, peak_tflops=options.peak_tflops)
+        print(f"28 layers, extrapolated: {found['micro_step_s']:.3f} s a micro-step")
+    # Without this line the call was cut short.
+    record["finished"] = True
     save()
 
 

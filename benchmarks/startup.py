@@ -6,6 +6,7 @@ Budget on the developers' 2-core machine: `--help` 150 ms, `submit --dry-run` 40
 from __future__ import annotations
 
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,14 @@ def measure(argv: list[str], *, cwd: Path, environ: dict[str, str]) -> float:
     return time.perf_counter() - begun
 
 
+def about() -> str:
+    """One line: when, on what, beside how much other work."""
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    today, version = time.strftime("%Y-%m-%d", time.gmtime()), platform.python_version()
+    machine = f"{cores} cores ({platform.machine()}), load {load:.1f}, Python {version}"
+    return f"{today}, {machine}: python -m benchmarks.startup"
+
+
 def main() -> None:
     """Prints median times, and the median of ratios taken pair by pair, so that a drifting machine cancels out."""
     janus = str(Path(sys.executable).with_name("janus-cluster"))
@@ -34,6 +43,7 @@ def main() -> None:
         cwd = Path(name)
         (cwd / "demo_data").mkdir()
         environ = os.environ | {"JANUS_HOME": name}
+        print(about())
         print(f"{'command':<38} {'median':>9}  ratio to `python -c pass`, median of {RUNS} pairs")
         for label, argv in commands.items():
             measure(argv, cwd=cwd, environ=environ)

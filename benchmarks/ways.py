@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -29,6 +28,7 @@ from benchmarks.data_pipeline import write_episode
 from benchmarks.predecessor import FloatDataset, SwitchableModel, collate_floats, old_zero3_config
 from janus_cluster.config.networks import PRESETS
 from janus_cluster.config.schema import Data, JobConfig, Model, SegmentWeights, Training
+from janus_cluster.plan.sizes import TINY_VOCABULARY, Sizes, sizes_of
 from janus_cluster.render.deepspeed import resolve_ds_config
 from janus_cluster.resources import templates_dir
 from janus_cluster.training.data.dataset import NavigationDataset, collate
@@ -37,7 +37,9 @@ from janus_cluster.training.data.prompt import sample_texts
 from janus_cluster.training.data.tokenizer import build_tiny_tokenizer
 from janus_cluster.training.entry import tokenizer_ids
 from janus_cluster.training.held_out import move_to
+from janus_cluster.training.kernels import skip_unused_kernels
 from janus_cluster.training.loss import action_count, text_weight_sum
+from janus_cluster.training.model.attention import use_kernels_of_any_length
 from janus_cluster.training.model.build import mark_trainable, parameter_groups, set_recompute
 from janus_cluster.training.model.compile import compile_blocks
 from janus_cluster.training.model.presets import build_config
@@ -105,14 +107,32 @@ class Size:
             dtype=dtype,
         )
 
+    @property
+    def full_vision_blocks(self) -> list[int]:
+        return list(range(7, self.vision_blocks, 8)) or [1]
+
     def configure(self, config: Any) -> Any:
         """`config` of the preset with these depths."""
         config.text_config.num_hidden_layers = self.text_layers
         config.text_config.layer_types = ["full_attention"] * self.text_layers
         config.vision_config.depth = self.vision_blocks
-        config.vision_config.fullatt_block_indexes = list(range(7, self.vision_blocks, 8)) or [1]
+        config.vision_config.fullatt_block_indexes = self.full_vision_blocks
         config.vggt_config |= {"depth": self.vggt_depth, "dino_depth": self.dino_depth}
         return config
+
+
+def network_sizes(size: Size) -> Sizes:
+    """`size` as the plan counts it."""
+    preset = PRESETS[size.preset]
+    values = {
+        "text_config": {"vocab_size": TINY_VOCABULARY} | preset.text | {"num_hidden_layers": size.text_layers},
+        "vision_config": preset.vision
+        | {"depth": size.vision_blocks, "fullatt_block_indexes": size.full_vision_blocks},
+        "tie_word_embeddings": preset.tie_word_embeddings,
+        "vggt_config": preset.vggt.to_dict() | {"depth": size.vggt_depth, "dino_depth": size.dino_depth},
+        "vggt_merger_hidden_dim": preset.vggt_merger_hidden_dim,
+    }
+    return sizes_of(values, preset=preset, name=size.preset)
 
 
 SIZES = {
@@ -145,10 +165,13 @@ class Bench:
         self.tokenizer = build_tiny_tokenizer(sample_texts(self.samples))
         self.ids = tokenizer_ids(self.tokenizer)
         dataset = self.dataset("crop")
-        labels = [(item["labels"] != -100).sum().item() for item in (dataset[i] for i in range(len(self.samples)))]
-        images = [(dataset[i]["mm_token_type_ids"] == 1).sum().item() for i in range(len(self.samples))]
+        labels, images, lengths = [], [], []
+        for index in range(len(self.samples)):
+            item = dataset[index]
+            labels.append((item["labels"] != -100).sum().item())
+            images.append((item["mm_token_type_ids"] == 1).sum().item())
+            lengths.append(len(item["input_ids"]))
         frames = HISTORY + 1
-        lengths = [len(dataset[i]["input_ids"]) for i in range(len(self.samples))]
         self.label_tokens = statistics.mean(labels)
         self.text_tokens = statistics.mean(n - k for n, k in zip(lengths, images, strict=True)) - 2 * frames
 
@@ -203,7 +226,8 @@ class Bench:
         training = self.training(way)
         mark_trainable(model, training)
         if way.vggt != OURS.vggt:
-            model.put_vggt_inside(frame_by_frame=way.vggt == "inside, frame by frame")
+            with self.device:
+                model.put_vggt_inside(frame_by_frame=way.vggt == "inside, frame by frame")
         model.head_on_all_positions = way.head == "all positions"
         if way.vision == "one window at a time":
             model.use_plain_vision()
@@ -263,6 +287,7 @@ class Rig:
         training = bench.training(way)
         groups = parameter_groups(model, training)
         config = bench.ds_config(way, model, dist.get_world_size())
+        self.engine: Any
         self.engine, *_ = deepspeed.initialize(
             model=model,
             config=copy.deepcopy(config),
@@ -315,6 +340,14 @@ class Rig:
             per_step = self.bench.accumulation
             self.times.append(Times((loaded - begun) / per_step, (done - loaded) / per_step, wall_s / per_step))
 
+    def close(self) -> None:
+        """The engine is gone, and under ZeRO-1 and 2 its memory with it, whoever still holds this rig.
+
+        DeepSpeed's hooks keep a ZeRO-3 engine alive as long as the process.
+        """
+        engine, self.engine = self.engine, None
+        engine.destroy()
+
     def count(self) -> Counts:
         """Counts of one optimizer step."""
         batches = self.load()
@@ -324,8 +357,10 @@ class Rig:
 @contextmanager
 def one_process(device: str) -> Iterator[None]:
     """A process group of this process alone; no port is taken."""
-    # DeepSpeed would compile its shared-memory all-reduce, which only inference calls.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device == "cpu":
+        skip_unused_kernels()
+    # As training does: build_model is not what builds the networks here.
+    use_kernels_of_any_length()
     backend = "nccl" if device == "cuda" else "gloo"
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -346,11 +381,14 @@ def describe(module: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu_memory_gb": torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else None,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "deepspeed": deepspeed.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         },
         "seed": SEED,
         "command": f"python -m {module} " + " ".join(sys.argv[1:]),

@@ -7,6 +7,7 @@ encoding the frames, the start of the backward pass, and the optimizer's step. e
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from janus_cluster.plan.sample import Sample
@@ -17,10 +18,12 @@ GB = 1e9
 # fp32 master weight and AdamW's two moments.
 OPTIMIZER_BYTES = 12
 FP32 = 4
-# Widths of temporaries that live at once inside one block without gradient, counted in the code: VGGT's global block
-# (stream, qkv, turned q, k, v, keys and values of all frames, the result), Qwen's vision block (the same and the MLP).
-VGGT_WIDTHS = 14
-VISION_WIDTHS = 12
+FP64 = 8
+# Widths of temporaries that live at once inside one block without gradient, followed through the real networks
+# (benchmarks/plan_counts.py): 17.8 in VGGT's global block, 17.4 in Qwen's vision block (it turns queries and keys in
+# fp32).
+VGGT_WIDTHS = 18
+VISION_WIDTHS = 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +74,7 @@ def plan_memory(sizes: Sizes, sample: Sample, setup: Setup) -> Memory:
     trained = sizes.trained_parameters(setup.work.tune, setup.work.lora)
     host = 0.0
     share = trained / (setup.world_size if setup.stage else 1)
-    if setup.stage == 2 and setup.accumulation > 1:
-        # What the earlier micro-steps have summed up, beside the running one's.
-        gradients *= 2
+    gradients += _gradient_copies(sizes, setup)
     if setup.offload_optimizer:
         host += (OPTIMIZER_BYTES + FP32) * share * setup.ranks_per_node
         optimizer = 0.0
@@ -91,10 +92,46 @@ def plan_memory(sizes: Sizes, sample: Sample, setup: Setup) -> Memory:
         activations=activation_bytes(sizes, sample, setup) + _backward_workspace(sizes, sample, setup),
         logits=_logits(sizes, sample, setup),
         encoder=_encoder(sizes, sample, setup),
-        # A flat copy of this rank's gradients, and the same in fp32.
-        step=0.0 if setup.offload_optimizer else (FP32 + setup.element_bytes) * share,
+        step=0.0 if setup.offload_optimizer else _step(sizes, setup, share),
         host_per_node=host,
     )
+
+
+def _gradient_copies(sizes: Sizes, setup: Setup) -> float:
+    """What ZeRO-1 and 2 keep of gradients on the fullest rank beyond `state_bytes`, with the activations still there.
+
+    A rank's copies are of whole tensors, also of those that its part has only a piece of. ZeRO-2 allocates one for the
+    running micro-step, beside the sum of the earlier ones; ZeRO-1 one in the last micro-step, beside all gradients.
+    """
+    if setup.stage not in {1, 2}:
+        return 0.0
+    work, e, sums = setup.work, setup.element_bytes, setup.accumulation > 1
+    held = e * touched_elements(sizes.trained_groups(work.tune, work.lora), setup.world_size)
+    if setup.stage == 1:
+        return float(held * int(sums))
+    share = e * sizes.trained_parameters(work.tune, work.lora) / setup.world_size
+    return held * (1 + int(sums)) - share
+
+
+def touched_elements(groups: Sequence[Sequence[int]], ranks: int) -> int:
+    """Elements of all tensors of which a rank's part has a piece, on the rank where they are most.
+
+    Each group lies flat, one tensor after the other, and is cut into equal parts.
+    """
+    held = [0] * ranks
+    for group in groups:
+        part, start = -(-sum(group) // ranks), 0
+        for count in group:
+            for rank in range(start // part, (start + count - 1) // part + 1):
+                held[rank] += count
+            start += count
+    return max(held)
+
+
+def _step(sizes: Sizes, setup: Setup, share: float) -> float:
+    """The optimizer's step: a flat copy of this rank's gradients and the same in fp32; before it, for the norm, one
+    tensor's piece in fp64."""
+    return max((FP32 + setup.element_bytes) * share, FP64 * min(sizes.largest_tensor, share))
 
 
 def state_bytes(sizes: Sizes, setup: Setup) -> tuple[float, float, float]:
@@ -184,14 +221,17 @@ def _logits(sizes: Sizes, sample: Sample, setup: Setup) -> float:
 
 
 def _encoder(sizes: Sizes, sample: Sample, setup: Setup) -> float:
-    """The larger of VGGT's pass (one sample at a time) and the vision tower's (the whole micro-batch)."""
-    e, vision, vggt = setup.element_bytes, sizes.vision, sizes.vggt
-    pixels = 2 * 3 * FP32 * sample.frames * sample.width * sample.height
-    tokens = sample.frames * (sample.vggt_patches + vggt.num_special_tokens)
-    memory = tokens * VGGT_WIDTHS * vggt.embed_dim * e + pixels
-    inputs = vision.patch_inputs * (FP32 + e)
-    patches = setup.micro_batch * sample.vision_patches
-    return max(memory, patches * (VISION_WIDTHS * vision.dim * e + inputs))
+    """The fuller of two moments: the vision tower's pass (the whole micro-batch), and VGGT's after it (one sample at a
+    time), with what the tower's merger keeps. Patches and frames in fp32 lie there during both."""
+    e, rows, vision = setup.element_bytes, setup.micro_batch, sizes.vision
+    patches = rows * sample.vision_patches
+    frames = 3 * FP32 * sample.frames * sample.width * sample.height
+    tower = patches * e * (VISION_WIDTHS * vision.dim + vision.patch_inputs)
+    merger = 4 * e * vision.dim * patches if setup.work.tune.projector else 0
+    embeds = rows * sample.image_tokens * sizes.language.hidden * e
+    tokens = sample.frames * (sample.vggt_patches + sizes.vggt.num_special_tokens)
+    memory = merger + embeds + tokens * VGGT_WIDTHS * sizes.vggt.embed_dim * e + frames
+    return float(rows * frames + patches * vision.patch_inputs * FP32 + max(tower, memory))
 
 
 def _buckets(sizes: Sizes, setup: Setup) -> float:

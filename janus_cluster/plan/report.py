@@ -44,10 +44,11 @@ def describe_trust() -> str:
     """What the model was compared with, and how far off it was; the tests hold these bounds."""
     predicted = predecessor_step().total
     return (
-        "compared with torch's own count of FLOP (tiny network, CPU): error at most 0.5%; with the weights, gradients "
-        "and optimizer state of real engines (ZeRO-1, 2, 3, two ranks, CPU): at most 1%; with the activations that "
-        "autograd keeps: a language layer to the byte, the whole tiny network at most 10%; with the "
-        "seconds of a larger network on one CPU thread, from setting to setting: at most 13%. Never compared with an "
+        "compared with torch's own count of FLOP (tiny network, CPU: error at most 0.5%; the real 7B and 3B, meta "
+        "device: none); with the weights, gradients and optimizer state of real engines (ZeRO-1, 2, 3, two ranks): "
+        "at most 1%; with the memory of a pass through the real 7B and 3B: 3% to 13% too much, and where all is "
+        "recomputed 27% to 79% of what then is the small part, never too little; with the seconds of a larger network "
+        "on one CPU thread, from setting to setting: at most 13%. Never compared with an "
         f"H800 run: seconds assume {ASSUMED.efficiency:.0%} of the peak. The predecessor's log (7B, 8×H800: "
         f"{LOGGED_STEP_S} s a step of 64) is reproduced as {predicted:.1f} s ({predicted / LOGGED_STEP_S - 1:+.0%}), "
         "four fifths of it ZeRO-3's hooks as measured on another CPU. See docs/performance.md"

@@ -136,6 +136,22 @@ class Sizes:
             counts["llm"] = self.adapter_parameters(lora)
         return sum(count for part, count in counts.items() if getattr(tune, part))
 
+    def trained_groups(self, tune: Tune, lora: Lora) -> list[list[int]]:
+        """Elements of every trained tensor, in the order in which an engine lays its group out flat.
+
+        The groups are those of training/model/build.py: a part's matrices, and its norms and biases.
+        """
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for name, shape in self.shapes.items():
+            part = part_of(name)
+            if getattr(tune, part) and not (part == "llm" and lora.enabled):
+                groups.setdefault((part, len(shape) < 2), []).append(math.prod(shape))
+        if tune.llm and lora.enabled:
+            shapes = self.language.linear_shapes()
+            adapters = [lora.rank * side for name in lora.target_modules for side in shapes[name]]
+            groups["llm", False] = adapters * self.language.layers
+        return list(groups.values())
+
     def engine_parameters(self, lora: Lora) -> int:
         """Parameters of the module that DeepSpeed gets: all but VGGT's."""
         return sum(self.parameters.values()) + self.adapter_parameters(lora)

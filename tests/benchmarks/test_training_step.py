@@ -64,9 +64,13 @@ def test_the_gpu_script_runs_to_its_end_on_a_cpu(tmp_path: Path) -> None:
     ]  # fmt: skip
     found = run_benchmark("benchmarks.gpu", *arguments, out=tmp_path / "gpu.json")
     (network,) = found["networks"]
+    assert found["finished"]
     assert not network["left_out"]
     assert [ratio["lever"] for ratio in network["ratios"]] == ["grouped windows", "ZeRO-2 (off: ZeRO-3)"]
     assert all(ratio["loss_difference"] < 5e-6 for ratio in network["ratios"])
     for result in network["results"]:
         assert result["problem"] is None
+        assert result["unseen"] == []
         assert {"DINO", "VGGT", "ViT", "LLM forward", "backward", "optimizer"} <= result["parts_s"].keys()
+        assert sum(result["parts_s"].values()) == pytest.approx(result["split_step_s"], rel=0.05)
+        assert result["kernel_launches"] > 0
