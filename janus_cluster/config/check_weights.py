@@ -38,6 +38,7 @@ MODEL_TYPE = "qwen2_5_vl"
 VGGT_FILE = "vggt.safetensors"
 VGGT_IN_JANUS_PREFIX = "vggt."
 FAMILY_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+ADAPTER_FILE = "adapter_config.json"
 FAMILY_HINT = "Qwen2.5-VL-3B/7B-Instruct, or a JanusVLN checkpoint made of one"
 
 
@@ -83,7 +84,14 @@ def check_weights(model: Model) -> list[str]:
 
 
 def load_config_values(folder: Path) -> dict[str, Any]:
-    """folder/config.json of a Qwen2.5-VL. Raises: UsageError if it cannot be read, or belongs to another family."""
+    """folder/config.json of a Qwen2.5-VL. Raises: UsageError if it cannot be read, belongs to another family, or lies
+    beside an adapter.
+    """
+    if (folder / ADAPTER_FILE).is_file():
+        raise UsageError(
+            f"model.path: {folder} holds an adapter ({ADAPTER_FILE}), which transformers would lay over the weights",
+            hint="merge it into the weights first, or give a folder of weights alone",
+        )
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

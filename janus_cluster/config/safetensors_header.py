@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
-WHOLE_FILES = ("model.safetensors", "model.pt")
+# The first that is there is taken; of whole file and index, both left by an earlier save, transformers takes the file.
+WEIGHT_FILES = ("model.safetensors", SAFETENSORS_INDEX, "model.pt")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 KEYS_SHOWN = 5
+LFS_POINTER = b"version https://git-lfs"
+IS_LFS_POINTER = "is a Git LFS pointer, not the file itself: git lfs pull where it was cloned, and copy it again"
 
 
 class CheckpointProblem(ValueError):
@@ -44,13 +47,12 @@ def find_weight_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise CheckpointProblem(f"{path}: no such file or folder")
-    index = path / SAFETENSORS_INDEX
-    if index.is_file():
-        return [path / shard for shard in sorted(set(read_weight_map(index).values()))]
-    for name in WHOLE_FILES:
-        if (path / name).is_file():
-            return [path / name]
-    raise CheckpointProblem(f"{path}: holds none of {SAFETENSORS_INDEX}, {', '.join(WHOLE_FILES)}")
+    chosen = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    if chosen is None:
+        raise CheckpointProblem(f"{path}: holds none of {', '.join(WEIGHT_FILES)}")
+    if chosen.name == SAFETENSORS_INDEX:
+        return [path / shard for shard in sorted(set(read_weight_map(chosen).values()))]
+    return [chosen]
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -87,7 +89,7 @@ def read_safetensors_index(path: Path) -> dict[str, StoredTensor]:
 def check_against_index(path: Path, found: Mapping[str, StoredTensor]) -> None:
     """Each shard of a folder holds what its index promises. Raises: CheckpointProblem naming the tensors."""
     index = path / SAFETENSORS_INDEX
-    if not index.is_file():
+    if not index.is_file() or (path / WEIGHT_FILES[0]).is_file():
         return
     absent = [
         f"{name} ({shard})"
@@ -107,6 +109,8 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
         size = file.stat().st_size
         with file.open("rb") as opened:
             prefix = opened.read(8)
+            if prefix == LFS_POINTER[:8]:
+                raise CheckpointProblem(f"{file}: {IS_LFS_POINTER}")
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointProblem(f"{file}: cannot be read: {size} bytes, no whole safetensors header in them")
@@ -123,12 +127,20 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a clone without Git LFS left its note in the place of `file`. Raises: OSError."""
+    with file.open("rb") as opened:
+        return opened.read(len(LFS_POINTER)) == LFS_POINTER
+
+
 def read_torch_directory(file: Path) -> tuple[int, int]:
     """How many storages a `.pt` holds, and their bytes; the pickle inside is not opened.
 
     Raises: CheckpointProblem if it is no zip of torch's (a truncated one has lost its directory, which is at the end).
     """
     try:
+        if is_lfs_pointer(file):
+            raise CheckpointProblem(f"{file}: {IS_LFS_POINTER}")
         with zipfile.ZipFile(file) as opened:
             entries = opened.infolist()
     except (OSError, zipfile.BadZipFile) as error:

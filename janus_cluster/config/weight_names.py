@@ -50,7 +50,8 @@ def janus_shapes(config: Mapping[str, Any]) -> Shapes:
     hidden = text["hidden_size"]
     shapes = _language_shapes(text)
     shapes |= _vision_shapes(vision)
-    if not config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)):
+    # As transformers 5 reads it: files saved before it may have the flag in text_config alone.
+    if not (config.get("tie_word_embeddings") or text.get("tie_word_embeddings")):
         shapes["lm_head.weight"] = (text["vocab_size"], hidden)
     feature_dim = VggtConfig.from_dict(config.get("vggt_config") or {}).feature_dim
     merger_dim = config.get("vggt_merger_hidden_dim", VGGT_MERGER_DIM)

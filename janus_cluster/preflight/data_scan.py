@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 _MILESTONES = "milestones_result.json"
 _IMAGES = (".png", ".jpg", ".jpeg")
+_ANNOTATIONS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")  # R2R and RxR come as train.json.gz
 _SHOWN = 5
 
 
@@ -42,7 +44,8 @@ def scan_data(root: Path, *, budget_s: float) -> dict[str, Any]:
             continue
         try:
             with os.scandir(entry.path) as inside:
-                files = sorted(Path(e.path) for e in inside)
+                # One folder may hold every frame of a data set: its listing alone can take longer than there is.
+                files = sorted(Path(e.path) for e in takewhile(lambda _: time.monotonic() < deadline, inside))
         except OSError as e:
             found["unreadable"].append(f"{entry.name}: {e.strerror}")
             continue
@@ -50,6 +53,7 @@ def scan_data(root: Path, *, budget_s: float) -> dict[str, Any]:
         for file in files:
             first_image = first_image or (file if file.name.lower().endswith(_IMAGES) else None)
             _count(file, found)
+        found["partial"] = time.monotonic() >= deadline
     names = hashlib.sha256("\n".join(e.name for e in top).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     found["unreadable"] = found["unreadable"][:_SHOWN]
     return found | {"sample": decode_image(first_image) if first_image else None, "names": names}
@@ -61,7 +65,7 @@ def _count(file: Path, found: dict[str, Any]) -> Path | None:
     if name.endswith(_IMAGES):
         found["frames"] += 1
         return file
-    found["annotations" if name.endswith((".json", ".jsonl")) and name != _MILESTONES else "other"] += 1
+    found["annotations" if name.endswith(_ANNOTATIONS) and name != _MILESTONES else "other"] += 1
     return None
 
 

@@ -8,9 +8,11 @@ from typing import Any
 from janus_cluster.config.check_weights import check_weights, judge_vggt_weights, load_config_values
 from janus_cluster.config.networks import PRESETS, VggtConfig
 from janus_cluster.config.safetensors_header import (
+    IS_LFS_POINTER,
     TORCH_SUFFIXES,
     CheckpointProblem,
     find_weight_files,
+    is_lfs_pointer,
     read_safetensors_index,
     read_torch_directory,
 )
@@ -18,7 +20,7 @@ from janus_cluster.config.schema import Model
 from janus_cluster.errors import UsageError
 
 # One of each line; without a tokenizer no sample can be encoded.
-_TOKENIZER = (("tokenizer.json", "vocab.json"), ("tokenizer_config.json",))
+_TOKENIZER = (("tokenizer.json", "vocab.json"), ("tokenizer.json", "merges.txt"), ("tokenizer_config.json",))
 _PROCESSOR = (("preprocessor_config.json", "processor_config.json"),)
 
 
@@ -26,6 +28,8 @@ def scan_model(model: Model) -> dict[str, Any]:
     """`told`: what the headers say; `problems`: what would stop training; `doubts`: what would not."""
     folder = Path(str(model.path))
     problems = [f"{' or '.join(names)} is missing" for names in _TOKENIZER if not _any_of(folder, names)]
+    named = dict.fromkeys(folder / name for names in _TOKENIZER for name in names)
+    problems += [f"{path.name}: {IS_LFS_POINTER}" for path in named if path.is_file() and is_lfs_pointer(path)]
     doubts = [f"{' or '.join(names)} is missing" for names in _PROCESSOR if not _any_of(folder, names)]
     try:
         lines = check_weights(model)

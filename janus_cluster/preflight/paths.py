@@ -33,6 +33,8 @@ def wanted_paths(job: JobConfig) -> dict[str, str]:
         wanted["paths.vggt"] = job.model.vggt_path
     for i, root in enumerate(job.data.roots):
         wanted["paths.data" if i == 0 else f"paths.data.{i}"] = root.path
+        if root.images:
+            wanted["paths.images" if i == 0 else f"paths.images.{i}"] = root.images
     for i, path in enumerate(job.preflight.require_paths):
         wanted["paths.required" if i == 0 else f"paths.required.{i}"] = path
     return wanted

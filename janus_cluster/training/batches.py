@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from janus_cluster.config.schema import JobConfig
+from janus_cluster.rundir import RunDir, read_json, write_json_atomically
 from janus_cluster.training.data.lengths import load_token_counts
 from janus_cluster.training.data.sampler import RankBatches, SampleOrder
 from janus_cluster.training.data.table import SampleTable
@@ -32,4 +33,20 @@ def build_batches(job: JobConfig, samples: SampleTable, tokenizer: Any, world: W
         world_size=world.world_size,
         rows=training.per_device_batch_size,
         token_counts=counts if job.data.group_by_length else None,
+    )
+
+
+def note_samples(run: RunDir, samples: SampleTable, *, resumes: bool) -> str | None:
+    """data.json says which samples the run draws from. Returns: what is to be told where it goes on with others.
+
+    The order follows from how many samples there are, so it changes with them. One rank calls this.
+    """
+    now = {"schema_version": 1, "num_samples": len(samples), "fingerprint": samples.fingerprint()}
+    before = read_json(run.data_json) if run.data_json.exists() else now
+    write_json_atomically(run.data_json, now)
+    if not resumes or before["fingerprint"] == now["fingerprint"]:
+        return None
+    return (
+        f"the training data changed since the last attempt ({before['num_samples']:,} samples then, {len(samples):,} "
+        "now): from here on the steps draw in another order, so some samples of this epoch come again and others not"
     )

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from janus_cluster.config.schema import JobConfig, ResolvedJob
 from janus_cluster.errors import UsageError
 from janus_cluster.rundir import RunDir
-from janus_cluster.training.batches import build_batches
+from janus_cluster.training.batches import build_batches, note_samples
 from janus_cluster.training.checkpoint import agree_on_resume
 from janus_cluster.training.data.dataset import NavigationDataset, collate
 from janus_cluster.training.data.index import SampleSplit, load_samples
@@ -78,6 +78,8 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pul
     checkpoint = _find_checkpoint(run, job, world, metrics)
     clock.mark("resume")
     split = _load_split(run, job, world, metrics)
+    if world.is_main and (changed := note_samples(run, split.train, resumes=checkpoint is not None)):
+        metrics.say(f"warning: {changed}")
     clock.mark("index")
     tokenizer = load_job_tokenizer(job, split)
     # Before the model is built: a sample that is too long is found in seconds, one that is held out too.

@@ -228,3 +228,41 @@ def test_config_check_prints_the_lines_and_ends_with_2_where_weights_are_missing
     assert done.returncode == 2
     assert "model-00001-of-00004.safetensors" in done.stderr
     assert list(tmp_path.glob("runs")) == []
+
+
+def test_of_a_whole_file_and_an_index_the_file_is_judged_which_transformers_loads(tmp_path: Path, vggt: Path) -> None:
+    folder = write_qwen(tmp_path / "qwen")
+    write_safetensors(folder / "model.safetensors", {"model.norm.weight": (3584,)})
+    assert "tensors are missing" in refusal(folder, vggt)
+    write_safetensors(folder / "model.safetensors", qwen_shapes(config_values()))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "absent.safetensors"}}))
+    assert "729 tensors taken" in check(folder, vggt)[0]
+
+
+def test_embeddings_are_tied_where_only_the_text_part_says_so(tmp_path: Path, vggt: Path) -> None:
+    three_b = config_values("qwen2.5-vl-3b")
+    text = {"tie_word_embeddings": True}
+    folder = write_qwen(
+        tmp_path / "qwen", qwen_shapes(three_b), preset="qwen2.5-vl-3b", tie_word_embeddings=False, text_config=text
+    )
+    assert "tensors taken" in check(folder, vggt, preset="qwen2.5-vl-3b")[0]
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00004.safetensors", "model.pt"])
+def test_a_git_lfs_pointer_is_called_one(name: str, tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4000000000\n"
+    folder = write_qwen(tmp_path / "qwen")
+    if name.endswith(".pt"):
+        vggt = tmp_path / "vggt"
+        vggt.mkdir()
+        (vggt / name).write_text(pointer)
+        assert "model.pt: is a Git LFS pointer" in refusal(folder, vggt)
+    else:
+        (folder / name).write_text(pointer)
+        assert f"{name}: is a Git LFS pointer" in refusal(folder, None)
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path, vggt: Path) -> None:
+    folder = write_qwen(tmp_path / "qwen")
+    (folder / "adapter_config.json").write_text("{}")
+    assert "holds an adapter (adapter_config.json)" in refusal(folder, vggt)

@@ -13,6 +13,7 @@ from PIL import Image
 from janus_cluster.config.networks import PRESETS
 from janus_cluster.config.schema import JobConfig
 from janus_cluster.config.weight_names import Shapes, janus_shapes, name_on_disk, vggt_shapes
+from janus_cluster.preflight.data_scan import scan_data
 from janus_cluster.preflight.model import CheckResult
 from janus_cluster.preflight.path_view import read_view
 from janus_cluster.preflight.paths import judge_output, judge_paths, read_paths
@@ -221,3 +222,44 @@ def test_two_views_of_one_folder_agree_and_a_changed_byte_differs(tmp_path: Path
     changed[-1] = 1
     (tmp_path / "b" / "w.bin").write_bytes(bytes(changed))
     assert read_view(tmp_path / "b", budget_s=5)["hash"] != a["hash"]
+
+
+def test_a_tokenizer_that_is_a_git_lfs_pointer_or_lacks_its_merges_is_named(
+    tmp_path: Path, model: Path, vggt: Path
+) -> None:
+    (model / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7031645\n")
+    result = judged_model(tmp_path, model, vggt)["paths.model"]
+    assert (result.state, "tokenizer.json: is a Git LFS pointer" in result.measured) == ("FAIL", True)
+    (model / "tokenizer.json").unlink()
+    (model / "vocab.json").write_text("{}")
+    assert "tokenizer.json or merges.txt is missing" in judged_model(tmp_path, model, vggt)["paths.model"].measured
+
+
+def test_gzipped_annotations_are_something_to_train_on(tmp_path: Path) -> None:
+    (tmp_path / "d" / "1").mkdir(parents=True)
+    Image.new("RGB", (32, 24)).save(tmp_path / "d" / "1" / "step_0_STOP.png")
+    (tmp_path / "d" / "train.json.gz").write_bytes(b"\x1f\x8b")
+    result = judge(tmp_path, data={"roots": [str(tmp_path / "d")]})["paths.data"]
+    assert (result.state, "1 frames, 1 annotations" in result.measured) == ("PASS", True)
+
+
+def test_one_folder_is_not_listed_for_longer_than_there_is_time(tmp_path: Path) -> None:
+    frames = tmp_path / "d" / "frames"
+    frames.mkdir(parents=True)
+    for i in range(3_000):
+        (frames / f"{i}.png").touch()
+    found = scan_data(tmp_path / "d", budget_s=0.001)
+    assert found["partial"]
+    assert found["frames"] < 3_000
+
+
+def test_a_view_that_time_was_too_short_for_has_no_hash_that_could_differ(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(b"weights")
+    assert read_view(tmp_path, budget_s=-1) == read_view(tmp_path, budget_s=5) | {"hash": None}
+
+
+def test_the_folder_that_a_root_names_for_its_images_must_be_there_too(tmp_path: Path) -> None:
+    roots = [{"path": str(write_data(tmp_path / "d")), "images": str(tmp_path / "frames")}]
+    assert judge(tmp_path, data={"roots": roots})["paths.images"].state == "FAIL"
+    write_data(tmp_path / "frames")
+    assert judge(tmp_path, data={"roots": roots})["paths.images"].state == "PASS"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -288,3 +289,18 @@ def test_a_plain_action_has_one_segment_and_the_actions_weight(tokenizer, tmp_pa
     assert set(row["segment_ids"][labels].tolist()) == {4}
     assert row["loss_weights"][labels].tolist()[-2:] == [1.0, 1.0]
     assert set(row["loss_weights"][labels].tolist()[:-2]) == {3.0}
+
+
+def test_counts_that_cannot_be_kept_are_still_given_and_kept_ones_are_for_all(tokenizer, tmp_path):
+    data = Data(roots=[str(write_episodes(tmp_path / "data"))], validation_fraction=0, **SMALL)
+    table = load_samples(data, seed=0, index_dir=tmp_path / "index").train
+    counts = load_token_counts(table, tokenizer=tokenizer, data=data)
+    (kept,) = (tmp_path / "index").rglob("tokens-*.npy")
+    assert kept.stat().st_mode & 0o777 == 0o644
+    shutil.rmtree(kept.parent)  # as good as a full disk or another user's folder: nothing can be written there
+    assert load_token_counts(table, tokenizer=tokenizer, data=data).tolist() == counts.tolist()
+
+
+def test_a_tokenizer_without_its_settings_pads_all_the_same(tmp_path):
+    shutil.copy(FIXTURE / "tokenizer" / "tokenizer.json", tmp_path)
+    assert load_tokenizer(tmp_path).pad_token == "<|endoftext|>"

@@ -23,6 +23,7 @@ from data_files import (
     write_r2r,
     write_scalevln,
 )
+from PIL import Image
 
 from janus_cluster.config.schema import Data
 from janus_cluster.errors import UsageError
@@ -501,3 +502,39 @@ def test_frames_are_ordered_by_number_in_trajectories(tmp_path):
     write_r2r(tmp_path, episodes=1, steps=2)
     write_frames(tmp_path / "0", [f"step_{i}_TURN_LEFT.png" for i in range(4, 12)])
     assert [s.frames[-1].name.split("_")[1] for s in load(tmp_path).train] == ["0", "1", *map(str, range(4, 12))]
+
+
+def test_frames_that_were_cut_off_leave_the_actions_of_the_others_as_they_were(tmp_path):
+    root = write_scalevln(tmp_path)
+    (root / "images" / "walk_0" / "rgb" / "003.jpg").unlink()
+    assert [s.action for s in load(root).train][:3] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("lost", ["000.jpg", "002.jpg"])
+def test_a_trajectory_with_a_gap_between_its_frames_is_bad_because_actions_would_move(tmp_path, lost):
+    root = write_scalevln(tmp_path)
+    for name in ("000.jpg", "001.jpg") if lost == "000.jpg" else (lost,):
+        (root / "images" / "walk_0" / "rgb" / name).unlink()
+    split = load(root)
+    assert (len(split.train), split.num_bad) == (8, 1)
+    assert f"frame {int(lost[:3])} is missing in {root / 'images' / 'walk_0' / 'rgb'}" in split.describe()
+
+
+def test_a_depth_image_is_no_frame(tmp_path):
+    root = write_episodes(tmp_path, episodes=2)
+    Image.new("I;16", (32, 24), 4000).save(root / "ep_0" / "step_0000_MOVE_FORWARD.png")
+    split = load(root)
+    assert len(split.train) == 4
+    assert "has 16 bits of grey" in split.describe()
+
+
+def test_names_of_any_bytes_can_be_printed(tmp_path):
+    folder = write_episodes(tmp_path, episodes=2) / "ep_0"
+    (folder.rename(tmp_path / "ep_\udcff") / "step_0000_MOVE_FORWARD.json").unlink()
+    told = load(tmp_path).describe()
+    assert "ep_\\udcff/step_0000_MOVE_FORWARD.json: is missing" in told
+    assert told.encode("utf-8")
+
+
+def test_records_of_one_episode_are_counted_as_one(tmp_path):
+    assert "training 6 samples of 2 episodes" in load(make_json(tmp_path)).describe()

@@ -99,3 +99,11 @@ def test_frames_keep_their_order_and_repeats():
     frames = load_frames([paths[0], paths[0], paths[1]], CROP)
     assert frames.dtype == np.uint8
     assert (frames == np.stack([first, first, second])).all()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_a_depth_image_is_no_frame(tmp_path, mode):
+    path = tmp_path / "depth.tiff"
+    Image.new(mode, (32, 24), 4000).save(path)
+    with pytest.raises(TrainingFailed, match=r"depth\.tiff: cannot be decoded \(mode I|F"):
+        load_frame(path, Data())

@@ -237,3 +237,66 @@ def test_many_tiny_episodes_are_read_by_several_processes_in_the_same_order(tmp_
     assert split.num_bad == 1
     size = sum(file.stat().st_size for file in (tmp_path / "index").rglob("*"))
     assert size / len(split.train) < 600, "bytes a sample"
+
+
+def test_a_broken_link_hides_no_change_of_the_files_beside_it(tmp_path):
+    root = write_episodes(tmp_path / "data")
+    (root / "ep_0" / "link").symlink_to("nowhere")
+    load(root, tmp_path / "index")
+    write_json(
+        root / "ep_0" / "step_0000_MOVE_FORWARD.json", {"landmark_description": "New.", "spatial_description": "x"}
+    )
+    said: list[str] = []
+    load(root, tmp_path / "index", said)
+    assert was_read(said)
+
+
+def test_an_index_that_vanishes_while_it_is_looked_for_is_none(tmp_path):
+    root, index_dir = write_episodes(tmp_path / "data"), tmp_path / "index"
+    load(root, index_dir)
+    (kept,) = index_dir.iterdir()
+    (index_dir / f"{kept.name.partition('-')[0]}-0000").symlink_to("nowhere")
+    said: list[str] = []
+    load(root, index_dir, said)
+    assert not was_read(said)
+
+
+def test_other_users_may_read_an_index_whatever_the_umask(tmp_path):
+    before = os.umask(0o077)
+    try:
+        load(write_episodes(tmp_path / "data"), tmp_path / "index")
+    finally:
+        os.umask(before)
+    (folder,) = (tmp_path / "index").iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+
+
+def test_an_index_that_the_file_system_cannot_read_just_now_is_not_removed(tmp_path):
+    root, index_dir = write_episodes(tmp_path / "data"), tmp_path / "index"
+    load(root, index_dir)
+    (kept,) = index_dir.iterdir()
+    (kept / "text_blob.npy").unlink()
+    (kept / "text_blob.npy").symlink_to("text_blob.npy")  # ELOOP: an error of the file system's, also for root
+    with pytest.raises(UsageError, match="the data cannot be indexed"):
+        load(root, index_dir)
+    assert (kept / "complete.json").is_file()
+
+
+def test_a_broken_frame_that_is_mended_in_place_is_read_again(tmp_path):
+    root = write_r2r(tmp_path / "data")
+    frame = root / "0" / "step_1_TURN_LEFT.png"
+    frame.write_bytes(FRAME[:-20])
+    assert load(root, tmp_path / "index").num_bad == 3
+    frame.write_bytes(FRAME)
+    assert load(root, tmp_path / "index").num_bad == 0
+
+
+def test_a_change_that_keeps_size_and_time_is_noticed(tmp_path):
+    root = write_episodes(tmp_path / "data")
+    load(root, tmp_path / "index")
+    frame = root / "ep_0" / "step_0000_MOVE_FORWARD.png"
+    facts = frame.stat()
+    frame.write_bytes(FRAME[:-1] + b"x")
+    os.utime(frame, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert load(root, tmp_path / "index").num_bad > 0

@@ -70,7 +70,9 @@ def test_resume_does_the_lost_step_again_with_the_same_result(trained: RunDir) -
     lost, again = steps[-2:]
     for value in ("loss", "loss_text", "loss_action", "learning_rate", "grad_norm", "epoch", "total_steps"):
         assert again[value] == pytest.approx(lost[value], rel=1e-5), value
-    assert "resuming from" in trained.rank_log(2, NODES[0], 0).read_text()
+    said = trained.rank_log(2, NODES[0], 0).read_text()
+    assert "resuming from" in said and "the training data changed" not in said
+    assert trained.data_json.exists()
 
 
 def test_a_step_is_described_by_loss_parts_rate_and_speed(trained: RunDir) -> None:

@@ -354,3 +354,10 @@ def test_folders_without_weights_or_configuration_are_named(tmp_path: Path) -> N
     shutil.copy(CHECKPOINT / "config.json", tmp_path)
     assert "model.safetensors" in refusal(tmp_path)
     assert str(tmp_path / "nowhere") in refusal(CHECKPOINT, vggt_path=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("rms_norm_eps", "1e-6"), ("torch_dtype", "float99")])
+def test_a_configuration_that_transformers_refuses_is_named(
+    key: str, value: str, tmp_path: Path, stored: Tensors
+) -> None:
+    assert f"{tmp_path / 'q'}/config.json: " in refusal(write_folder(tmp_path / "q", stored, **{key: value}))

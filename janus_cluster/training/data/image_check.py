@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
+PNG_DEPTH = b"\x10\x00"  # bits of a sample, and grey
 PNG_END = b"IEND\xaeB`\x82"
 JPEG_HEAD = b"\xff\xd8\xff"
 JPEG_END = b"\xff\xd9"
@@ -61,6 +62,8 @@ def _size(path: Path, head: bytes) -> tuple[int, int]:
 def _judge(width: int, height: int, head: bytes, tail: bytes) -> str:
     if not 0 < width * height <= MAX_PIXELS:
         return f"is {width}×{height} pixels"
+    if head.startswith(PNG_HEAD) and head[24:26] == PNG_DEPTH:
+        return "has 16 bits of grey, which a depth image has, and no frame"
     for start, end in ((PNG_HEAD, PNG_END), (JPEG_HEAD, JPEG_END)):
         if head.startswith(start) and end not in tail:
             return "is truncated: the end of the image is missing"

@@ -62,6 +62,9 @@ def _decode(path: Path) -> Image.Image:
     """RGB pixels; what is transparent becomes white."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                # Pillow would cut what is above 255: a depth image would train as a white one.
+                raise ValueError(f"mode {image.mode}: more than 8 bits of grey, which a depth image has, and no frame")
             if image.mode == "RGBA":
                 background = Image.new("RGBA", image.size, (WHITE, WHITE, WHITE, WHITE))
                 return Image.alpha_composite(background, image).convert("RGB")

@@ -40,7 +40,7 @@ class SampleSplit:
     def describe(self) -> str:
         """Lines for a log: how many samples and episodes, and the first problems."""
         counts = ", ".join(
-            f"{name} {len(samples)} samples of {len(np.unique(samples.episode_numbers()))} episodes"
+            f"{name} {len(samples)} samples of {len(set(_episode_names(samples).values()))} episodes"
             for name, samples in (("training", self.train), ("held out", self.held_out))
         )
         return "\n".join([counts, *self.absent, *_problem_lines(self.problems, self.num_bad)])
@@ -167,12 +167,16 @@ def _usable_table(stores: Sequence[Store], data: Data, *, pad_history: bool) -> 
 
 def _held_out_mask(table: SampleTable, *, fraction: float, seed: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """True where a sample's episode is held out. Episodes of one name are one episode, whatever root they are in."""
-    names = [store.episode_names() for store in table.stores]
-    numbers = table.episode_numbers()
-    present = np.unique(numbers).tolist()
-    name_of = {number: names[number >> 32][number & 0xFFFFFFFF] for number in present}
+    name_of = _episode_names(table)
     chosen = choose_held_out(name_of.values(), fraction=fraction, seed=seed)
-    return np.isin(numbers, [number for number, name in name_of.items() if name in chosen])
+    return np.isin(table.episode_numbers(), [number for number, name in name_of.items() if name in chosen])
+
+
+def _episode_names(table: SampleTable) -> dict[int, str]:
+    """The name of each of the table's episodes by its number; several numbers may have one name."""
+    names = [store.episode_names() for store in table.stores]
+    present: list[int] = np.unique(table.episode_numbers()).tolist()
+    return {number: names[number >> 32][number & 0xFFFFFFFF] for number in present}
 
 
 def _apply_policy(

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from janus_cluster.training.data.store import (
     write_store,
 )
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 UNITS_PER_TASK = 256
 # A process more takes 0.4 s to start; about 500 episodes are read in that time.
 UNITS_PER_PROCESS = 1_000
@@ -112,14 +112,19 @@ def _refresh(source: Source, index_dir: Path, report: Report) -> Path:
 
 
 def _newest_first(folders: Iterator[Path]) -> list[Path]:
-    return sorted(folders, key=lambda folder: folder.stat().st_mtime_ns, reverse=True)
+    changed_ns: dict[Path, int] = {}
+    for folder in folders:
+        with suppress(OSError):  # another job removed it meanwhile
+            changed_ns[folder] = folder.stat().st_mtime_ns
+    return sorted(changed_ns, key=lambda folder: changed_ns[folder], reverse=True)
 
 
 def _try_load(folder: Path) -> Store | None:
+    """Raises: OSError where the file system fails. That is no damage: another job may have the index mapped."""
     try:
         read_json(folder / "complete.json")
         return load_store(folder)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError):
         return None  # damaged: it is removed and made anew
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ def _load_text_counts(store: Store, table: SampleTable, tokenizer: Any) -> Indic
             pass  # not counted yet, or half a file: it is counted and written below
     counts = _count_texts(store, table, tokenizer)
     if store.folder is not None:
-        _write_array(store.folder / name, counts)
+        # They are only kept for the next time: a full disk, or an index of another user's, costs counting again.
+        with suppress(OSError):
+            _write_array(store.folder / name, counts)
     return counts
 
 
@@ -128,6 +131,7 @@ def _write_array(path: Path, values: Indices) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), 0o644)
             np.save(file, values, allow_pickle=False)
         Path(name).replace(path)
     except BaseException:

@@ -53,7 +53,8 @@ class Problem:
     absent: bool = False
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        # Names on disk may be bytes of any encoding, which a log in UTF-8 would refuse to print.
+        return f"{self.path}: {self.reason}".encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def parse_action(value: object) -> int | None:

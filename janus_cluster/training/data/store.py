@@ -7,7 +7,7 @@ text      text_offsets [T+1], text_blob [bytes]                      -1 stands f
 images    image_folder, image_name [I] (texts), image_width, image_height, image_reason [I] (text; -1: can be used)
 sequences sequence_offsets [Q+1], sequence_images [...]
 episodes  episode_name [E]
-watched   [W] (texts): folders whose change is a change of the data set
+watched   [W] (texts): folders, and frames that cannot be used, whose change is a change of the data set
 samples   sample_id, sample_instruction, sample_subinstruction, sample_2d, sample_3d, sample_conversation [N] (texts),
           sample_episode, sample_sequence, sample_position, sample_action [N]
 """
@@ -83,9 +83,9 @@ class Collector:
         """A trajectory that has no folder is listed; no sample is lost by it."""
         self.problems.append(Problem(folder, reason, absent=True))
 
-    def watch(self, folder: Path) -> None:
-        """A change of this folder is a change of the data set, whether it is there now or not."""
-        number = self._text(str(folder))
+    def watch(self, path: Path) -> None:
+        """A change of this folder or file is a change of the data set, whether it is there now or not."""
+        number = self._text(str(path))
         if number not in self._watched:
             self._watched.add(number)
             self._columns["watched"].append(number)
@@ -147,6 +147,7 @@ class Collector:
         facts = check_image(path, decode=self.decode_images)
         if facts.reason:
             self.problem(path, facts.reason)
+            self.watch(path)  # mended in place or made readable, it leaves its folder's time as it was
         self.watch(path.parent)
         self._append("image_folder", self._text(str(path.parent)))
         self._append("image_name", self._text(path.name))
@@ -219,7 +220,7 @@ class Store:
         return Path(self.text(self.value("image_folder", image)), self.text(self.value("image_name", image)))
 
     def watched(self) -> list[str]:
-        """The folders whose change is a change of the data set, each once."""
+        """The folders and broken frames whose change is a change of the data set, each once."""
         return sorted({self.text(int(number)) for number in self._arrays["watched"]})
 
     def episode_names(self) -> list[str]:
@@ -237,6 +238,9 @@ def write_store(columns: Columns, folder: Path) -> None:
         lines = (json.dumps([str(p.path), p.reason, p.lost, p.absent]) for p in columns.problems)
         (building / "problems.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         write_json_atomically(building / "complete.json", {"samples": len(columns.arrays["sample_id"])})
+        # Whoever shares data.index_dir may read it, whatever the umask of the one who came first.
+        for path in building.iterdir():
+            path.chmod(0o644)
         building.chmod(0o755)
         try:
             building.rename(folder)

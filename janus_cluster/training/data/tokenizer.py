@@ -124,6 +124,8 @@ def _vocabulary(bpe: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def _ready(tokenizer: Any) -> Any:
     tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:  # tokenizer.json came without tokenizer_config.json
+        tokenizer.pad_token = PAD
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

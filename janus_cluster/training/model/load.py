@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from transformers.modeling_utils import set_zero3_state
 from transformers.utils import is_flash_attn_2_available
@@ -124,7 +125,7 @@ def _load_config(model_cfg: Model, folder: Path, ids: TokenizerIds) -> JanusConf
     check_family(values, model_cfg, folder)
     try:
         config: JanusConfig = JanusConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UsageError(f"model.path: {folder}/config.json: {error}") from error
     config.lam, config.reference_frame = model_cfg.lam, model_cfg.reference_frame
     if config.vggt_config is None:

@@ -116,22 +116,23 @@ def parse_image_paths(value: object, root: Path) -> list[Path]:
 
 
 def file_stamp(path: Path) -> str:
-    """Size and time of change of one file or folder; empty where there is none."""
+    """Size and times of change of one file or folder; empty where there is none.
+
+    The second time changes with the rights too: what could not be read is read again after a chmod.
+    """
     try:
         facts = path.stat()
     except OSError:
         return ""
-    return f"{facts.st_size}:{facts.st_mtime_ns}"
+    return f"{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"
 
 
 def folder_stamps(folder: Path) -> Iterable[str]:
     """Name, size and time of change of every file in a folder, in the order of the names."""
     try:
         with os.scandir(folder) as entries:
-            found = []
-            for entry in entries:
-                facts = entry.stat()
-                found.append(f"{entry.name}:{facts.st_size}:{facts.st_mtime_ns}")
+            # Each by itself: one broken link must not hide what becomes of the others.
+            found = [f"{entry.name}:{file_stamp(Path(entry.path))}" for entry in entries]
     except OSError:
         return []
     return sorted(found)

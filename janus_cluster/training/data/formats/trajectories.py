@@ -3,7 +3,7 @@
 R2R, RxR   {"episodes": [{"episode_id": 1, "instruction": {"instruction_text": "..."}}]}  in train.json.gz
            <images>/<episode_id>/*.png     step_0006_TURN_LEFT.png: the action taken there is in the name
 ScaleVLN,  [{"id", "video": "images/NAME", "instructions": ["..."], "actions": [-1, 1, 2]}]  in annotations.json
-DAgger     <images>/NAME/rgb/000.jpg       the action of frame i is actions[i + 1], of the last frame STOP
+DAgger     <images>/NAME/rgb/000.jpg       the action of frame i is actions[i + 1], or STOP behind their end
 
 An annotation lists what was recorded, which is often more than was rendered: a trajectory without any folder is absent,
 which is no fault. There are no descriptions: the target is the plain action, asked for as upstream asks.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from janus_cluster.training.data.formats.source import (
@@ -57,8 +58,10 @@ def _read_video(source: Source, record: Record, label: str, collector: Collector
     frames = _list_frames(folder, PLAIN_FRAME)
     if len(actions) < len(frames):
         raise BadUnitError(f"{len(actions)} actions but {len(frames)} frames in {folder}")
+    if len(actions) > len(frames) and (gap := _first_gap(frames)) is not None:
+        raise BadUnitError(f"frame {gap} is missing in {folder}: the actions after it are of other frames")
     name = parse_name(record.get("id")) or label
-    taken: list[object] = [*actions[1 : len(frames)], ACTIONS.index("STOP")]
+    taken: list[object] = [*actions[1:], ACTIONS.index("STOP")][: len(frames)]
     # One video may have several annotations with ids of their own; for the split they are one episode.
     _add_frames(
         collector, name=name, episode=str(record["video"]), instruction=instruction, frames=frames, actions=taken
@@ -103,6 +106,14 @@ def _add_frames(
             sequence=sequence,
             position=position,
         )
+
+
+def _first_gap(frames: Sequence[Path]) -> int | None:
+    """The first number that is missing before or between the frames' numbers, which begin at 0 or 1."""
+    numbers = [int(match[1]) for match in map(PLAIN_FRAME.match, (frame.name for frame in frames)) if match]
+    if numbers[0] > 1:
+        return 0
+    return next((n + 1 for n, following in pairwise(numbers) if following != n + 1), None)
 
 
 def _video_folder(source: Source, record: Record, collector: Collector) -> Path:

@@ -1,0 +1,48 @@
+"""A run remembers which samples it draws from, and says where it goes on with others."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from data_files import write_episodes
+
+from janus_cluster.config.schema import Data
+from janus_cluster.rundir import RunDir, read_json
+from janus_cluster.training.batches import note_samples
+from janus_cluster.training.data.index import load_samples
+from janus_cluster.training.data.table import SampleTable
+
+pytestmark = pytest.mark.train
+
+
+def load(root: Path) -> SampleTable:
+    return load_samples(Data(roots=[str(root)], validation_fraction=0), seed=0).train
+
+
+def test_a_run_that_goes_on_with_other_samples_says_so(tmp_path: Path) -> None:
+    root, run = write_episodes(tmp_path / "data"), RunDir(tmp_path / "run")
+    run.path.mkdir()
+    assert note_samples(run, load(root), resumes=False) is None
+    assert note_samples(run, load(root), resumes=True) is None, "the same data, read anew"
+    write_episodes(root, episodes=4)
+    said = note_samples(run, load(root), resumes=True)
+    assert said is not None and "12 samples then, 16 now" in said
+    assert note_samples(run, load(root), resumes=True) is None, "told once"
+    assert read_json(run.data_json)["num_samples"] == 16
+
+
+def test_a_run_that_begins_anew_may_have_other_samples(tmp_path: Path) -> None:
+    root, run = write_episodes(tmp_path / "data"), RunDir(tmp_path / "run")
+    run.path.mkdir()
+    note_samples(run, load(root), resumes=False)
+    shutil.rmtree(root / "ep_0")
+    assert note_samples(run, load(root), resumes=False) is None
+
+
+def test_as_many_samples_of_another_cut_are_others(tmp_path: Path) -> None:
+    first, second = (write_episodes(tmp_path / name, episodes=n, steps=s) for name, n, s in (("a", 3, 4), ("b", 4, 3)))
+    assert len(load(first)) == len(load(second)) == 12
+    assert load(first).fingerprint() != load(second).fingerprint()
+    assert load(first).fingerprint() == load(first).fingerprint()
