@@ -25,6 +25,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -97,6 +98,10 @@ class RunDir:
     @property
     def bad_data_jsonl(self) -> Path:
         return self.path / "bad_data.jsonl"
+
+    @property
+    def data_json(self) -> Path:
+        return self.path / "data.json"
 
     @property
     def data_index(self) -> Path:
@@ -221,8 +226,12 @@ class RunDir:
 
     def append_metric(self, record: dict[str, Any]) -> None:
         """One whole line in metrics.jsonl; only global rank 0 of training calls this."""
-        line = json.dumps(record, ensure_ascii=False) + "\n"
-        with self.metrics_jsonl.open("a", encoding="utf-8") as f:
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8")
+        with self.metrics_jsonl.open("ab+") as f:
+            # What a crash, or a full disk, left of a line must not spoil this one too.
+            if f.seek(0, os.SEEK_END):
+                f.seek(-1, os.SEEK_END)
+                line = line if f.read(1) == b"\n" else b"\n" + line
             f.write(line)
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
@@ -261,6 +270,11 @@ def write_bytes_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> Non
 def write_json_atomically(path: Path, value: Any) -> None:
     """`path` holds `value` as indented JSON, or what it held before."""
     write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def name_of_trouble(error: OSError) -> str:
+    """`ENOSPC`: for logs of what was lived through; the system's own words would be taken for the cause of an end."""
+    return errno.errorcode.get(error.errno or 0, type(error).__name__)
 
 
 def read_json(path: Path) -> Any:

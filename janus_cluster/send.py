@@ -61,8 +61,9 @@ def signals_held(waiting_for: str) -> Iterator[list[int]]:
 
 
 def _watch_signals(note: Callable[[int], None], is_over: threading.Event) -> None:
-    while not is_over.is_set():
-        if (info := signal.sigtimedwait(_ENDING, _WATCH_S)) is not None:
+    # Not sigtimedwait's own limit: stopped and continued meanwhile (Ctrl-Z), it returns a signal that never came.
+    while not is_over.wait(_WATCH_S):
+        if (info := signal.sigtimedwait(_ENDING, 0)) is not None:
             note(info.si_signo)
 
 

@@ -34,6 +34,7 @@ class LocalLauncher:
         processes = []
         for rank, node in enumerate(self.nodes):
             identity = {"JANUS_NODE": node, "JANUS_NODE_RANK": str(rank), "JANUS_NUM_NODES": str(len(self.nodes))}
+            identity["JANUS_ATTEMPT_PID"] = str(os.getpid())
             processes.append(subprocess.Popen(list(task_argv), env=os.environ | identity, stdin=subprocess.DEVNULL))
         # node.task lets torchrun ignore SIGTERM: Slurm sends it to all processes of a job that may still save.
         return Step(processes, end_together=end_together, ending=signal.SIGINT)

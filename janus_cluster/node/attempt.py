@@ -17,6 +17,7 @@ from pathlib import Path
 
 from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.errors import GateFailed, JanusError, StoppedOnPurpose, TrainingFailed
+from janus_cluster.node.batch_log import say
 from janus_cluster.node.code import check_code
 from janus_cluster.node.gate import queue_again_without_bad_nodes, run_gate
 from janus_cluster.node.ledger import newest_step
@@ -29,7 +30,7 @@ from janus_cluster.node.memory import (
     load_settled,
     take_next_option,
 )
-from janus_cluster.node.phases import Attempt, StopSignals, say
+from janus_cluster.node.phases import Attempt, StopSignals, Superseded
 from janus_cluster.node.steps import Launcher
 from janus_cluster.node.training import BY_SLURM, TRANSIENT, describe_failure, find_failure, run_training
 from janus_cluster.rundir import RunDir
@@ -75,6 +76,11 @@ def run_attempt(attempt: Attempt) -> int | None:
             say("preflight: skipped, because the job says preflight.enabled: false")
         if resolved.job.kind == "train":
             run_training(attempt)
+    except Superseded as e:
+        # status.json is the other attempt's.
+        attempt.ledger.end("FAILED", e.exit_code, e.message)
+        say(f"ended: {e.message}")
+        return e.exit_code
     except StoppedOnPurpose as e:
         return end_stopped(attempt, e)
     except GateFailed as e:

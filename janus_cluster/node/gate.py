@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from janus_cluster.node.phases import Attempt, say
+from janus_cluster.node.batch_log import say
+from janus_cluster.node.phases import Attempt
 from janus_cluster.node.retry import retry_without_bad_nodes
 from janus_cluster.preflight.bandwidth import counter_deltas
 from janus_cluster.preflight.cross_node import describe_loopback
@@ -24,8 +25,9 @@ from janus_cluster.preflight.transport import read_nccl_logs
 from janus_cluster.preflight.unwritten import judge_unwritten, read_unwritten
 from janus_cluster.rundir import read_json, write_json_atomically, write_text_atomically
 
-# A file that another node has just written may need this long to be seen through NFS attribute caches.
-_VISIBILITY_S = 10.0
+# A file that another node has just written may need this long to be seen: 60 s is the longest that NFS's caches of
+# names keep that there was none (acdirmax). It is waited for only after a phase that says that it went well.
+_VISIBILITY_S = 65.0
 
 
 def run_gate(attempt: Attempt) -> None:

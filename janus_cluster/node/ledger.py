@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from janus_cluster.config.schema import MemoryPlan
+from janus_cluster.node.batch_log import say
 from janus_cluster.observe.checkpoints import find_newest_checkpoint
-from janus_cluster.rundir import RunDir, read_json, write_json_atomically
+from janus_cluster.rundir import RunDir, name_of_trouble, read_json, write_json_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +54,16 @@ class Ledger:
             if memory is None
             else {"option": memory.taken, "words": memory.option.words, "because": memory.because},
         }
-        self.write()
+        # Without it nobody could tell attempts that get nowhere, so this one must not begin.
+        write_json_atomically(self._run.attempt_json(self._attempt), self._value)
 
     def write(self, **changes: Any) -> None:
-        """The file holds `changes`."""
+        """The file holds `changes`; where it cannot be written now, the log says so, and the attempt goes on."""
         self._value |= changes
-        write_json_atomically(self._run.attempt_json(self._attempt), self._value)
+        try:
+            write_json_atomically(self._run.attempt_json(self._attempt), self._value)
+        except OSError as e:
+            say(f"{self._run.attempt_json(self._attempt)}: {name_of_trouble(e)}")
 
     def end(self, state: str, exit_code: int, reason: str | None) -> None:
         """How it ended stands in the file."""

@@ -39,7 +39,15 @@ def wait_until_seen(run: RunDir, *, config_hash: str | None, limit_s: float = _V
     """
     deadline = time.monotonic() + limit_s
     while True:
-        resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
+        try:
+            text = run.resolved_json.read_text(encoding="utf-8")
+        except OSError:
+            # Replaced on another node a moment ago, NFS may give a stale handle.
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOK_S)
+            continue
+        resolved = ResolvedJob.load(text)
         is_whole = resolved.memory is None or _has_ds_config(run, resolved)
         if config_hash is None or (resolved.config_hash == config_hash and is_whole):
             return resolved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from janus_cluster.config.schema import ResolvedJob
-from janus_cluster.errors import StoppedOnPurpose
+from janus_cluster.errors import JanusError, StoppedOnPurpose
+from janus_cluster.node.batch_log import say
 from janus_cluster.node.ledger import Ledger
 from janus_cluster.node.port import find_free_port
 from janus_cluster.node.status import HEARTBEAT_S, StatusFile
@@ -18,6 +20,10 @@ from janus_cluster.node.steps import Launcher, Step
 from janus_cluster.node.watchdog import Hang, Watchdog
 from janus_cluster.preflight.interfaces import plan_rails
 from janus_cluster.rundir import RunDir, read_json, write_json_atomically
+
+
+class Superseded(JanusError):
+    """A newer attempt writes into the run folder: this job was taken for lost, and begun again elsewhere."""
 
 
 class StopSignals:
@@ -58,6 +64,7 @@ class Attempt:
         self.connections: Mapping[str, dict[str, Any] | None] = {}
         self.hang: Hang | None = None
         self._last_beat = time.monotonic()
+        self._has_told_stop = False
 
     @property
     def gate_timeout_s(self) -> float:
@@ -98,13 +105,13 @@ class Attempt:
     def _end_if_stopped(self, step: Step) -> None:
         if self.stop.first is not None:
             step.terminate()
-        self._tell_that_it_lives()
+        self._tell_that_it_lives(step)
 
     def _watch_training(self, step: Step, watchdog: Watchdog) -> None:
-        self._tell_that_it_lives()
+        self._tell_that_it_lives(step)
         if self.stop.first is not None:
             self._stop_training(step)
-        elif (hang := watchdog.look()) is not None:
+        elif (hang := watchdog.look(is_blind=not self.status.is_written)) is not None:
             self.hang = hang
             self.ledger.write(hang={"rank": hang.rank, "node": hang.node, "message": hang.message})
             say(f"training: {hang.message}; the ranks are ended")
@@ -114,15 +121,33 @@ class Attempt:
         """The ranks are told once; a second signal, or too long a time, ends them."""
         path, limit_s = self.run.stop_json(self.number), self.resolved.job.restart.stop_timeout_s
         if not path.exists():
-            write_json_atomically(path, {"schema_version": 1, "signal": self.stop.name, "time": time.time()})
+            # Where it cannot be written now, this is tried again until the time is up.
+            with contextlib.suppress(OSError):
+                write_json_atomically(path, {"schema_version": 1, "signal": self.stop.name, "time": time.time()})
+        if not self._has_told_stop:
+            self._has_told_stop = True
             say(f"{self.stop.name}: the ranks stop at the next step boundary, with a checkpoint ({limit_s} s at most)")
         if self.stop.count > 1 or time.monotonic() - self.stop.since_s > limit_s:
             step.terminate()
 
-    def _tell_that_it_lives(self) -> None:
-        if time.monotonic() - self._last_beat >= HEARTBEAT_S:
-            self._last_beat = time.monotonic()
-            self.status.update()
+    def _tell_that_it_lives(self, step: Step) -> None:
+        """Raises: Superseded, with the step ended; attempt.lock keeps nobody out where a file system has no locks."""
+        if time.monotonic() - self._last_beat < HEARTBEAT_S:
+            return
+        self._last_beat = time.monotonic()
+        if (newest := self._newest_attempt()) > self.number:
+            step.terminate()
+            raise Superseded(
+                f"attempt {newest} has begun in {self.run.path}: attempt {self.number} leaves it the run folder"
+            )
+        self.status.update()
+
+    def _newest_attempt(self) -> int:
+        try:
+            return max(self.run.attempts(), default=self.number)
+        except OSError:
+            # A file system that is away for a moment; the next look tells.
+            return self.number
 
     def read_reports(self, path_of: Callable[[str], Path], *, wait_s: float) -> dict[str, dict[str, Any] | None]:
         """Each node's JSON; None for a node that wrote none within `wait_s`."""
@@ -141,8 +166,3 @@ class Attempt:
         else:
             rails = plan_rails({node: (f or {}).get("interfaces", []) for node, f in facts.items()})
         write_json_atomically(self.run.rails_json(self.number), {"schema_version": 1, "rails": rails})
-
-
-def say(text: str) -> None:
-    """One line in batch.log, at once."""
-    print(text, flush=True)

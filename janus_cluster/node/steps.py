@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
+
+from janus_cluster.node.batch_log import say
 
 _GRACE_S = 20.0
 _POLL_S = 0.2
@@ -21,11 +24,14 @@ class Step:
         *,
         end_together: bool,
         ending: signal.Signals = signal.SIGTERM,
+        grace_s: float = _GRACE_S,
     ) -> None:
-        """`ending` asks the processes to end."""
+        """`ending` asks the processes to end; they have `grace_s` for it, and as long again once they are killed."""
         self._processes = list(processes)
         self._end_together = end_together
         self._ending = ending
+        self._grace_s = grace_s
+        self._left_behind: list[subprocess.Popen[bytes]] = []
 
     def wait(self, *, timeout_s: float | None, on_wait: Callable[[Step], None]) -> int:
         """The worst exit code after all have ended; past the limit they are ended and 124 is returned.
@@ -33,7 +39,7 @@ class Step:
         `on_wait` is called several times a second, so that a heartbeat or a stop request can be served.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while any(p.poll() is None for p in self._processes):
+        while any(p.poll() is None for p in self._processes if p not in self._left_behind):
             if deadline is not None and time.monotonic() > deadline:
                 self.terminate()
                 return 124
@@ -42,22 +48,34 @@ class Step:
                 break
             on_wait(self)
             time.sleep(_POLL_S)
-        codes = [p.returncode for p in self._processes]
+        codes = [-signal.SIGKILL if p.returncode is None else p.returncode for p in self._processes]
         first_bad = next((c for c in codes if c > 0), None) or next((c for c in codes if c), 0)
         return first_bad if first_bad >= 0 else 128 - first_bad
 
     def terminate(self) -> None:
-        """Every process has ended: asked first, killed after a grace period."""
-        for p in self._processes:
-            if p.poll() is None:
-                p.send_signal(self._ending)
-        deadline = time.monotonic() + _GRACE_S
-        for p in self._processes:
-            try:
-                p.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                p.kill()
-                p.wait()
+        """Every process has ended: asked first, killed after a grace period.
+
+        One that not even that ends is left behind: it hangs in the kernel, in a driver or on a file system that does
+        not answer, and waiting for it would hold the allocation until the walltime.
+        """
+        running = [p for p in self._processes if p not in self._left_behind and p.poll() is None]
+        for p in running:
+            p.send_signal(self._ending)
+        slow = _still_running(running, limit_s=self._grace_s)
+        for p in slow:
+            p.kill()
+        for p in _still_running(slow, limit_s=self._grace_s):
+            say(f"process {p.pid} cannot be killed (it hangs in the kernel) and is left behind")
+            self._left_behind.append(p)
+
+
+def _still_running(processes: Sequence[subprocess.Popen[bytes]], *, limit_s: float) -> list[subprocess.Popen[bytes]]:
+    """Those that have not ended within the limit."""
+    deadline = time.monotonic() + limit_s
+    for p in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            p.wait(max(0.1, deadline - time.monotonic()))
+    return [p for p in processes if p.poll() is None]
 
 
 class Launcher(Protocol):

@@ -10,10 +10,11 @@ variables that follow from this node's hardware. Everything printed goes to this
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from janus_cluster.preflight.unwritten import told_in_batch_log
 from janus_cluster.rundir import RunDir, write_json_atomically
 from janus_cluster.stamped import stamp_output
 
+_PR_SET_PDEATHSIG = 1
 _MODULES = {"all_reduce": "janus_cluster.training.probe", "train": "janus_cluster.training.entry"}
 
 
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     run = RunDir(args.run_dir)
     identity = read_identity(os.environ)
+    end_with_the_attempt(os.environ)
     batch_log = os.dup(1)
     with told_in_batch_log(batch_log, run.path, node=identity.node, attempt=args.attempt):
         _log_to(run.node_log(args.attempt, identity.node))
@@ -78,6 +81,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_between_counters(command, environ, counters, sysfs_root=gate.sysfs_root, gpu_timeout_s=gpu_timeout_s)
         )
     os.execve(command[0], command, environ)
+
+
+def end_with_the_attempt(environ: Mapping[str, str]) -> None:
+    """Under the local launcher this process, and what it becomes, ends when the attempt does, however that ended.
+
+    Slurm ends the steps of a job whose script is gone; here ranks would go on and write beside those of a resumed run.
+    """
+    if (attempt := environ.get("JANUS_ATTEMPT_PID")) is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(attempt):
+        sys.exit(128 + signal.SIGKILL)
 
 
 def leave_stop_signals_to_the_ranks() -> dict[str, str]:

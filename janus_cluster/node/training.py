@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from janus_cluster.errors import JanusError, StoppedOnPurpose, TrainingFailed
-from janus_cluster.node.phases import Attempt, say
+from janus_cluster.node.batch_log import say
+from janus_cluster.node.phases import Attempt
 from janus_cluster.observe.evidence import load_evidence
 from janus_cluster.observe.failure import Failure, classify
 from janus_cluster.observe.text import load_secrets
@@ -41,8 +42,12 @@ def run_training(attempt: Attempt) -> None:
 
 
 def _stop_event(attempt: Attempt) -> dict[str, Any] | None:
-    events = [e for e in attempt.run.read_metrics() if e.get("attempt") == attempt.number]
-    return next((e for e in reversed(events) if e["kind"] == "stop"), None)
+    found = None
+    # Held one by one: the lines of 100,000 steps are half a gigabyte of dictionaries.
+    for event in attempt.run.read_metrics():
+        if event.get("attempt") == attempt.number and event.get("kind") == "stop":
+            found = event
+    return found
 
 
 def find_failure(attempt: Attempt, error: JanusError, *, state: str = "FAILED") -> Failure:

@@ -8,16 +8,19 @@ the files are other nodes' clocks; only their changes are looked at, by this nod
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from janus_cluster.rundir import RunDir, read_json
 
 _LONGEST_INTERVAL_S = 10.0
-# So many heartbeats late, a process does not live. NFS may show a file's change late by its attribute cache.
+# So many heartbeats late, a process does not live. NFS may show another node's change late by its attribute caches,
+# whose longest time is 60 s (acregmax, acdirmax).
 _MISSED_BEATS = 3
-_CACHE_S = 5.0
+_CACHE_S = 60.0
+# Longer than so many intervals between two looks, the watcher itself stood still.
+_MISSED_LOOKS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,11 @@ class Hang:
 
 
 class Watchdog:
-    """Looks at the heartbeats now and then. Before the first step `start_timeout_s` is the limit."""
+    """Looks at the heartbeats now and then. Before the first step `start_timeout_s` is the limit.
+
+    Its time is that in which it could see. Where it stood still itself (a suspended job, a file system that did not
+    answer), the ranks did, too; and where nobody can write the run folder, training that gets on cannot say so.
+    """
 
     def __init__(
         self,
@@ -65,18 +72,24 @@ class Watchdog:
         self._clock = clock
         self._told: dict[int, tuple[int, float]] = {}
         self._beats: dict[int, Beat] = {}
-        self._looked_s = float("-inf")
-        self._began_s = clock()
+        self._looked_s = clock()
+        self._seen_s = 0.0
 
-    def look(self) -> Hang | None:
-        """The standstill, once it has lasted too long; None otherwise. Reads the files once in a heartbeat."""
-        now = self._clock()
-        if now - self._looked_s < self._interval_s:
+    def look(self, *, is_blind: bool = False) -> Hang | None:
+        """The standstill, once it has lasted too long; None otherwise. Reads the files once in a heartbeat.
+
+        is_blind: the run folder cannot be written now.
+        """
+        elapsed_s = self._clock() - self._looked_s
+        if elapsed_s < self._interval_s:
             return None
-        self._looked_s = now
+        self._looked_s += elapsed_s
+        stood_still = elapsed_s > _MISSED_LOOKS * self._interval_s
+        self._seen_s += 0.0 if is_blind else self._interval_s if stood_still else elapsed_s
+        now = self._seen_s
         for rank, path in self._paths.items():
             self._read(rank, path, now)
-        if not self._beats and now - self._began_s >= self._start_timeout_s:
+        if not self._beats and now >= self._start_timeout_s:
             return Hang(message=f"no progress: no rank has begun in {self._start_timeout_s:.0f} s")
         return judge_progress(
             self._beats,
@@ -84,6 +97,7 @@ class Watchdog:
             hang_timeout_s=self._hang_timeout_s,
             start_timeout_s=self._start_timeout_s,
             silence_s=min(_MISSED_BEATS * self._interval_s + _CACHE_S, 0.9 * self._hang_timeout_s),
+            missing=[rank for rank in self._paths if rank not in self._beats],
         )
 
     def _read(self, rank: int, path: Path, now: float) -> None:
@@ -112,11 +126,18 @@ class Watchdog:
 
 
 def judge_progress(
-    beats: Mapping[int, Beat], *, now_s: float, hang_timeout_s: float, start_timeout_s: float, silence_s: float
+    beats: Mapping[int, Beat],
+    *,
+    now_s: float,
+    hang_timeout_s: float,
+    start_timeout_s: float,
+    silence_s: float,
+    missing: Sequence[int] = (),
 ) -> Hang | None:
     """None while any rank gets on, or not long enough ago; else who is to blame for the standstill.
 
-    The rank whose process gives no sign of life; without one, the rank that is behind the others, if there is one.
+    The ranks that never began (`missing`); without any, the rank whose process gives no sign of life; without one, the
+    rank that is behind the others, if there is one.
     """
     if not beats:
         return None
@@ -128,6 +149,9 @@ def judge_progress(
         return None
     step = max(b.step for b in beats.values())
     said = f"no progress of any rank for {limit_s:.0f} s, {'before the first step' if is_starting else f'step {step}'}"
+    if missing and is_starting:
+        only_rank = missing[0] if len(missing) == 1 else None
+        return Hang(message=f"{said}: rank {', '.join(map(str, missing))} never began", rank=only_rank)
     silent = [b for b in beats.values() if now_s - b.alive_s > silence_s]
     if silent and len(silent) < len(beats):
         rows = "; ".join(f"rank {b.rank} on {b.node} gives no sign of life since {b.doing}" for b in silent)

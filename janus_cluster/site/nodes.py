@@ -60,11 +60,29 @@ def nodes_json(folder: Path | None = None) -> Path:
 def load_nodes(folder: Path | None = None) -> list[NodeRecord]:
     """Every record that can be read, the newest first. A missing or damaged file is an empty memory."""
     try:
+        return _load(folder)
+    except OSError:
+        return []
+
+
+def _load(folder: Path | None) -> list[NodeRecord]:
+    """Raises: OSError for a file that is there and cannot be read now: written anew, it would lose its records."""
+    try:
         values = read_json(nodes_json(folder))["nodes"]
         found = [record for value in values if (record := _parse_record(value)) is not None]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return []
     return sorted(found, key=lambda r: r.time, reverse=True)
+
+
+def _load_locked(folder: Path | None) -> list[NodeRecord]:
+    try:
+        return _load(folder)
+    except OSError as e:
+        raise UsageError(
+            f"cannot read the memory of nodes, {nodes_json(folder)}: {e.strerror or e}",
+            hint="nothing was changed; try again once it can be read",
+        ) from e
 
 
 def live_nodes(
@@ -85,7 +103,7 @@ def remember_nodes(records: Sequence[NodeRecord], *, now: float, folder: Path | 
     if all(r.key in known for r in wanted):
         return []
     with _locked(folder):
-        before = load_nodes(folder)
+        before = _load_locked(folder)
         known = {r.key for r in before}
         new = [replace(r, reason=r.reason[:_LONGEST_REASON]) for r in wanted if r.key not in known]
         _write([*before, *new], now=now, folder=folder)
@@ -108,7 +126,7 @@ def forgive_nodes(nodes: Iterable[str] | None, *, now: float, folder: Path | Non
     """Nothing counts against the nodes (None: against any) any more. Returns: the names of those that were forgiven."""
     wanted = None if nodes is None else set(nodes)
     with _locked(folder):
-        before = load_nodes(folder)
+        before = _load_locked(folder)
         chosen = [r.forgiven_at is None and (wanted is None or r.node in wanted) for r in before]
         after = [replace(r, forgiven_at=now) if hit else r for r, hit in zip(before, chosen, strict=True)]
         if any(chosen):

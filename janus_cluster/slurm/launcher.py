@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +17,9 @@ from janus_cluster.slurm.commands import Slurm, parse_hostlist
 # srun would take them for options of the step, which is to get all that the job has on each node; and a newer srun
 # (told of 25.05) refuses to start where the two differ, as they do where a site's plugin changed one of them.
 _NOT_FOR_STEPS = ("SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK")
+
+_PATIENCE_S = 120.0
+_PAUSE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,21 @@ class SlurmLauncher:
         return own if towards in (None, _address_of(own)) else towards
 
     def requeue(self) -> str | None:
-        """The job is back in the queue, and this process is about to be ended; or why it is not."""
-        try:
-            Slurm().requeue(str(self.job_id))
-        except JanusError as e:
-            return e.message
-        return None
+        """The job is back in the queue, and this process is about to be ended; or why it is not.
+
+        A controller that is being restarted is waited for: else the run would lie still from then on.
+        """
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                Slurm().requeue(str(self.job_id))
+                return None
+            except SlurmUnavailable as e:
+                if time.monotonic() > deadline or shutil.which("scontrol") is None:
+                    return e.message
+                time.sleep(_PAUSE_S)
+            except JanusError as e:
+                return e.message
 
     def requeue_without(self, exclude: Sequence[str]) -> str | None:
         """The job is back in the queue without those nodes; or why it is not, where it could never start again."""

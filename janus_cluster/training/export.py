@@ -53,4 +53,5 @@ def _replace_folder(folder: Path, new: Path) -> None:
     if folder.exists():
         folder.rename(old / "was")
     new.rename(folder)
-    shutil.rmtree(old)
+    # What another process still reads, NFS keeps as .nfsXXXX: no reason for a finished run to fail.
+    shutil.rmtree(old, ignore_errors=True)

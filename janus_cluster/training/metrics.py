@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from janus_cluster.rundir import RunDir
+from janus_cluster.rundir import RunDir, name_of_trouble
 from janus_cluster.training.held_out import HeldOutScores, render_score_line
 from janus_cluster.training.loss import SEGMENT_NAMES
+
+# Some hours of steps, in 20 MB.
+_MOST_UNWRITTEN = 4096
 
 
 class MetricsLog(TrainerCallback):  # type: ignore[misc]
@@ -27,20 +32,35 @@ class MetricsLog(TrainerCallback):  # type: ignore[misc]
         self._is_main = is_main
         self._effective_batch_size = effective_batch_size
         self._since_s = time.perf_counter()
+        self._unwritten: deque[dict[str, Any]] = deque(maxlen=_MOST_UNWRITTEN)
         self.last_logged_step = 0
         # Of the step that is logged next: a list by rank for everything that differs between ranks.
         self.ranks: dict[str, list[float]] = {}
 
     def append(self, kind: str, step: int, **values: Any) -> None:
-        """One line more in metrics.jsonl, if this is rank 0."""
+        """One line more in metrics.jsonl, if this is rank 0.
+
+        What cannot be written now is written with the next one. Raises: OSError for a `stop`, without which the attempt
+        would be taken for a completed one.
+        """
         if self._is_main:
             record = {"kind": kind, "time": time.time(), "attempt": self._attempt, "step": step, **values}
-            self._run.append_metric(record)
+            self._unwritten.append(record)
+            try:
+                while self._unwritten:
+                    self._run.append_metric(self._unwritten[0])
+                    self._unwritten.popleft()
+            except OSError as error:
+                if kind == "stop":
+                    raise
+                self.say(f"warning: {self._run.metrics_jsonl}: {name_of_trouble(error)}; it is tried again")
 
     def say(self, line: str) -> None:
         """`line` stands in rank 0's log."""
         if self._is_main:
-            print(line, flush=True)
+            with contextlib.suppress(OSError):
+                # A full disk must not end training that could still be saved elsewhere.
+                print(line, flush=True)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

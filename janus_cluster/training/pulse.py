@@ -8,6 +8,7 @@ step boundary, save, and leave.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -15,13 +16,18 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
-from janus_cluster.rundir import RunDir, write_json_atomically
+from janus_cluster.rundir import RunDir, name_of_trouble, write_json_atomically
 
 STOP_SIGNALS = frozenset({signal.SIGUSR1, signal.SIGTERM})
 _TAKEN = STOP_SIGNALS | {signal.SIGINT}
 _LONGEST_INTERVAL_S = 10.0
+_POLL_S = 0.1
 _PR_SET_PDEATHSIG = 1
+# Where only whole files would tell of progress: a rank's share of a 7B model's checkpoint is one of 7 GB.
+_WRITES = frozenset({"checkpoint", "export"})
+_PROGRESS_BYTES = 1 << 20
 
 
 def take_signals() -> None:
@@ -54,6 +60,7 @@ class Pulse:
         self._doing, self._step, self._count = "start", 0, 0
         self._has_begun = self._has_stepped = False
         self._changed_s = time.monotonic()
+        self._written_bytes, self._trouble = 0, ""
         self.stop_signal: int | None = None
 
     def start(self) -> Pulse:
@@ -85,15 +92,15 @@ class Pulse:
     def _run(self) -> None:
         said_stuck = -1
         while True:
+            self._count_written()
             self._write()
-            info = signal.sigtimedwait(_TAKEN, self._interval_s)
+            info = wait_for_signal(self._interval_s)
             if info is not None:
                 self._take(info.si_signo, sender=info.si_pid)
             is_stuck = self._has_begun and time.monotonic() - self._changed_s >= self._hang_timeout_s
             if is_stuck and said_stuck != self._count:
                 said_stuck = self._count
-                print(f"no progress in {self._hang_timeout_s:.0f} s ({self._doing}, step {self._step}); the stacks:")
-                sys.stdout.flush()
+                _say(f"no progress in {self._hang_timeout_s:.0f} s ({self._doing}, step {self._step}); the stacks:")
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
     def _take(self, signum: int, *, sender: int) -> None:
@@ -102,7 +109,15 @@ class Pulse:
             os._exit(128 + signum)
         if self.stop_signal is None:
             self.stop_signal = signum
-            print(f"{signal.Signals(signum).name}: asked to stop at the next step boundary", flush=True)
+            _say(f"{signal.Signals(signum).name}: asked to stop at the next step boundary")
+
+    def _count_written(self) -> None:
+        """What this process writes while it saves is progress: on a slow file system one file may take an hour."""
+        written_bytes = read_written_bytes() if self._doing in _WRITES else None
+        if written_bytes is not None and written_bytes - self._written_bytes >= _PROGRESS_BYTES:
+            self._written_bytes = written_bytes
+            self._count += 1
+            self._changed_s = time.monotonic()
 
     def _write(self) -> None:
         value = {"doing": self._doing, "step": self._step, "has_begun": self._has_begun}
@@ -110,6 +125,36 @@ class Pulse:
         value |= {"count": self._count, "time": time.time()}
         try:
             write_json_atomically(self._path, self._who | value)
+            self._trouble = ""
         except OSError as error:
             # A full disk must not end the training that could still be saved elsewhere.
-            print(f"{self._path}: {error}", flush=True)
+            if self._trouble != (trouble := name_of_trouble(error)):
+                self._trouble = trouble
+                _say(f"{self._path}: {trouble}")
+
+
+def wait_for_signal(limit_s: float) -> signal.struct_siginfo | None:
+    """A signal of ours that came to this process, or None after `limit_s`.
+
+    Not sigtimedwait's own limit: after a stop and a continue meanwhile (a suspended job) it returns, in Python 3.11, a
+    signal that never came, with whatever lay in memory for its number.
+    """
+    deadline = time.monotonic() + limit_s
+    while (info := signal.sigtimedwait(_TAKEN, 0)) is None and time.monotonic() < deadline:
+        time.sleep(min(_POLL_S, limit_s))
+    return info
+
+
+def read_written_bytes() -> int | None:
+    """How much this process has given to write() so far; None where the kernel does not tell."""
+    try:
+        rows = (line.split() for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines())
+        return int(dict(rows)["wchar:"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _say(line: str) -> None:
+    """The line is in the log, if that can be written: a full disk must not end the thread that takes signals."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)

@@ -29,6 +29,9 @@ from janus_cluster.training.reshard import load_resharded, written_cut
 from janus_cluster.training.saving import new_checkpoint, warn_of_slow_save
 from janus_cluster.training.world import World
 
+# metrics.jsonl has them all; after 100,000 steps they would be 60 MB of trainer_state.json.
+_LOGS_KEPT = 100
+
 
 class _StopAtBoundary(TrainerCallback):  # type: ignore[misc]
     """A step that is to be the last of the attempt is logged and saved; nothing is evaluated, time may be short."""
@@ -211,6 +214,11 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         """
         loaded = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(loaded.state_dict())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's own, which keeps every log and writes all of them into each checkpoint."""
+        super().log(logs, start_time)
+        del self.state.log_history[:-_LOGS_KEPT]
 
     def _beat(self, doing: str) -> None:
         if self._pulse is not None:

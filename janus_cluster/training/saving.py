@@ -96,15 +96,16 @@ def _make_room(checkpoints: Path, name: str) -> tuple[str | None, Path]:
     The folder's name is new each time: a process of an earlier attempt that still writes cannot mix its files in.
     """
     partial = checkpoints / PARTIAL_NAME
-    if partial.exists():
-        shutil.rmtree(partial)
+    # Not an error: NFS keeps what a process holds open that cannot be killed (.nfsXXXX), and a folder of its own is
+    # enough for this save.
+    shutil.rmtree(partial, ignore_errors=True)
     newest = find_newest_complete(checkpoints)
     free_bytes = _free_bytes(checkpoints)
     if newest is not None and (needed_bytes := load_manifest(newest).num_bytes) > free_bytes:
         why = f"{name} needs about {_size(needed_bytes)}, as {newest.name} did; {_size(free_bytes)} free"
         return f"{_FULL[errno.ENOSPC]}: {why} in {checkpoints}. Nothing was written", checkpoints
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
         return None, Path(tempfile.mkdtemp(prefix=f"{name}-", dir=partial))
     except OSError as error:
         if error.errno not in _FULL:
@@ -119,7 +120,7 @@ def _seal(folder: Path, *, step: int, world: World, about: Mapping[str, Any] | N
     # On every node: only the one that wrote a file holds what is not yet on the disk.
     for name in sizes:
         _sync(folder / name)
-    beat()
+        beat()
     own: dict[str, Described] = {}
     for name in share_out(sizes, group_size())[world.rank if group_size() > 1 else 0]:
         own[name] = describe(folder / name)

@@ -7,7 +7,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -122,12 +122,15 @@ def run_and_leave(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except Exception as error:
-        traceback.print_exc()
         exit_code = error.exit_code if isinstance(error, JanusError) else 1
-        if isinstance(error, JanusError) and error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
+        # A log that cannot be written, on a full disk, must not take the place of the error.
+        with suppress(OSError):
+            traceback.print_exc()
+            if isinstance(error, JanusError) and error.hint:
+                print(f"hint: {error.hint}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with suppress(OSError):
+            stream.flush()
     os._exit(exit_code)
 
 

@@ -90,3 +90,25 @@ def test_a_second_attempt_is_refused_and_told_who_runs(tmp_path: Path) -> None:
     with run_folder_held(RunDir(tmp_path), job_id="42", wait_s=30):
         assert time.monotonic() - begun < 10
         assert "job 42" in RunDir(tmp_path).attempt_lock.read_text()
+
+
+def test_a_requeued_job_is_not_kept_out_by_the_lock_of_the_node_that_it_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        try:
+            # As a file server tells it that keeps the locks of a node which is no more.
+            run.attempt_lock.write_text("job 41 on h800-99, process 7")
+            with run_folder_held(run, job_id="41", wait_s=0):
+                assert "is still held by job 41 on h800-99" in capsys.readouterr().out
+            run.attempt_lock.write_text("job 41 on h800-99, process 7")
+            with (
+                pytest.raises(UsageError) as caught,
+                run_folder_held(run, job_id="4", wait_s=0),
+            ):
+                pass
+            assert f"rm {run.attempt_lock}" in str(caught.value.hint)
+        finally:
+            holder.kill()

@@ -81,10 +81,11 @@ def test_ranks_that_never_begin_are_noticed(tmp_path: Path) -> None:
     watchdog = Watchdog(
         RunDir(tmp_path), attempt=1, world_size=2, hang_timeout_s=40, start_timeout_s=600, clock=lambda: now[0]
     )
-    now[0] = 599.0
-    assert watchdog.look() is None
-    now[0] = 610.0
-    hang = watchdog.look()
+    hang = None
+    for t in range(0, 601, 10):
+        now[0] = float(t)
+        hang = watchdog.look()
+        assert (hang is not None) is (t >= 600), t
     assert hang is not None and "no rank has begun in 600 s" in hang.message
 
 
@@ -106,6 +107,61 @@ def test_only_changes_by_the_watchers_own_clock_count(tmp_path: Path) -> None:
         hang = watchdog.look()
         assert (hang is not None) is (t >= 60), t
     assert hang is not None and (hang.rank, hang.node) == (1, "n1")
+
+
+def write_beat(run: RunDir, rank: int, count: int, *, step: int = 3, told: float = 0.0) -> None:
+    path = run.heartbeat_json(1, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    who = {"rank": rank, "node": f"n{rank}", "doing": "step", "step": step, "has_begun": count > 0}
+    write_json_atomically(path, who | {"count": count, "time": told})
+
+
+def test_a_job_that_was_suspended_for_hours_is_not_taken_for_a_hung_one(tmp_path: Path) -> None:
+    run, now = RunDir(tmp_path), [0.0]
+    watchdog = Watchdog(run, attempt=1, world_size=1, hang_timeout_s=40, start_timeout_s=600, clock=lambda: now[0])
+    write_beat(run, 0, 1)
+    for now[0] in (10.0, 20.0, 30.0, 7230.0):
+        assert watchdog.look() is None
+    # From then on it counts again: 20 s before, 10 s for the gap, and these.
+    now[0] = 7240.0
+    assert watchdog.look() is not None
+
+
+def test_while_nobody_can_write_the_run_folder_nobody_is_taken_for_hung(tmp_path: Path) -> None:
+    run, now = RunDir(tmp_path), [0.0]
+    watchdog = Watchdog(run, attempt=1, world_size=1, hang_timeout_s=40, start_timeout_s=600, clock=lambda: now[0])
+    write_beat(run, 0, 1)
+    for t in range(10, 600, 10):
+        now[0] = float(t)
+        assert watchdog.look(is_blind=True) is None
+    for t in range(600, 640, 10):
+        now[0] = float(t)
+        assert (watchdog.look() is not None) is (t >= 630), t
+
+
+def test_ranks_that_never_began_are_named_and_not_those_that_wait_for_them(tmp_path: Path) -> None:
+    run, now = RunDir(tmp_path), [0.0]
+    watchdog = Watchdog(run, attempt=1, world_size=4, hang_timeout_s=40, start_timeout_s=100, clock=lambda: now[0])
+    for rank in (0, 1):
+        write_beat(run, rank, 0)
+    hang = None
+    for t in range(10, 120, 10):
+        now[0] = float(t)
+        hang = hang or watchdog.look()
+    assert hang is not None and hang.message.endswith("rank 2, 3 never began")
+
+
+def test_a_heartbeat_that_is_seen_late_through_nfs_names_no_wrong_node(tmp_path: Path) -> None:
+    run, now = RunDir(tmp_path), [0.0]
+    watchdog = Watchdog(run, attempt=1, world_size=3, hang_timeout_s=300, start_timeout_s=600, clock=lambda: now[0])
+    # Rank 2 is behind. Rank 1 lives on another node, and this one sees its file as it was a minute ago.
+    hang = None
+    for t in range(10, 320, 10):
+        now[0] = float(t)
+        for rank in range(3):
+            write_beat(run, rank, 1, step=6 if rank == 2 else 7, told=min(t, 250) if rank == 1 else t)
+        hang = watchdog.look()
+    assert hang is not None and hang.rank == 2
 
 
 def test_half_a_heartbeat_file_changes_nothing(tmp_path: Path) -> None:

@@ -73,6 +73,15 @@ def test_old_records_leave_the_file_and_do_not_come_back(tmp_path: Path) -> None
     assert remember_nodes([record()], now=later, folder=tmp_path) == []
 
 
+def test_a_file_that_cannot_be_read_now_is_not_written_anew(tmp_path: Path) -> None:
+    # A loop of links stands for a network file system's error: the file is there, and reading fails.
+    nodes_json(tmp_path).symlink_to(nodes_json(tmp_path))
+    assert load_nodes(tmp_path) == []
+    with pytest.raises(UsageError, match="cannot read the memory of nodes"):
+        add_node("h800-01", cluster="slurm", reason="fan broken", now=1.0, folder=tmp_path)
+    assert nodes_json(tmp_path).is_symlink()
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"{", b'{"nodes": [1, {"node": "x"}, null]}', b"\xff", b'{"nodes": 3}']
 )

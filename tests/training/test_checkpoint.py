@@ -317,6 +317,28 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+def test_what_a_dead_attempt_left_and_nobody_can_remove_stops_no_save(tmp_path: Path) -> None:
+    require_root()
+    held = tmp_path / PARTIAL_NAME / "checkpoint-2-dead" / "held"
+    held.mkdir(parents=True)
+    # As NFS does for a file that a process still has open: the folder cannot be emptied.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", held], check=True)
+    try:
+        assert save(tmp_path, 4) == find_newest_complete(tmp_path)
+        assert save(tmp_path, 6) == find_newest_complete(tmp_path)
+    finally:
+        subprocess.run(["umount", "--lazy", held], check=True)
+
+
+def test_every_file_that_reaches_the_disk_is_told_as_progress(tmp_path: Path) -> None:
+    beats: list[None] = []
+    with new_checkpoint(tmp_path, step=1, world=ALONE, keep_last=2, beat=lambda: beats.append(None)) as aside:
+        (aside / "checkpoint-1").mkdir()
+        for n in range(3):
+            (aside / "checkpoint-1" / f"{n}.pt").write_bytes(b"w")
+    assert len(beats) == 6, "once synced and once hashed, each of three"
+
+
 def used_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).used
 

@@ -94,6 +94,19 @@ def test_anybody_elses_stop_signal_asks_to_stop_at_the_next_step(tmp_path: Path,
         }
 
 
+def test_a_rank_that_was_suspended_goes_on_and_still_takes_a_stop(tmp_path: Path) -> None:
+    with agent_of(tmp_path, "works") as agent:
+        for _ in range(3):
+            os.kill(agent.rank_pid, signal.SIGSTOP)
+            # Longer than the thread waits for signals.
+            time.sleep(0.8)
+            os.kill(agent.rank_pid, signal.SIGCONT)
+            time.sleep(0.4)
+        assert is_running(agent.rank_pid)
+        os.kill(agent.rank_pid, signal.SIGUSR1)
+        assert "stops" in {agent.read(), agent.read()}
+
+
 def test_the_attempts_file_asks_rank_0_to_stop(tmp_path: Path) -> None:
     with agent_of(tmp_path, "works") as agent:
         RunDir(tmp_path).stop_json(1).write_text("{}")
@@ -118,6 +131,61 @@ def test_the_heart_beats_while_training_stands_still_and_says_where(tmp_path: Pa
         assert (later["count"], later["step"], later["pid"]) == (first["count"], 3, agent.rank_pid)
         assert (later["rank"], later["node"]) == (0, "h800-01")
         assert agent.read() == "no progress in 2 s (step, step 3); the stacks:"
+
+
+FULL = """
+import shutil, sys, time
+from pathlib import Path
+from janus_cluster.rundir import RunDir
+from janus_cluster.training.pulse import Pulse, take_signals
+take_signals()
+run = RunDir(Path(sys.argv[1]))
+pulse = Pulse(run, attempt=1, rank=0, node="h800-01", hang_timeout_s=1).start()
+path = run.heartbeat_json(1, 0)
+shutil.rmtree(path.parent)
+time.sleep(2)
+path.parent.mkdir()
+for _ in range(100):
+    if path.exists():
+        raise SystemExit(0)
+    time.sleep(0.1)
+raise SystemExit(1)
+"""
+
+
+def test_the_heart_beats_on_after_a_full_disk_kept_its_file_and_its_words(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "attempt_1").mkdir(parents=True)
+    # Nothing can be printed, and no heartbeat can be written for two seconds.
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=full, timeout=60, check=False)
+    # 120: what it could not print at its end.
+    assert done.returncode in (0, 120)
+    assert RunDir(tmp_path).heartbeat_json(1, 0).exists()
+
+
+SAVING = """
+import sys, time
+from pathlib import Path
+from janus_cluster.rundir import RunDir
+from janus_cluster.training.pulse import Pulse, take_signals
+take_signals()
+pulse = Pulse(RunDir(Path(sys.argv[1])), attempt=1, rank=0, node="h800-01", hang_timeout_s=1).start()
+pulse.beat("checkpoint", 3)
+with open(sys.argv[1] + "/shard", "wb") as f:
+    for _ in range(int(sys.argv[2])):
+        f.write(bytes(1 << 20))
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize(("megabytes", "gets_on"), [(40, True), (0, False)])
+def test_what_a_rank_writes_while_it_saves_is_progress(tmp_path: Path, megabytes: int, gets_on: bool) -> None:
+    code = SAVING + "time.sleep(1)\n"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(megabytes)], timeout=60, check=False)
+    assert done.returncode == 0
+    # One beat was training's own; the start may have read and written a megabyte before.
+    assert (read_json(RunDir(tmp_path).heartbeat_json(1, 0))["count"] > 3) is gets_on
 
 
 def is_running(pid: int) -> bool:

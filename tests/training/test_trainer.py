@@ -190,6 +190,14 @@ def test_a_resumed_epoch_reads_only_what_the_uninterrupted_one_had_left(episodes
     assert losses_of_both == pytest.approx(losses, rel=1e-5)
 
 
+def test_what_a_checkpoint_repeats_of_the_log_does_not_grow_with_the_run(episodes: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(episodes, tmp_path, max_steps=1)
+    for step in range(500):
+        trainer.log({"step_of_test": float(step)})
+    assert 1 <= len(trainer.state.log_history) <= 100
+    assert trainer.state.log_history[-1]["step_of_test"] == 499
+
+
 def test_a_run_that_has_become_longer_follows_the_longer_schedule_at_once(episodes: Path, tmp_path: Path) -> None:
     def rates(trainer: JanusTrainer) -> list[float]:
         return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]

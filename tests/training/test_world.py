@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,3 +72,14 @@ def test_no_rank_takes_the_group_down_while_another_still_works() -> None:
 def test_a_group_is_bound_to_its_gpu_but_where_torch_hangs_with_it(version: str, is_bound: bool) -> None:
     device = torch.device("cuda", 3)
     assert bound_to(device, version) == (device if is_bound else None)
+
+
+def test_a_full_disk_does_not_take_the_place_of_the_errors_exit_code() -> None:
+    program = (
+        "from janus_cluster.errors import TrainingFailed; from janus_cluster.training.world import run_and_leave\n"
+        "def main(): raise TrainingFailed('so it is', hint='this helps')\n"
+        "run_and_leave(main)"
+    )
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=full, check=False, timeout=120)
+    assert done.returncode == 12
