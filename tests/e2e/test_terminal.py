@@ -77,8 +77,9 @@ def test_submit_follow_requeue_leave_and_come_back(terminal: Terminal, sandbox: 
 
 def watch_it_begin(terminal: Terminal) -> None:
     """What will run, then that the nodes are sound, then the loss and how long it will take, in the last line."""
-    first = terminal.wait_for(LIVE)
-    seen = terminal.scrollback()
+    # Lines of logs are held back a moment, to be put in order; the live line is not.
+    began = terminal.wait_for_line(rf"^h800-01:0 \| training: 0 of 160 steps done(?:.*\n)+?{LIVE}")
+    seen = began.string
     places = [
         seen.index("ranks        2 nodes × 1 = 2, cpu"),
         seen.index("effective batch 8"),
@@ -86,15 +87,15 @@ def watch_it_begin(terminal: Terminal) -> None:
         re.search(r"^batch \| preflight (PASS|WARN): \d+ PASS", seen, re.MULTILINE).start(),  # type: ignore[union-attr]
         seen.index("batch |   rail            8 sound"),
         seen.index("batch | training: 2 ranks, effective batch 8, from step 0"),
-        seen.index("h800-01:0 | training: 0 of 160 steps done"),
-        seen.rindex(first[0]),
+        began.start(),
+        began.start("step"),
     ]
     assert places == sorted(places), seen
     assert "h800-01,02 | train: GLOO_SOCKET_IFNAME=ib0" in seen and "  ×2\n" in seen, (
         "one line of two nodes is one line"
     )
     later = terminal.wait_for(r"^step (?:2[4-9]|[3-9]\d|\d{3})/160 · .* loss ([\d.]+) · ETA ")
-    assert float(later[1]) < float(first["loss"]), "the loss goes down"
+    assert float(later[1]) < float(began["loss"]), "the loss goes down"
     screen = terminal.screen().rstrip().splitlines()
     assert [line for line in screen if re.match(r"step \d+/160 ", line)] == screen[-1:], "one live line, the last one"
     coloured = re.findall(r"\x1b\[([39]\d)m(h800-01:0|h800-02:1|batch) \|", terminal.scrollback(with_colours=True))
