@@ -9,6 +9,7 @@
   attempt.lock     held by the attempt that runs
   metrics.jsonl    one line per event of training          secrets.env    0600; values that no other file may hold
   bad_data.jsonl   what of the data could not be used, and why
+  data.json        which samples the newest attempt drew from
   code/            janus_cluster as it was submitted; every attempt imports it from here
   history/<n>/     the files of the first two lines as they were before the n-th change (`resume`, or an attempt that
                    took a smaller option of training.memory: auto)
