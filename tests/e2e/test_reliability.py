@@ -207,11 +207,11 @@ def nothing_is_left(runs: Runs) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def reference(runs: Runs) -> Curve:
-    """The losses of a run that nothing happens to, for as many steps as the longest of the others has."""
-    job = runs.submit("checkpoint.every_steps=1000", steps=100)
+    """The losses of a run that nothing happens to, for as many steps as the others do and a few after they go on."""
+    job = runs.submit("checkpoint.every_steps=1000", steps=300)
     job.wait_for_end()
     curve = job.curve()
-    assert sorted(curve) == list(range(1, 101))
+    assert sorted(curve) == list(range(1, 301))
     return curve
 
 
@@ -251,7 +251,9 @@ def test_the_walltime_is_no_end(runs: Runs, reference: Curve) -> None:
     # The second attempt is given the time that it needs; else a slow machine would make many of it.
     runs.slurm("scontrol", "update", f"JobId={job.id}", "TimeLimit=00:30:00")
     job.wait_until(job.is_running_again, pause_s=1.0)
-    assert job.resumed_at() == [(2, job.events("stop")[0]["step"])], "not one step is done twice"
+    stopped = job.events("stop")[0]["step"]
+    assert job.resumed_at() == [(2, stopped)], "not one step is done twice"
+    assert stopped + 1 in reference, "the losses after it are compared, too"
     job.end()
     assert read_json(job.run.attempt_json(1))["exit_code"] == 13
     job.requires(reference, steps=max(job.curve()))
@@ -294,7 +296,7 @@ def test_a_rank_that_stands_still_is_named_and_its_run_goes_on(runs: Runs, refer
 
 
 def test_a_fault_that_never_goes_away_ends_the_job(runs: Runs) -> None:
-    job = runs.submit("restart.max_without_progress=2", "checkpoint.every_steps=1000", steps=400)
+    job = runs.submit("restart.max_without_progress=2", "checkpoint.every_steps=1000", steps=300)
     for attempt in (1, 2):
         job.wait_for_step(1, attempt=attempt)
         os.kill(int(read_json(job.run.heartbeat_json(attempt, 1))["pid"]), signal.SIGKILL)
