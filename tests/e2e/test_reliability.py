@@ -296,7 +296,7 @@ def test_a_rank_that_stands_still_is_named_and_its_run_goes_on(runs: Runs, refer
 
 
 def test_a_fault_that_never_goes_away_ends_the_job(runs: Runs) -> None:
-    job = runs.submit("restart.max_without_progress=2", "checkpoint.every_steps=1000", steps=300)
+    job = runs.submit("restart.max_without_progress=2", "checkpoint.every_steps=1000", steps=400)
     for attempt in (1, 2):
         job.wait_for_step(1, attempt=attempt)
         os.kill(int(read_json(job.run.heartbeat_json(attempt, 1))["pid"]), signal.SIGKILL)
