@@ -3,10 +3,11 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= python3
-# The version that the tests run with. On a GPU node: make install TORCH=torch
-TORCH ?= torch==2.13.0
-VENV := .venv
+# Training needs Python 3.11 or newer; requirements/install.sh says how torch's build is chosen.
+export PYTHON ?= python3
+VENV ?= .venv
+# Which versions: locked, oldest or newest (requirements/install.sh).
+VERSIONS ?= locked
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JANUS := $(BIN)/janus-cluster
@@ -18,20 +19,20 @@ BENCH_OUT ?= benchmarks/results
 SLURM_PROGRAMS := slurmctld slurmd slurmdbd munged mariadbd ip tc shellcheck cc tmux
 SLURM_PACKAGES := slurm-wlm slurmdbd munge mariadb-server iproute2 shellcheck gcc libc6-dev tmux
 
-.PHONY: help install demo test test-fast check format bench submit preflight tail sandbox slurm clean
+.PHONY: help install lock demo test test-fast test-oldest test-newest check format bench submit preflight tail sandbox slurm clean
 
 help:  ## This list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 14
+	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 14
 
 install: $(STAMP)  ## Make .venv with everything that training and the tests need
 
-$(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV): torch first, so that nothing else pulls another build"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,dev]'
+$(STAMP): pyproject.toml $(wildcard requirements/*)
+	@requirements/install.sh $(VENV) $(VERSIONS)
 	@touch $(STAMP)
+
+lock:  ## Write requirements/*.txt anew: the newest versions that pyproject.toml admits today
+	@$(PYTHON) -m venv .cache/uv && .cache/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@UV=.cache/uv/bin/uv requirements/lock.sh
 
 $(DEMO_DATA)/.complete: $(STAMP)
 	@$(BIN)/python -m janus_cluster.training.data.demo $(DEMO_DATA) --episodes 64 --seed 0
@@ -61,6 +62,9 @@ test: $(STAMP) slurm  ## All tests, the real-Slurm ones too (REQUIRE_SLURM=1: no
 
 test-fast: $(STAMP)  ## The tests that need neither torch nor Slurm (under a minute)
 	@$(BIN)/python -m pytest -q -n 2 -m "not slurm and not train and not slow" $(PYTEST_ARGS)
+
+test-oldest test-newest:  ## All tests with the oldest or the newest versions that pyproject.toml admits (before a release)
+	@$(MAKE) test VERSIONS=$(@:test-%=%) VENV=.cache/$(@:test-%=%)
 
 check: $(STAMP)  ## Format, lint, types, boundaries
 	@$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import venv
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = folder.glob("*.whl")
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"
-    call([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(wheel)], folder)
+    # The versions that these tests run with: a new release of a dependency is for `make test-newest` to find.
+    pins = folder / "pins.txt"
+    pins.write_text("".join(f"{d.name}=={d.version}\n" for d in distributions() if d.name != "janus-cluster"))
+    install = ["install", "--quiet", "--disable-pip-version-check", "--constraint", str(pins), str(wheel)]
+    call([str(python), "-m", "pip", *install], folder)
     return folder / "venv" / "bin"
 
 
