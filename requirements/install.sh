@@ -33,8 +33,8 @@ case $set in
     pip_install -c "$here/torch.txt" "${TORCH:-$(choose_torch "$(version_in "$here/torch.txt")")}"
     ;;
   oldest)
-    pip_install --require-hashes --no-deps -r "$here/locked.txt"
-    pip_install --no-deps -r "$here/oldest.txt"
+    grep -vE '^(torch|triton|nvidia-)' "$here/oldest.txt" >"$venv/oldest.txt"
+    pip_install --no-deps -r "$venv/oldest.txt"
     pip_install -c "$here/oldest.txt" "${TORCH:-$(choose_torch "$(version_in "$here/oldest.txt")")}"
     ;;
   newest)

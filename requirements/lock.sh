@@ -21,7 +21,15 @@ of_torch='^(torch|triton|cuda-|nvidia-)'
 grep -E "$of_torch" "$tmp/all.txt" >"$tmp/torch.txt"
 mapfile -t omit < <(sed -E 's/==.*//; s/^/--no-emit-package=/' "$tmp/torch.txt" | sort -u)
 everything | resolve --python-version 3.10 --generate-hashes "${omit[@]}" >"$tmp/locked.txt"
-echo '.[train,report]' | resolve --python-version 3.11 --resolution lowest-direct >"$tmp/oldest.txt"
+
+# The lowest versions are those of what users get. Test tools keep the locked ones: what is named with "==" has no lower.
+direct() {
+  "$UV" pip compile pyproject.toml "$@" --no-deps -c "$tmp/all.txt" --python-version 3.11 --quiet --no-header --no-annotate
+}
+direct --extra train --extra report | sed 's/==.*//' >"$tmp/users"
+direct --extra dev | grep -vxf <(sed 's/.*/&==.*/' "$tmp/users") >"$tmp/tools"
+{ echo '.[train,report]'; cat "$tmp/tools"; } |
+  resolve --python-version 3.11 --resolution lowest-direct >"$tmp/oldest.txt"
 
 for name in locked torch oldest; do
   { echo "# Written by make lock. Used by requirements/install.sh."; cat "$tmp/$name.txt"; } >"$here/$name.txt"
