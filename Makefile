@@ -22,7 +22,7 @@ SLURM_PACKAGES := slurm-wlm slurmdbd munge mariadb-server iproute2 shellcheck gc
 .PHONY: help install lock demo test test-fast test-oldest test-newest check format bench submit preflight tail sandbox slurm clean
 
 help:  ## This list
-	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 14
 
 install: $(STAMP)  ## Make .venv with everything that training and the tests need
 
@@ -63,8 +63,11 @@ test: $(STAMP) slurm  ## All tests, the real-Slurm ones too (REQUIRE_SLURM=1: no
 test-fast: $(STAMP)  ## The tests that need neither torch nor Slurm (under a minute)
 	@$(BIN)/python -m pytest -q -n 2 -m "not slurm and not train and not slow" $(PYTEST_ARGS)
 
-test-oldest test-newest:  ## All tests with the oldest or the newest versions that pyproject.toml admits (before a release)
-	@$(MAKE) test VERSIONS=$(@:test-%=%) VENV=.cache/$(@:test-%=%)
+test-oldest:  ## All tests with the oldest versions that pyproject.toml admits (before a release)
+	@$(MAKE) test VERSIONS=oldest VENV=.cache/oldest
+
+test-newest:  ## All tests with the newest versions that pyproject.toml admits (before a release)
+	@$(MAKE) test VERSIONS=newest VENV=.cache/newest
 
 check: $(STAMP)  ## Format, lint, types, boundaries
 	@$(BIN)/ruff format --check .
