@@ -17,6 +17,7 @@ from typing import Any
 
 from janus_cluster.config.schema import JobConfig
 from janus_cluster.errors import JanusError, RehearsalFailed, UsageError
+from janus_cluster.local.process import is_local_job
 from janus_cluster.observe.checkpoints import find_newest_checkpoint
 from janus_cluster.observe.rehearsal import (
     Claim,
@@ -32,7 +33,7 @@ from janus_cluster.resume import resume
 from janus_cluster.rundir import RunDir
 from janus_cluster.slurm.commands import Slurm
 from janus_cluster.slurm.recorded import load_submission
-from janus_cluster.slurm.state import JobState, is_local_job, load_job_states
+from janus_cluster.slurm.state import JobState, load_job_states
 from janus_cluster.submit import Request, Submission, load_request, submit
 
 SUFFIX = "-rehearsal"

@@ -109,7 +109,9 @@ class Preflight(Section):
         "stop", description="exclude-and-retry: when one node is to blame, submit once more without it"
     )
     sysfs_root: OptionalPath = Field(
-        None, description="A folder that stands for / when /sys, /proc and /dev/shm are read (rehearsals); default: /"
+        None,
+        description="A folder that stands for / when /sys, /proc, /dev/shm and the versions of installed packages "
+        "(in its site-packages) are read (rehearsals); default: /",
     )
     command_timeout_s: float = Field(
         20, gt=0, le=600, description="How long nvidia-smi, ibstat, … may take; one that hangs is never a pass"

@@ -7,6 +7,7 @@ from typing import Any
 
 from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.errors import UsageError
+from janus_cluster.preflight.sysfs import NodeRoot
 from janus_cluster.preflight.versions import read_versions
 from janus_cluster.rundir import RunDir, read_json, write_json_atomically
 from janus_cluster.snapshot import PACKAGE, hash_files, read_package
@@ -51,7 +52,7 @@ def compare_versions(run: RunDir, *, attempt: int) -> str | None:
 
     versions.json of this attempt holds those that it runs with, on its first node.
     """
-    now = read_versions()
+    now = read_versions(NodeRoot.of(None))
     write_json_atomically(run.versions_json(attempt), now)
     for earlier in (number for number in run.attempts() if number < attempt):
         try:

@@ -7,11 +7,12 @@ import signal
 from dataclasses import dataclass
 
 from janus_cluster.errors import JanusError, JobNotFound, UsageError
+from janus_cluster.local.process import is_local_job
 from janus_cluster.observe.checkpoints import find_newest_checkpoint
 from janus_cluster.rundir import RunDir, read_json
 from janus_cluster.slurm.commands import Slurm
 from janus_cluster.slurm.recorded import load_status, load_submission
-from janus_cluster.slurm.state import NOBODY, RUNNING, is_local_job, load_job_states
+from janus_cluster.slurm.state import NOBODY, RUNNING, load_job_states
 
 # checkpoint.confirm_cancel_min of a run that an older version made.
 DEFAULT_ALLOWED_MIN = 10.0

@@ -74,7 +74,8 @@ _WORDS: tuple[tuple[re.Pattern[str], Kind], ...] = (
     ),
     (
         re.compile(r"^MemoryError\b|DefaultCPUAllocator: can't allocate memory|Cannot allocate memory|\[Errno 12\]"
-                   r"|insufficient shared memory|\bstd::bad_alloc\b"),
+                   r"|insufficient shared memory|\bstd::bad_alloc\b|Unable to allocate [\d.]+ \w+ for an array"
+                   r"|memory allocation of \d+ bytes failed"),
         "host_out_of_memory",
     ),
     (re.compile(r"\bloss\b[^\n]{0,60}\b(?:nan|inf|not (?:a )?(?:finite|number))\b", re.IGNORECASE), "diverged"),
@@ -233,9 +234,10 @@ def _first_killed(exits: Iterable[RankExit]) -> RankExit | None:
 
 
 def _of_exit(died: RankExit, evidence: Evidence) -> Failure:
-    name = _signal_name(-died.code)
-    words = dict(evidence.logs).get(f"{died.node}:{died.rank}", "")
-    found = _last_words(words)
+    name, logs = _signal_name(-died.code), dict(evidence.logs)
+    words = logs.get(f"{died.node}:{died.rank}", "")
+    # Until a rank has a log of its own, it writes into the node's.
+    found = _last_words(words) if words else _node_words(logs.get(died.node, ""))
     if found is not None:
         return Failure(kind=found[0], rank=died.rank, node=died.node, message=found[1])
     return Failure(
@@ -244,7 +246,7 @@ def _of_exit(died: RankExit, evidence: Evidence) -> Failure:
 
 
 def _by_last_words(evidence: Evidence) -> Failure | None:
-    """A class that stands in a rank's or node's log, where no error file and no signal told it."""
+    """A class that a log names, where no error file and no signal names it: the ranks' logs first, then the nodes'."""
     for place, text in evidence.logs:
         if place == "batch":
             continue
@@ -252,7 +254,22 @@ def _by_last_words(evidence: Evidence) -> Failure | None:
         found = _last_words(text) if rank else (("xid", line) if (line := _xid_line(evidence, node)) else None)
         if found is not None and found[0] not in ("nccl_timeout", "network"):
             return Failure(kind=found[0], rank=int(rank) if rank else None, node=node, message=found[1])
+    for place, text in evidence.logs:
+        found = None if place == "batch" or ":" in place else _node_words(text)
+        if found is not None and found[0] not in ("nccl_timeout", "network"):
+            return Failure(kind=found[0], node=place, message=found[1])
     return None
+
+
+def _node_words(text: str) -> tuple[Kind, str] | None:
+    """The last line of a class in a node's log: torchrun's own words, or a rank's that had no log yet."""
+    return _last_words(_before_table(text))
+
+
+def _before_table(text: str) -> str:
+    """A node's log without torchrun's table of exit codes, which is has several lines for each rank."""
+    at = text.rfind("ChildFailedError")
+    return text[:at] if at >= 0 else text
 
 
 def _last_words(text: str) -> tuple[Kind, str] | None:
@@ -301,7 +318,7 @@ def _by_script(evidence: Evidence) -> Failure | None:
     if evidence.ranks:
         return None
     for place, text in logs.items():
-        lines = [line for line in text.split("\n")[-40:] if _CANNOT_START.search(line)]
+        lines = [line for line in _before_table(text).split("\n")[-40:] if _CANNOT_START.search(line)]
         if lines:
             node = None if place == "batch" else place.partition(":")[0]
             return Failure(kind="environment", node=node, message=lines[-1].strip())

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from janus_cluster.config.schema import EnvVar, ResolvedJob
 from janus_cluster.preflight.model import Check, CheckResult
+from janus_cluster.preflight.sysfs import NodeRoot
 from janus_cluster.preflight.versions import numbers, read_versions
 from janus_cluster.render.env_lint import lint_env, select_linted
 
@@ -39,7 +40,7 @@ def lint_job_and_shell(resolved: ResolvedJob, environ: Mapping[str, str]) -> lis
 
     A variable of the shell that the job sets too is told once, as the job's.
     """
-    torch = read_versions()["torch"]
+    torch = read_versions(NodeRoot.of(resolved.job.preflight.sysfs_root))["torch"]
     own = {v.name for v in resolved.env}
     shell = [v for v in select_linted(environ, origin="this shell") if v.name not in own]
     return lint_env([*resolved.env, *shell], torch_version=numbers(torch)[:2] if torch else None)

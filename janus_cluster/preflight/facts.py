@@ -42,7 +42,7 @@ def read_facts(resolved: ResolvedJob, *, node: str, peer: str | None = None) -> 
     with ThreadPoolExecutor(max_workers=8) as pool:
         asked: dict[str, Any] = {
             "paths": pool.submit(read_paths, resolved.job, Path(resolved.run_dir)),
-            "versions": pool.submit(read_versions),
+            "versions": pool.submit(read_versions, root),
             "limits": pool.submit(read_limits, root),
             "route": pool.submit(read_route, peer, root),
         }

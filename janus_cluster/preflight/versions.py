@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 import re
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from janus_cluster import __version__
 from janus_cluster.preflight.model import Check, CheckResult
+from janus_cluster.preflight.sysfs import NodeRoot, read_text
 
 PACKAGES = ("janus-cluster", "torch", "transformers", "deepspeed", "pydantic")
 # The oldest driver of each line of CUDA. Source: NVIDIA, CUDA compatibility, minor version compatibility, table 1.
@@ -19,33 +21,32 @@ _LEAST_DRIVER = {"11": "450", "12": "525", "13": "580"}
 _TORCH_CUDA = re.compile(r"^cuda(?:: [^=]+)? = '([^']+)'", re.MULTILINE)
 
 
-def read_versions() -> dict[str, str | None]:
+def read_versions(root: NodeRoot) -> dict[str, str | None]:
     """Facts: versions of Python, of each package, and of the CUDA and NCCL that torch brings; None where not there."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    found |= {package: _version_of(package) for package in PACKAGES}
+    found |= {package: _version_of(package, root) for package in PACKAGES}
     # What runs, which need not be what is installed beside torch: job.sbatch puts the submitted code before it.
     found["janus-cluster"] = __version__
-    nccl = [v for v in (_version_of(f"nvidia-nccl-cu{n}") for n in (13, 12, 11)) if v]
-    return found | {"cuda": _torch_cuda(), "nccl": nccl[0] if nccl else None}
+    nccl = [v for v in (_version_of(f"nvidia-nccl-cu{n}", root) for n in (13, 12, 11)) if v]
+    return found | {"cuda": _torch_cuda(root), "nccl": nccl[0] if nccl else None}
 
 
-def _version_of(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def _version_of(package: str, root: NodeRoot) -> str | None:
+    path = sys.path if root.packages is None else [str(root.packages)]
+    found = next(iter(metadata.distributions(name=package, path=path)), None)
+    return found.version if found else None
 
 
-def _torch_cuda() -> str | None:
+def _torch_cuda(root: NodeRoot) -> str | None:
     """The CUDA version that torch was built for, as its version.py says; None for a CPU build."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    try:
-        match = _TORCH_CUDA.search((Path(spec.origin).parent / "version.py").read_text(encoding="utf-8"))
-    except OSError:
-        return None
+    folder = _torch_folder() if root.packages is None else root.packages / "torch"
+    match = _TORCH_CUDA.search(read_text(folder / "version.py") or "") if folder else None
     return match[1] if match else None
+
+
+def _torch_folder() -> Path | None:
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def judge_versions(facts: Mapping[str, str | None], *, node: str, ranges: Mapping[str, Any]) -> list[CheckResult]:
@@ -67,8 +68,9 @@ def judge_versions(facts: Mapping[str, str | None], *, node: str, ranges: Mappin
     told = ", ".join(f"{k} {v}" for k, v in facts.items() if v)
     cuda = Check(id="versions.cuda", node=node, expected="torch built for CUDA", source="templates/preflight")
     without = f"torch {facts.get('torch')} is a build without CUDA"
+    cuda_fix = f"on {node}: install a torch that was built for CUDA into environment.python"
     return [
-        *([cuda.judged("WARN", without, fix="install torch for CUDA")] if _lacks_cuda(facts, ranges) else []),
+        *([cuda.judged("WARN", without, fix=cuda_fix)] if _lacks_cuda(facts, ranges) else []),
         check.judged(
             "FAIL" if bad else "PASS",
             ", ".join(bad) or told,

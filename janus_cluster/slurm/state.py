@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from janus_cluster.errors import JanusError
+from janus_cluster.local.process import is_local_job
 from janus_cluster.rundir import RunDir
 from janus_cluster.slurm.commands import Slurm, SlurmJob
 from janus_cluster.slurm.kept import LONGEST_TURN_S, Kept, lately_wanted, load_kept, name_answer, one_asks, write_kept
@@ -249,20 +250,6 @@ def judge_local_state(status: StatusFile | None, *, alive: bool, now: float) -> 
         nodes=status.nodes if status else (),
         attempt=status.attempt if status else None,
     )
-
-
-def is_local_job(pid: int, run: RunDir) -> bool:
-    """Whether `pid` lives and is the process of this run: its command line names the run folder or a file in it."""
-    proc = Path("/proc") / str(pid)
-    try:
-        argv = (proc / "cmdline").read_bytes().split(b"\0")
-        cwd = (proc / "cwd").readlink()
-    except OSError:
-        return False
-    # A zombie's command line is empty, so it counts as dead.
-    ours = run.path.resolve()
-    paths = ((cwd / arg.decode(errors="surrogateescape")).resolve() for arg in argv if b"/" in arg or arg == b".")
-    return any(path == ours or ours in path.parents for path in paths)
 
 
 def is_same_job(job: SlurmJob, run: RunDir, submission: Submission) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import time
@@ -28,11 +29,14 @@ def main() -> None:
     parser.add_argument("--node")
     args = parser.parse_args()
     run, world = RunDir(args.run_dir), load_world("cpu")
+    is_failing, kind = world.rank == int(os.environ["FAILING_RANK"]), os.environ["FAILURE"]
+    if is_failing and kind == "abort_at_start":
+        fail("abort", run)
     redirect_output(run.rank_log(args.attempt, args.node, world.rank))
     with process_group(world, timeout_s=TIMEOUT_S):
         dist.all_reduce(torch.ones(1))
-        if world.rank == int(os.environ["FAILING_RANK"]):
-            fail(os.environ["FAILURE"], run)
+        if is_failing:
+            fail(kind, run)
         dist.all_reduce(torch.ones(1))
 
 
@@ -43,6 +47,9 @@ def fail(kind: str, run: RunDir) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "host_out_of_memory":
         torch.empty(1 << 50)
+    if kind == "abort":
+        # C++'s operator new: its std::bad_alloc cannot pass through Python, as in a library's thread.
+        ctypes.CDLL("libstdc++.so.6")._Znwm(ctypes.c_size_t(1 << 60))
     if kind == "disk_full":
         with open("/dev/full", "w") as f:  # noqa: PTH123
             f.write("x" * 100_000)

@@ -54,6 +54,12 @@ Root Cause (first observed failure):
   traceback : Signal 9 (SIGKILL) received by PID 27457
 ============================================================
 """  # noqa: E501, W291
+# What is in an agent's log of a rank that ended while it imported torch, before it had a log of its own: captured.
+ABORTED = """\
+train: torchrun, node 1 of 1, 2 processes here, rendezvous 127.0.0.1:26685
+terminate called after throwing an instance of 'std::bad_alloc'
+  what():  std::bad_alloc
+"""
 RANKS = ((0, "a"), (1, "a"), (2, "b"), (3, "b"))
 
 
@@ -107,6 +113,37 @@ CASES: dict[str, tuple[Evidence, tuple[str, int | None, str | None]]] = {
     ),
     "GPU memory": (evidence(errors=(error(1, CUDA_OOM),)), ("gpu_out_of_memory", 1, "a")),
     "host memory": (evidence(errors=(error(1, "MemoryError"),)), ("host_out_of_memory", 1, "a")),
+    "a rank that a failed allocation aborts": (
+        evidence(exits=(RankExit(node="b", rank=3, code=-6),), logs=(("b", ""), ("b:3", f"step 9\n{ABORTED}"))),
+        ("host_out_of_memory", 3, "b"),
+    ),
+    "a rank that a failed allocation aborts before it has a log": (
+        evidence(
+            exits=tuple(parse_exits(ABORTED + TABLE.replace("-9", "-6"), "b")),
+            logs=(("b", ABORTED + TABLE.replace("-9", "-6")),),
+            ranks=RANKS[:2],
+        ),
+        ("host_out_of_memory", 2, "b"),
+    ),
+    "torchrun itself is aborted by a failed allocation": (
+        evidence(reason="training ended with exit code 134", logs=(("a", ""), ("b", ABORTED)), ranks=()),
+        ("host_out_of_memory", None, "b"),
+    ),
+    "torchrun cannot map a library": (
+        evidence(
+            logs=(("a", "ImportError: libcublasLt.so.13: failed to map segment: Cannot allocate memory"),),
+            ranks=(),
+        ),
+        ("host_out_of_memory", None, "a"),
+    ),
+    "a rank's own log counts before the node's": (
+        evidence(logs=(("b", ABORTED), ("b:2", "OSError: [Errno 28] No space left on device"))),
+        ("disk_full", 2, "b"),
+    ),
+    "a killed rank with a log of its own is not judged by the node's": (
+        evidence(exits=(RankExit(node="b", rank=3, code=-9),), logs=(("b", ABORTED), ("b:3", "step 9"))),
+        ("signal", 3, "b"),
+    ),
     "quota": (evidence(errors=(error(1, "OSError: [Errno 122] Disk quota exceeded"),)), ("disk_full", 1, "a")),
     "disk full in torch.save": (
         evidence(
@@ -174,6 +211,10 @@ CASES: dict[str, tuple[Evidence, tuple[str, int | None, str | None]]] = {
     "no module": (
         evidence(exit_code=1, ranks=(), logs=batch("ModuleNotFoundError: No module named 'pydantic'")),
         ("environment", None, None),
+    ),
+    "no module, above torchrun's long table": (
+        evidence(ranks=(), logs=(("a", "ModuleNotFoundError: No module named 'peft'\n" + TABLE + "  pid: 1\n" * 60),)),
+        ("environment", None, "a"),
     ),
     "a signal that only the exit code tells": (evidence(exit_code=137, ranks=()), ("signal", None, None)),
     "nothing at all": (evidence(exit_code=1), ("unknown", None, None)),
@@ -325,6 +366,9 @@ def test_what_can_go_on_is_not_begun_anew(tmp_path: Path, kind: Kind, job: dict[
         ("RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
          "tried to allocate 3981312 bytes. Error code 12 (Cannot allocate memory)", "host_out_of_memory"),
         ("RuntimeError: std::bad_alloc", "host_out_of_memory"),
+        ("terminate called after throwing an instance of 'std::bad_alloc'", "host_out_of_memory"),
+        ("_ArrayMemoryError: Unable to allocate 8.00 EiB for an array with shape (1,)", "host_out_of_memory"),
+        ("memory allocation of 4096 bytes failed", "host_out_of_memory"),
         ("DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:268, unhandled cuda error\nLast error:\nCuda failure 2 "
          "'out of memory'", "gpu_out_of_memory"),
     ],

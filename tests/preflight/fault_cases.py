@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from node_faults import FAULTS, HANGS
+from node_fixtures import sound_packages
 
 HERE, GOOD, BAD = "local-01", "h800-01", "h800-02"
 PAIR = f"{GOOD},{BAD}"
@@ -122,12 +123,14 @@ CASES: dict[str, Case] = {
         local="one host connects to no other",
     ),
     "other versions on node 2": Case(
-        lines="mount --bind $OTHER_PACKAGES $PACKAGES",
+        tree={"packages": sound_packages() | {"transformers": "5.99.0"}},
+        lines="mount --bind $BAD_NODE $NODE",
         job=Found(check="versions.same", word="transformers 5.99.0 ≠"),
         local="one host differs from no other; what it has is judged by the range",
     ),
     "versions out of range": Case(
-        lines="mount --bind $OLD_PACKAGES $PACKAGES",
+        tree={"packages": sound_packages() | {"transformers": "4.57.0"}},
+        lines="mount --bind $BAD_NODE $NODE",
         job=Found(check="versions", word="transformers 4.57.0 < 5.23", also=("versions.same",)),
         local=Found(check="versions", word="transformers 4.57.0 < 5.23", node=HERE),
     ),

@@ -1,4 +1,4 @@
-"""What the fault matrix works with: a sound node and broken ones, models, packages, a site's own thresholds."""
+"""What the fault matrix works with: a sound node and broken ones, models, a site's own thresholds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Workshop:
     def command(self, *argv: str, sets: Sequence[str] = (), setup: str = ":") -> list[str]:
         """`janus-cluster preflight demo` of this workshop, as JSON, judged as an H800 node; `setup` is run before."""
         n = self.names
-        exports = f"PATH={n['NODE']}/bin:$PATH PYTHONPATH={n['PACKAGES']}:{n['SITE']} SLURM_TASK_PROLOG={n['PROLOG']}"
+        exports = f"PATH={n['NODE']}/bin:$PATH PYTHONPATH={n['SITE']} SLURM_TASK_PROLOG={n['PROLOG']}"
         sets = [
             f"environment.setup=['export {exports}', '{setup}']",
             "preflight.profile=h800-ib",
@@ -67,20 +67,9 @@ def write_site(folder: Path) -> None:
     profile, cpu = (yaml.safe_load((profiles / f"{name}.yaml").read_text()) for name in ("h800-ib", "cpu"))
     profile |= {name: cpu[name] for name in ACTIVE}
     # How much this machine lets a process have is not what is tested here: many grant no 32 GiB of locked memory.
-    profile["limits"] |= {name: cpu["limits"][name] for name in ("memory_gib", "nofile")}
+    profile["limits"]["nofile"] = cpu["limits"]["nofile"]
     profile["limits"]["memlock_gib"]["warn_below"] = MEMLOCK_WARN_BELOW_GIB
-    del profile["versions"]["cuda_wanted"]
     (profiles / "h800-ib.yaml").write_text(yaml.safe_dump(profile))
-
-
-def write_packages(folder: Path, versions: dict[str, str]) -> str:
-    """What importlib.metadata reads of packages, as another environment on PYTHONPATH would have it."""
-    for name, version in versions.items():
-        info = folder / f"{name}-{version}.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    folder.mkdir(exist_ok=True)
-    return str(folder)
 
 
 # libfaketime cannot do it: it shifts the monotonic clock too, and told not to, breaks time.sleep of Python 3.11.
@@ -132,9 +121,6 @@ def build_workshop(folder: Path) -> Workshop:
     names |= {
         "RUNS": str(folder / "runs"),
         "FIFO": str(folder / "fifo"),
-        "PACKAGES": write_packages(folder / "packages", {}),
-        "OTHER_PACKAGES": write_packages(folder / "other_packages", {"transformers": "5.99.0"}),
-        "OLD_PACKAGES": write_packages(folder / "old_packages", {"transformers": "4.57.0"}),
         "PROLOG": write_prolog(folder / "prolog"),
         "SKEWED_PROLOG": write_prolog(folder / "skewed_prolog", f"echo export LD_PRELOAD={folder}/skew.so"),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from node_fixtures import NUM, FakePort, gpu_rows, smi_texts, sound_ports, uuid, verbs_text
+from node_fixtures import NUM, FakePort, gpu_rows, smi_texts, sound_packages, sound_ports, uuid, verbs_text
 
 
 def with_port(index: int, **changes: Any) -> list[FakePort]:
@@ -149,6 +149,30 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "gpu.xid",
         "SKIP",
         "not permitted",
+    ),
+    "torch for a newer CUDA than the driver's": (
+        {"packages": sound_packages() | {"torch": "2.13.0+cu130"}, "cuda": "13.0"},
+        "versions.driver",
+        "WARN",
+        "driver 570.158.01, CUDA 13.0",
+    ),
+    "torch without CUDA": (
+        {"packages": sound_packages() | {"torch": "2.13.0+cpu"}, "cuda": None},
+        "versions.cuda",
+        "WARN",
+        "torch 2.13.0+cpu is a build without CUDA",
+    ),
+    "old torch": (
+        {"packages": sound_packages() | {"torch": "2.5.1+cu124"}, "cuda": "12.4"},
+        "versions",
+        "FAIL",
+        "torch 2.5.1+cu124 < 2.6",
+    ),
+    "a package is missing": (
+        {"packages": {name: v for name, v in sound_packages().items() if name != "deepspeed"}},
+        "versions",
+        "FAIL",
+        "deepspeed not installed",
     ),
 }
 

@@ -1,4 +1,8 @@
-"""A pretend H800 node: what its programs print, its sysfs tree, and programs that print it. Own values, true shapes."""
+"""A pretend H800 node: its programs, sysfs and procfs trees, installed packages. Own values, true shapes.
+
+Nothing that the gate judges of such a node depends on the machine or the environment of the tests, but for what a
+process cannot pretend: its Python, its limits of locked memory and open files, the size of the disk behind /dev/shm.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,38 @@ from janus_cluster.resources import jobs_dir
 from janus_cluster.rundir import RunDir, write_text_atomically
 
 NUM = 8
+DRIVER = "570.158.01"
+# Of Linux 5.15, so that DMA-BUF would be there if the driver were the open one.
+PROC = {
+    "meminfo": "MemTotal:       2113407800 kB\nMemAvailable:   2000000000 kB\n",
+    "sys/kernel/osrelease": "5.15.0-105-generic\n",
+    "net/route": "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n"
+    "bond0\t00000000\t0100000A\t0003\t0\t0\t100\t00000000\t0\t0\t0\n",
+}
+
+
+def sound_packages() -> dict[str, str]:
+    """Versions that the profiles' ranges take, with a torch whose CUDA 12.8 the driver serves."""
+    return {
+        "janus-cluster": "0.1.0",
+        "torch": "2.9.1+cu128",
+        "transformers": "5.23.0",
+        "deepspeed": "0.19.2",
+        "pydantic": "2.12.4",
+        "nvidia-nccl-cu12": "2.27.5",
+    }
+
+
+def write_packages(folder: Path, versions: dict[str, str], *, cuda: str | None) -> None:
+    """What pip leaves of packages, without their code; torch's version.py names the CUDA that it was built for."""
+    for name, version in versions.items():
+        info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    if "torch" in versions:
+        (folder / "torch").mkdir()
+        lines = [f"__version__ = '{versions['torch']}'", "debug = False", f"cuda: Optional[str] = {cuda!r}"]
+        (folder / "torch" / "version.py").write_text("\n".join(["from typing import Optional", "", *lines, ""]))
 
 
 def uuid(i: int) -> str:
@@ -28,7 +64,7 @@ def uuid(i: int) -> str:
 
 
 def gpu_rows(num: int = NUM, *, name: str = "NVIDIA H800", memory: str = "81559") -> list[str]:
-    return [f"{i}, {uuid(i)}, {name}, {memory}, 570.158.01, 00000000:{0x1B + i:02X}:00.0" for i in range(num)]
+    return [f"{i}, {uuid(i)}, {name}, {memory}, {DRIVER}, 00000000:{0x1B + i:02X}:00.0" for i in range(num)]
 
 
 def smi_texts() -> dict[str, str]:
@@ -158,7 +194,7 @@ def write_program(path: Path, text: str) -> None:
 
 @dataclass
 class FakeNode:
-    """Build with `write`; change `smi`, `ports`, … before."""
+    """Build with `write`; change `smi`, `ports`, `packages`, … before. `cuda` is what its torch was built for."""
 
     folder: Path
     name: str = "h800-01"
@@ -170,6 +206,8 @@ class FakeNode:
     ibstat_tail: str = ""
     ibstat_rc: int = 0
     peermem: bool = True
+    packages: dict[str, str] = field(default_factory=sound_packages)
+    cuda: str | None = "12.8"
     programs: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -191,7 +229,12 @@ class FakeNode:
             port.write(infiniband)
         if self.peermem:
             (self.root / "sys" / "module" / "nvidia_peermem").mkdir(parents=True)
-            (self.root / "sys" / "module" / "nvidia_peermem" / "version").write_text("570.158.01\n")
+            (self.root / "sys" / "module" / "nvidia_peermem" / "version").write_text(f"{DRIVER}\n")
+        for name, text in PROC.items():
+            path = self.root / "proc" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        write_packages(self.root / "site-packages", self.packages, cuda=self.cuda)
         (self.bin / "ibstat.txt").write_text("".join(p.ibstat() for p in self.ports))
         (self.bin / "ibv.txt").write_text(verbs_text([p.device for p in self.ports]))
         here = 'here=$(dirname "$0")\n'

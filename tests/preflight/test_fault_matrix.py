@@ -21,6 +21,17 @@ from janus_cluster.preflight.model import CheckResult, worst
 from janus_cluster.preflight.static import judge_static
 
 HARDWARE = ("gpu", "hca")
+# Of the process that runs the tests, its shell and its disk.
+OF_THIS_MACHINE = ("limits.memlock", "limits.nofile", "limits.shm", "limits.shm_free", "environment")
+
+
+def test_a_sound_node_has_no_fault_but_for_limits_of_this_machine(tmp_path: Path) -> None:
+    judged = h800_node(tmp_path).write().judge()
+    odd = {i: r.measured for i, r in judged.items() if r.state not in ("PASS", "SKIP") and not i.startswith("paths")}
+    assert {i: words for i, words in odd.items() if i not in OF_THIS_MACHINE} == {}
+    assert judged["versions.driver"].measured == "driver 570.158.01, CUDA 12.8"
+    assert "torch 2.9.1+cu128" in judged["versions"].measured
+    assert "nccl 2.27.5" in judged["versions"].measured
 
 
 def test_a_sound_node_has_no_fault_in_gpus_and_rails(tmp_path: Path) -> None:

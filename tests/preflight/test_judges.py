@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from node_fixtures import write_packages
 
 from janus_cluster.preflight.all_reduce import busbw_gb_per_s, judge_all_reduce
 from janus_cluster.preflight.model import CheckResult, Verdict, worst
 from janus_cluster.preflight.report import render_summary, render_verdict, render_verdict_markdown
+from janus_cluster.preflight.sysfs import NodeRoot
 from janus_cluster.preflight.versions import PACKAGES, judge_driver, judge_same_versions, judge_versions, read_versions
 
 RANGES = {"python_min": "3.10", "torch_min": "2.6", "transformers_below": "6", "cuda_wanted": True}
@@ -78,10 +84,32 @@ def test_all_reduce_is_judged_at_above_and_below_the_floor(facts: dict[str, Any]
 
 
 def test_versions_of_this_environment_are_read() -> None:
-    facts = read_versions()
+    facts = read_versions(NodeRoot.of(None))
     assert facts["python"]
     assert facts["janus-cluster"]
     assert judge_versions(facts, node="n1", ranges={"python_min": "99.0"})[0].state == "FAIL"
+
+
+def test_versions_are_those_that_python_would_import(tmp_path: Path) -> None:
+    write_packages(tmp_path, {"torch": "9.9.9", "transformers": "99.0", "nvidia-nccl-cu13": "9.8.7"}, cuda="13.9")
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('it is not to be imported')")
+    code = (
+        "import json; from janus_cluster.preflight.sysfs import NodeRoot\n"
+        "from janus_cluster.preflight.versions import read_versions\n"
+        "print(json.dumps(read_versions(NodeRoot.of(None))))"
+    )
+    environ = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    facts = json.loads(done.stdout)
+    found = {name: facts[name] for name in ("torch", "cuda", "nccl", "transformers")}
+    assert found == {"torch": "9.9.9", "cuda": "13.9", "nccl": "9.8.7", "transformers": "99.0"}
+
+
+def test_versions_of_a_stand_in_are_its_own_and_what_it_lacks_is_absent(tmp_path: Path) -> None:
+    write_packages(tmp_path / "site-packages", {"torch": "2.6.0+cu118", "nvidia-nccl-cu11": "2.21.5"}, cuda="11.8")
+    facts = read_versions(NodeRoot.of(str(tmp_path)))
+    assert (facts["torch"], facts["cuda"], facts["nccl"]) == ("2.6.0+cu118", "11.8", "2.21.5")
+    assert (facts["transformers"], facts["pydantic"]) == (None, None)
 
 
 def test_a_missing_package_and_a_differing_node_fail() -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
+from janus_cluster.local.process import is_local_job
 from janus_cluster.rundir import RunDir, write_json_atomically
 from janus_cluster.slurm.commands import SlurmJob
 from janus_cluster.slurm.recorded import StatusFile, Submission, load_status, load_submission
 from janus_cluster.slurm.state import (
     Answer,
     JobState,
-    is_local_job,
     is_same_job,
     judge_local_state,
     judge_slurm_state,
@@ -261,6 +261,17 @@ def test_live_local_process_is_running(local_job: tuple[RunDir, subprocess.Popen
     run, process = local_job
     assert is_local_job(process.pid, run)
     assert (load_job_states([run])[0].state, load_job_states([run])[0].source) == ("RUNNING", "process")
+
+
+def test_a_process_that_becomes_one_program_after_the_other_is_alive_all_the_time(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r")
+    run.job_sbatch.write_text('exec bash "$0"\n')
+    process = subprocess.Popen(["bash", str(run.job_sbatch)], start_new_session=True)
+    try:
+        assert [is_local_job(process.pid, run) for _ in range(500)] == [True] * 500
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_killed_local_process_has_failed_even_as_a_zombie(local_job: tuple[RunDir, subprocess.Popen[bytes]]) -> None:
