@@ -72,7 +72,12 @@ def resolve_job(
         ds_config=ds_config,
         warnings=(
             *lint_env(env, known_nccl=load_nccl_variable_names()),
-            *lint_ds_config(ds_config, world_size=world_size, device=job.hardware.device),
+            *lint_ds_config(
+                ds_config,
+                world_size=world_size,
+                overrides=job.deepspeed.overrides,
+                device=job.hardware.device,
+            ),
         ),
         memory=memory,
     )

@@ -60,6 +60,9 @@ SWITCH_KEYS = frozenset(
 SECTION_KEYS = frozenset(["offload_optimizer", "offload_param"])
 OTHER_KEYS = frozenset(["leaf_module", "zenflow"])
 
+# Sections that DeepSpeed 0.19 switches on where they are in the JSON, whatever their `enabled` is (comm/config.py).
+ON_WHEN_PRESENT = ("comms_logger",)
+
 # With gloo and tiny models: DeepSpeed allocates whole buckets, and 5e8 fp32 numbers are 2 GB on every rank.
 _CPU_BUCKETS = {
     "reduce_bucket_size": 5_000_000,
@@ -89,10 +92,18 @@ def resolve_ds_config(profile: Mapping[str, Any], job: JobConfig, *, world_size:
             problems.append(f"deepspeed.overrides.{key}: {e}")
     if problems:
         raise UsageError.of_many(problems, hint="the keys are those of DeepSpeed's configuration JSON, joined by dots")
+    for section in ON_WHEN_PRESENT:
+        if section in config and _is_switched_off(config[section]):
+            del config[section]
     if _offloads_optimizer(config):
         # The trainer brings its own AdamW, one learning rate per group; otherwise DeepSpeed insists on its own here.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     return config
+
+
+def _is_switched_off(section: Any) -> bool:
+    """Whether a section of DeepSpeed's JSON asks for off: false, null, or a mapping whose `enabled` is false."""
+    return not section.get("enabled", True) if isinstance(section, Mapping) and section else not section
 
 
 def _fixed_by_training(job: JobConfig, world_size: int) -> dict[str, tuple[Any, str]]:
@@ -118,11 +129,10 @@ def _fit_cpu(config: dict[str, Any]) -> None:
     for key, most in _CPU_BUCKETS.items():
         if key in zero:
             zero[key] = min(zero[key], most)
-    zero["overlap_comm"] = False
+    if zero.get("stage"):
+        zero["overlap_comm"] = False
     for section in SECTION_KEYS & set(zero):
         zero[section]["pin_memory"] = False
-    config["zero_allow_untested_optimizer"] = True
-    config["zero_force_ds_cpu_optimizer"] = False
 
 
 def _override(config: dict[str, Any], key: str, value: Any, fixed: Mapping[str, tuple[Any, str]]) -> None:
@@ -139,6 +149,8 @@ def _override(config: dict[str, Any], key: str, value: Any, fixed: Mapping[str, 
             raise ValueError(f"a whole section; {source} decides {fixed_key}. Give single keys below it")
     if top == "zero_optimization":
         value = _checked_zero_value(rest, value)
+    if key in ON_WHEN_PRESENT and value is True:
+        raise ValueError(f"a section, not a switch; write {key}.enabled: true")
     if value is None:
         _take_out(config, key)
     else:

@@ -5,22 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from janus_cluster.render.deepspeed import ON_WHEN_PRESENT
+
 # Buckets above this share of a GPU's memory are worth a line: states and activations of the 7B model take the rest.
 _BUCKET_SHARE = 0.25
 # Copies of the buckets that live at once while communication overlaps (transformers' DeepSpeed guide, ZeRO-2).
 _OVERLAP_COPIES = 4.5
 _GB = 1e9
+# ZeRO stages in which a key acts; those that begin with stage3_ act in stage 3. Without stages (0), none does.
+_ACTS_IN = {
+    "allgather_bucket_size": (1, 2),
+    "allgather_partitions": (),  # read by nothing in DeepSpeed 0.19
+    "round_robin_gradients": (1, 2),
+    "sub_group_size": (3,),
+}
 
 
 def lint_ds_config(
-    config: Mapping[str, Any], *, world_size: int, device: str = "cuda", gpu_memory_gb: float = 80.0
+    config: Mapping[str, Any],
+    *,
+    world_size: int,
+    overrides: Mapping[str, Any] | None = None,
+    device: str = "cuda",
+    gpu_memory_gb: float = 80.0,
 ) -> list[str]:
     """One line per doubtful setting: the keys, their values, what follows and what to do.
 
+    `overrides` are the job's deepspeed.overrides, some of which `config` no longer shows.
     Units: 1 GB = 1e9 bytes.
     """
     zero = config["zero_optimization"]
     warnings = [*_lint_stage(zero, world_size), *_lint_offload(zero, device), *_lint_batch(config, world_size)]
+    warnings += _lint_on_when_present(config, overrides or {})
     if device == "cuda":
         warnings += _lint_buckets(config, gpu_memory_gb)
     warnings += [
@@ -28,8 +44,13 @@ def lint_ds_config(
         for key in ("wall_clock_breakdown", "memory_breakdown")
         if config.get(key)
     ]
-    if (config.get("comms_logger") or {}).get("enabled"):
-        warnings.append("comms_logger.enabled: true synchronises after every collective; for a short profile only")
+    if not _timer_is_off(config):
+        warnings.append(
+            "timers.throughput.enabled: true waits for the device before and after every micro-step, for a rate that "
+            "nothing prints; set it to false"
+        )
+    if "steps_per_print" in config:
+        warnings.append("steps_per_print: accelerate replaces it by infinity, so it does nothing; leave it out")
     return warnings
 
 
@@ -56,15 +77,36 @@ def bucket_memory_gb(config: Mapping[str, Any]) -> dict[str, float]:
     return {key: zero[key] * number_gb * factor for key, factor in copies.items() if key in zero}
 
 
+def _timer_is_off(config: Mapping[str, Any]) -> bool:
+    timer = (config.get("timers") or {}).get("throughput") or {}
+    return not timer.get("enabled", True) or not timer.get("synchronized", True)
+
+
+def _lint_on_when_present(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
+    """The sections that are on, and those that an override was to switch off, which takes leaving them out."""
+    warnings = []
+    for section in ON_WHEN_PRESENT:
+        does = f"DeepSpeed switches {section} on where the key is present, whatever `enabled` says"
+        given = [key for key in overrides if key.partition(".")[0] == section]
+        if section in config:
+            warnings.append(
+                f"{', '.join(given) or section}: {does}, and waits for the device after every collective, so that "
+                "overlap_comm hides nothing; for a short profile only"
+            )
+        elif any(overrides[key] is not None for key in given):
+            warnings.append(f"{', '.join(given)}: {does}; it is left out of the JSON here. Remove the override")
+    return warnings
+
+
 def _lint_stage(zero: Mapping[str, Any], world_size: int) -> list[str]:
     stage = zero.get("stage", 0)
     warnings = []
-    if stage < 3:
-        idle = sorted(key for key in zero if key.startswith("stage3_"))
-        if idle:
-            warnings.append(
-                f"{', '.join(idle)}: do nothing under zero_optimization.stage {stage}; use deepspeed.profile zero3"
-            )
+    everywhere = (1, 2, 3)
+    idle = [k for k in zero if stage not in ((3,) if k.startswith("stage3_") else _ACTS_IN.get(k, everywhere))]
+    idle = sorted(key for key in idle if key not in ("stage", "offload_param", "offload_optimizer"))
+    if idle:
+        use = "; use deepspeed.profile zero3" if any(key.startswith("stage3_") for key in idle) else ""
+        warnings.append(f"{', '.join(idle)}: do nothing under zero_optimization.stage {stage}{use}")
     if stage and world_size == 1:
         warnings.append(
             f"zero_optimization.stage {stage} with 1 rank: there is nothing to shard over, only its cost remains"

@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from janus_cluster.training.model import pixels
@@ -35,9 +36,13 @@ def generate_greedy(
     input_ids, mm_types = input_ids_L[None], mm_token_type_ids_L[None]
     fused = model.encode_images(pixels.qwen_patches(frames_S3HW), image_grid_thw, [pixels.unit_frames(frames_S3HW)])
     positions, _ = model.model.get_rope_index(input_ids, mm_types, image_grid_thw=image_grid_thw)
+    # The cache goes in by its place and is not read from the output: 5.24 renamed past_key_values to cache in both.
+    cache = DynamicCache(config=model.model.language_model.config)
     out = model.model(
-        input_ids=input_ids,
-        position_ids=positions,
+        input_ids,
+        None,
+        positions,
+        cache,
         image_grid_thw=image_grid_thw,
         mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=fused)},
         use_cache=True,
@@ -51,9 +56,10 @@ def generate_greedy(
             break
         generated.append(int(token))
         out = model.model.language_model(
-            input_ids=token[None],
-            position_ids=(next_position + len(generated) - 1).expand(3, 1, 1),
-            past_key_values=out.past_key_values,
+            token[None],
+            None,
+            (next_position + len(generated) - 1).expand(3, 1, 1),
+            cache,
             use_cache=True,
         )
     return generated
