@@ -16,9 +16,10 @@ DEMO_DATA ?= demo_data
 PYTEST_ARGS ?=
 BENCH_OUT ?= benchmarks/results
 SLURM_PROGRAMS := slurmctld slurmd slurmdbd munged mariadbd ip tc shellcheck cc tmux
+SLURM_SUITE ?= trixie
 SLURM_PACKAGES := slurm-wlm slurmdbd munge mariadb-server iproute2 shellcheck gcc libc6-dev tmux
 
-.PHONY: help install demo test test-fast check format bench submit preflight tail sandbox slurm clean
+.PHONY: help install demo test test-fast test-slurm-versions check format bench submit preflight tail sandbox slurm clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 14
@@ -62,6 +63,12 @@ test: $(STAMP) slurm  ## All tests, the real-Slurm ones too (REQUIRE_SLURM=1: no
 test-fast: $(STAMP)  ## The tests that need neither torch nor Slurm (under a minute)
 	@$(BIN)/python -m pytest -q -n 2 -m "not slurm and not train and not slow" $(PYTEST_ARGS)
 
+test-slurm-versions: $(STAMP)  ## The Slurm tests on Debian 13's Slurm, in a root of its own (needs root, a Debian mirror)
+	@command -v mmdebstrap >/dev/null || { apt-get update -q >/dev/null && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends mmdebstrap debian-archive-keyring >/dev/null; } || \
+	  { echo "NOT TESTED: mmdebstrap is missing and could not be installed. As root: apt-get install mmdebstrap"; exit 1; }
+	@tests/slurm_versions/run.sh $(SLURM_SUITE) $(PYTEST_ARGS)
+
 check: $(STAMP)  ## Format, lint, types, boundaries
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -93,5 +100,5 @@ sandbox: $(STAMP) slurm  ## Start the two-node rehearsal Slurm on this machine
 	@$(JANUS) sandbox up
 
 clean:  ## Remove the environment, caches and demo data; runs/ stays
-	@rm -rf $(VENV) $(DEMO_DATA) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	@rm -rf $(VENV) $(DEMO_DATA) build dist .cache/slurm-root .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
