@@ -17,9 +17,11 @@ DEMO_DATA ?= demo_data
 PYTEST_ARGS ?=
 BENCH_OUT ?= benchmarks/results
 SLURM_PROGRAMS := slurmctld slurmd slurmdbd munged mariadbd ip tc shellcheck cc tmux
+SLURM_SUITE ?= trixie
 SLURM_PACKAGES := slurm-wlm slurmdbd munge mariadb-server iproute2 shellcheck gcc libc6-dev tmux
 
-.PHONY: help install lock demo test test-fast test-oldest test-newest check format bench submit preflight tail sandbox slurm clean
+.PHONY: help install lock demo test test-fast test-oldest test-newest test-slurm-versions check format bench submit preflight tail
+.PHONY: sandbox slurm clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 14
@@ -69,6 +71,12 @@ test-oldest:  ## All tests with the oldest versions that pyproject.toml admits (
 test-newest:  ## All tests with the newest versions that pyproject.toml admits (before a release)
 	@$(MAKE) test VERSIONS=newest VENV=.cache/newest
 
+test-slurm-versions: $(STAMP)  ## The Slurm tests on Debian 13's Slurm, in a root of its own (needs root, a Debian mirror)
+	@command -v mmdebstrap >/dev/null || { apt-get update -q >/dev/null && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends mmdebstrap debian-archive-keyring >/dev/null; } || \
+	  { echo "NOT TESTED: mmdebstrap is missing and could not be installed. As root: apt-get install mmdebstrap"; exit 1; }
+	@tests/slurm_versions/run.sh $(SLURM_SUITE) $(PYTEST_ARGS)
+
 check: $(STAMP)  ## Format, lint, types, boundaries
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -100,5 +108,5 @@ sandbox: $(STAMP) slurm  ## Start the two-node rehearsal Slurm on this machine
 	@$(JANUS) sandbox up
 
 clean:  ## Remove the environment, caches and demo data; runs/ stays
-	@rm -rf $(VENV) $(DEMO_DATA) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	@rm -rf $(VENV) $(DEMO_DATA) build dist .cache/slurm-root .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

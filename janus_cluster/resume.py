@@ -76,7 +76,7 @@ def resume(
         if cluster != "local":
             from janus_cluster.slurm.executor import require_slurm
 
-            require_slurm()
+            require_slurm(slurm_conf)
         exclusion = exclude_bad_nodes(
             resolved.model_copy(update={"cluster": cluster}),
             slurm_conf=slurm_conf,

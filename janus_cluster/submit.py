@@ -96,8 +96,8 @@ def submit(request: Request, *, environ: Mapping[str, str], cwd: Path) -> Submis
     """
     planned = load_planned(request, environ)
     loaded = planned.loaded
-    _require_cluster(request)
     slurm_conf = sandbox_conf(environ) if request.cluster == "sandbox" and not request.dry_run else None
+    _require_cluster(request, slurm_conf)
     run_path = _new_run_path(loaded.config, environ, cwd)
     if request.cluster != "local" and not request.dry_run and loaded.config.preflight.use_node_memory:
         from janus_cluster.observe.harvest import remember_recent
@@ -137,7 +137,7 @@ def submit(request: Request, *, environ: Mapping[str, str], cwd: Path) -> Submis
     return Submission(
         run=run,
         resolved=resolved,
-        command=_command(run, request.cluster),
+        command=_command(run, request.cluster, slurm_conf),
         job_id=job_id,
         source=loaded.source,
         slurm_conf=slurm_conf,
@@ -260,12 +260,12 @@ def _new_run_path(job: JobConfig, environ: Mapping[str, str], cwd: Path) -> Path
     return base / f"{job.name}-{stamp}-{secrets.token_hex(2)}"
 
 
-def _require_cluster(request: Request) -> None:
+def _require_cluster(request: Request, slurm_conf: Path | None) -> None:
     if request.dry_run or request.cluster == "local":
         return
     from janus_cluster.slurm.executor import require_slurm
 
-    require_slurm()
+    require_slurm(slurm_conf)
 
 
 def sandbox_conf(environ: Mapping[str, str]) -> Path:
@@ -277,9 +277,13 @@ def sandbox_conf(environ: Mapping[str, str]) -> Path:
     return Path(info.slurm_conf)
 
 
-def _command(run: RunDir, cluster: Cluster) -> list[str]:
+def _command(run: RunDir, cluster: Cluster, slurm_conf: Path | None) -> list[str]:
     if cluster == "local":
         from janus_cluster.local.submit import local_command
 
         return local_command(run)
-    return ["sbatch", str(run.job_sbatch)]
+    # Where the sandbox's Slurm is not the one on PATH, its own sbatch.
+    from janus_cluster.sandbox.state import client_env
+
+    path = client_env(slurm_conf).get("PATH") if slurm_conf else None
+    return [(shutil.which("sbatch", path=path) if path else None) or "sbatch", str(run.job_sbatch)]

@@ -4,7 +4,8 @@ layout.py      paths and names inside the sandbox's folder      state.py     wha
 programs.py    which programs are needed, running them          daemons.py   start, recognise and end processes
 network.py     the hosts' namespaces, rails and addresses       render.py    slurm.conf and its companions
 accounting.py  slurmdbd on a private MariaDB                    lifecycle.py up, down, status
-faults.py      cut and slow links, hide paths, stop slurmd      cli.py       `janus-cluster sandbox …`
+faults.py      cut and slow links, hide paths, stop slurmd      versions.py  which Slurm, and what its version needs
+cli.py         `janus-cluster sandbox …`
 """
 
 from janus_cluster.sandbox.faults import fault, heal

@@ -10,7 +10,7 @@ from janus_cluster.errors import SandboxFailed
 from janus_cluster.sandbox.daemons import is_alive, tail
 from janus_cluster.sandbox.layout import Layout
 from janus_cluster.sandbox.programs import require_success, run_program
-from janus_cluster.sandbox.render import CLUSTER_NAME
+from janus_cluster.sandbox.render import CLUSTER_NAME, DATABASE_NAME
 from janus_cluster.sandbox.state import Daemon
 
 DATABASE = "mariadbd"
@@ -21,7 +21,10 @@ Start = Callable[[str, Sequence[str], dict[str, str]], Daemon]
 
 
 def start_database(layout: Layout, start: Start) -> None:
-    """MariaDB answers on its socket. `start(name, argv, env)` starts a daemon and remembers it."""
+    """MariaDB answers on its socket and has slurmdbd's database.
+
+    start(name, argv, env) starts a daemon and remembers it.
+    """
     data = layout.state / "mariadb"
     layout.database_socket.parent.mkdir(mode=0o700, exist_ok=True)
     user = getpass.getuser()
@@ -29,12 +32,15 @@ def start_database(layout: Layout, start: Start) -> None:
         data.mkdir(mode=0o700)
         install = ["--no-defaults", f"--datadir={data}", f"--user={user}", "--auth-root-authentication-method=normal"]
         require_success(["mariadb-install-db", *install, "--skip-test-db", "--skip-name-resolve"], timeout_s=60)
+    # libmariadb 11.8 cannot use a connection any more after "Unknown database", which slurmdbd would create only then.
+    layout.database_init.write_text(f"CREATE DATABASE IF NOT EXISTS {DATABASE_NAME};\n", encoding="ascii")
     options = [
         "--no-defaults",
         f"--datadir={data}",
         f"--socket={layout.database_socket}",
         f"--pid-file={layout.run / 'mariadb.pid'}",
         f"--user={user}",
+        f"--init-file={layout.database_init}",
         "--skip-networking",
         # The folder of the socket lets in nobody but its owner; a second password would add nothing.
         "--skip-grant-tables",
@@ -42,7 +48,8 @@ def start_database(layout: Layout, start: Start) -> None:
         "--innodb-flush-log-at-trx-commit=0",
     ]
     daemon = start(DATABASE, ["mariadbd", *options], {})
-    _wait_until(layout.database_socket.exists, daemon, layout)
+    database = data / DATABASE_NAME
+    _wait_until(lambda: layout.database_socket.exists() and database.is_dir(), daemon, layout)
 
 
 def start_dbd(layout: Layout, start: Start, *, slurm_env: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from janus_cluster.config.home import sandbox_home
 from janus_cluster.sandbox import faults, lifecycle
 from janus_cluster.sandbox.layout import NODE_NAMES
 from janus_cluster.sandbox.state import Fault, SandboxStatus, load_info
+from janus_cluster.sandbox.versions import SlurmBuild
 
 NOT_RUNNING = 1
 
@@ -40,7 +41,8 @@ def sandbox() -> None:
     """A real two-node Slurm on this machine, to rehearse on.
 
     slurmctld and two slurmd with eight pretended GPUs each, in $JANUS_HOME/sandbox. Started by root, each node is a
-    host of its own: host name, network with rails ib0…ib7, and /mnt/node.
+    host of its own: host name, network with rails ib0…ib7, and /mnt/node. The Slurm is the one on PATH, or that of
+    the prefix in $SLURM_ROOT (bin/srun, sbin/slurmctld, …).
     """
 
 
@@ -63,11 +65,12 @@ def up(mode: Literal["auto", "namespaces", "plain"], accounting: bool, as_json: 
     if as_json:
         click.echo(json.dumps({"was_running": was_running, **lifecycle.status(home).to_json()}, indent=2))
         return
+    title = SlurmBuild(info.slurm_version, info.slurm_root).title
     if was_running:
-        click.echo(f"the sandbox runs already ({info.mode}) in {info.home}")
+        click.echo(f"the sandbox runs already ({info.mode}, {title}) in {info.home}")
     else:
-        click.echo(f"the sandbox runs ({info.mode}) in {info.home}; {time.monotonic() - began:.1f} s")
-    click.echo(f"  export SLURM_CONF={info.slurm_conf}    for sinfo, squeue and sbatch by hand")
+        click.echo(f"the sandbox runs ({info.mode}, {title}) in {info.home}; {time.monotonic() - began:.1f} s")
+    click.echo(f"  {render_exports(info.slurm_conf, info.slurm_root)}    for sinfo, squeue and sbatch by hand")
     click.echo("next:  janus-cluster submit --cluster sandbox")
 
 
@@ -198,14 +201,22 @@ def heal(kind: str | None, node: str | None, as_json: bool) -> None:
 def render_status(found: SandboxStatus) -> str:
     """The status for people."""
     lines = [f"sandbox  {found.state}" + (f" ({found.mode})" if found.mode else ""), f"folder   {found.home}"]
+    if found.slurm_version:
+        lines.append(f"slurm    {SlurmBuild(found.slurm_version, found.slurm_root).title}")
     lines += [f"node     {name}  {state}" for name, state in found.nodes.items()]
     lines += [f"gone     {name}, see {Path(found.home) / 'logs'}" for name, alive in found.daemons.items() if not alive]
     lines += [f"fault    {render_fault(f)}" for f in found.faults]
     if found.state == "running":
-        lines.append(f"use      export SLURM_CONF={found.slurm_conf}")
+        lines.append(f"use      {render_exports(str(found.slurm_conf), found.slurm_root)}")
     else:
         lines.append("next:    janus-cluster sandbox up")
     return "\n".join(lines)
+
+
+def render_exports(slurm_conf: str, slurm_root: str | None) -> str:
+    """What a shell needs to reach the sandbox with Slurm's own commands."""
+    path = f' PATH="{slurm_root}/bin:$PATH"' if slurm_root else ""
+    return f"export SLURM_CONF={slurm_conf}{path}"
 
 
 def render_fault(found: Fault) -> str:

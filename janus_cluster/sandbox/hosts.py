@@ -54,8 +54,9 @@ class Starter:
         self, name: str, argv: Sequence[str], env: dict[str, str] | None = None, *, host: str | None = None
     ) -> Daemon:
         """The daemon runs on that host (in plain mode: on this machine) and is written down."""
-        full = [*self._on_host(host), find_program(argv[0]), *argv[1:]]
-        environment = {**_clean_environment(), **self.info.env(), **(env or {})}
+        full = [*self._on_host(host), self._program(argv[0]), *argv[1:]]
+        clean = _clean_environment(self.info.slurm_root)
+        environment = {**clean, "SLURM_CONF": self.info.slurm_conf, **(env or {})}
         daemon = start_daemon(name, full, env=environment, cwd=self.layout.home, output=self.layout.output(name))
         self.remember(self.info.with_daemon(daemon))
         return daemon
@@ -97,7 +98,7 @@ class Starter:
     def start_slurmd(self, node: str) -> None:
         """That node's slurmd was started."""
         (self.layout.spool / node).mkdir(mode=0o755, exist_ok=True)
-        self.start(slurmd_name(node), [*_unlimited(), find_program("slurmd"), "-D", "-N", node], host=node)
+        self.start(slurmd_name(node), [*_unlimited(), self._program("slurmd"), "-D", "-N", node], host=node)
 
     def wait_for_slurmd(self, name: str) -> None:
         """That node's slurmd takes connections. Raises: SandboxFailed if it ends or takes longer than 10 s."""
@@ -119,6 +120,9 @@ class Starter:
             if not is_alive(daemon) or time.monotonic() > deadline:
                 raise SandboxFailed(f"{daemon.name} did not start:\n{tail(self.layout.log(daemon.name))}")
             time.sleep(0.01)
+
+    def _program(self, name: str) -> str:
+        return find_program(name, path=search_path(root=self.info.slurm_root))
 
     def _on_host(self, host: str | None) -> list[str]:
         if host is None or self.info.network is None:
@@ -161,10 +165,11 @@ def without_daemon(info: SandboxInfo, name: str) -> SandboxInfo:
     return replace(info, daemons=tuple(d for d in info.daemons if d.name != name))
 
 
-def _clean_environment() -> dict[str, str]:
+def _clean_environment(slurm_root: str | None) -> dict[str, str]:
     """What an init system would give a daemon: nothing of the caller's secrets reaches slurmd and its jobs."""
     user = pwd.getpwuid(os.getuid())
-    return {"PATH": search_path({"PATH": "/usr/local/bin:/usr/bin:/bin"}), "HOME": user.pw_dir, "LANG": "C.UTF-8"}
+    path = search_path({"PATH": "/usr/local/bin:/usr/bin:/bin"}, root=slurm_root)
+    return {"PATH": path, "HOME": user.pw_dir, "LANG": "C.UTF-8"}
 
 
 def _unlimited() -> list[str]:

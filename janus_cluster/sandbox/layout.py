@@ -77,6 +77,14 @@ class Layout:
         return self.etc / "slurmdbd.conf"
 
     @property
+    def task_prolog(self) -> Path:
+        return self.etc / "task_prolog.sh"
+
+    @property
+    def database_init(self) -> Path:
+        return self.etc / "database.sql"
+
+    @property
     def devices(self) -> Path:
         return self.home / "dev"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import getpass
 import os
+import re
 import shutil
 import socket
 import time
@@ -18,14 +19,15 @@ from janus_cluster.errors import SandboxFailed
 from janus_cluster.resources import templates_dir
 from janus_cluster.sandbox import accounting as acct
 from janus_cluster.sandbox import network as net
-from janus_cluster.sandbox import render
+from janus_cluster.sandbox import render, versions
 from janus_cluster.sandbox.daemons import as_daemons, boot_id, end_daemons, find_job_pids, is_alive, tail
 from janus_cluster.sandbox.hiding import show_path
 from janus_cluster.sandbox.hosts import MUNGED, SLURMCTLD, Starter, is_holder, slurmd_name
 from janus_cluster.sandbox.layout import CONTROLLER, GPUS_PER_NODE, NODE_NAMES, PARTITION, Layout, layout_of
-from janus_cluster.sandbox.ports import pick_ports
-from janus_cluster.sandbox.programs import namespaces_problem, require_programs, run_program, search_path
+from janus_cluster.sandbox.ports import is_loopback, pick_ports
+from janus_cluster.sandbox.programs import namespaces_problem, require_success, run_program, search_path
 from janus_cluster.sandbox.state import Mode, Node, SandboxInfo, SandboxStatus, load_info
+from janus_cluster.sandbox.versions import SlurmBuild, find_slurm
 
 START_LIMIT_S = 40.0
 _LOCK_LIMIT_S = 120.0
@@ -42,7 +44,6 @@ def up(home: Path, *, mode: Literal["auto", "namespaces", "plain"] = "auto", acc
     Raises:  SandboxFailed if a program is missing, if another kind of sandbox runs here, or if Slurm does not start;
              nothing of what was started is then left but the logs.
     """
-    require_programs(accounting=accounting)
     layout = layout_of(home)
     layout.home.mkdir(parents=True, exist_ok=True)
     with locked(layout):
@@ -51,7 +52,7 @@ def up(home: Path, *, mode: Literal["auto", "namespaces", "plain"] = "auto", acc
             if _judge_state(running) == "running" and running.complete:
                 return _require_same_kind(running, mode, accounting)
             _take_down(layout, running)
-        starter = _prepare(layout, _choose_mode(mode), accounting)
+        starter = _prepare(layout, _choose_mode(mode), accounting, find_slurm(accounting=accounting))
         try:
             _start_everything(starter)
         except BaseException:
@@ -96,6 +97,8 @@ def status(home: Path) -> SandboxStatus:
         home=str(layout.home),
         mode=info.mode,
         slurm_conf=info.slurm_conf,
+        slurm_version=info.slurm_version,
+        slurm_root=info.slurm_root,
         accounting=info.accounting,
         nodes=nodes,
         daemons={d.name: is_alive(d) for d in info.daemons},
@@ -168,6 +171,12 @@ def _judge_state(info: SandboxInfo) -> Literal["running", "degraded", "stale"]:
 
 
 def _require_same_kind(info: SandboxInfo, mode: str, accounting: bool) -> SandboxInfo:
+    runs = SlurmBuild(info.slurm_version, info.slurm_root)
+    if os.environ.get(versions.VARIABLE) and (wanted := find_slurm(accounting=accounting)) != runs:
+        raise SandboxFailed(
+            f"a sandbox with {runs.title} runs in {info.home}; {versions.VARIABLE} names {wanted.title}",
+            hint="janus-cluster sandbox down",
+        )
     if mode not in ("auto", info.mode) or (accounting and not info.accounting):
         has = f"mode {info.mode}, {'with' if info.accounting else 'without'} accounting"
         raise SandboxFailed(f"a sandbox with {has} runs in {info.home}", hint="janus-cluster sandbox down")
@@ -185,7 +194,7 @@ def _choose_mode(mode: str) -> Mode:
     return "plain"
 
 
-def _prepare(layout: Layout, mode: Mode, accounting: bool) -> Starter:
+def _prepare(layout: Layout, mode: Mode, accounting: bool, slurm: SlurmBuild) -> Starter:
     """Empty folders, configuration on disk, and a sandbox.json that says what is about to start."""
     _make_folders(layout)
     mounts = [str(layout.node_mnt(n)) for n in NODE_NAMES]
@@ -205,6 +214,8 @@ def _prepare(layout: Layout, mode: Mode, accounting: bool) -> Starter:
         accounting=accounting,
         controller_port=controller_port,
         accounting_port=dbd_port if accounting else None,
+        slurm_version=slurm.version,
+        slurm_root=slurm.root,
         nodes=nodes,
         network=network,
     )
@@ -246,10 +257,16 @@ def _write_configuration(layout: Layout, info: SandboxInfo) -> None:
     memory_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
     texts = {
         "slurm.conf": render.render_slurm_conf(
-            templates, layout, info, user=user, controller_host=host, real_memory_mb=memory_mb
+            templates,
+            layout,
+            info,
+            user=user,
+            controller_host=host,
+            real_memory_mb=memory_mb,
+            loopback_only=info.mode == "plain" and is_loopback(host),
         ),
         "gres.conf": render.render_gres_conf(templates, layout, info),
-        "cgroup.conf": render.render_cgroup_conf(templates),
+        "cgroup.conf": render.render_cgroup_conf(templates, info),
     }
     if info.accounting:
         texts["slurmdbd.conf"] = render.render_slurmdbd_conf(templates, layout, info, user=user, controller_host=host)
@@ -258,6 +275,9 @@ def _write_configuration(layout: Layout, info: SandboxInfo) -> None:
         # slurmdbd refuses a configuration that others may read.
         path.touch(mode=0o600 if name == "slurmdbd.conf" else 0o644)
         path.write_text(text, encoding="ascii")
+    if info.slurm_root is not None:
+        layout.task_prolog.write_text(render.render_task_prolog(info.slurm_root), encoding="ascii")
+        layout.task_prolog.chmod(0o755)
     layout.munge_key.touch(mode=0o600)
     layout.munge_key.write_bytes(os.urandom(1024))
     for i in range(GPUS_PER_NODE):
@@ -279,7 +299,19 @@ def _start_everything(starter: Starter) -> None:
     for node in NODE_NAMES:
         starter.start_slurmd(node)
     wait_until_idle(starter.info, layout)
+    _require_several_slurmd(starter.info)
     starter.remember(replace(starter.info, complete=True))
+
+
+def _require_several_slurmd(info: SandboxInfo) -> None:
+    """Return only if this Slurm can run both nodes here. Such a build says so in `scontrol show config`."""
+    shown = require_success(["scontrol", "show", "config"], env=info.env())
+    if not re.search(r"^MULTIPLE_SLURMD\s*=\s*yes", shown, re.MULTILINE | re.IGNORECASE):
+        raise SandboxFailed(
+            f"{SlurmBuild(info.slurm_version, info.slurm_root).title} was built without --enable-multiple-slurmd: "
+            "its two nodes could start here, but no step on both",
+            hint=f"set {versions.VARIABLE} to a build with that option (Debian's packages have it)",
+        )
 
 
 def _take_down(layout: Layout, info: SandboxInfo | None) -> None:

@@ -27,6 +27,15 @@ def pick_ports(count: int, *, seed: str) -> list[int]:
     raise SandboxFailed(f"fewer than {count} free ports in {_FIRST}-{_LAST}")
 
 
+def is_loopback(host: str) -> bool:
+    """Whether the host name means 127.0.0.1 alone; Debian's installer writes 127.0.1.1, a LAN has its own address."""
+    try:
+        found = socket.getaddrinfo(host, None, family=socket.AF_INET, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return {address[0] for *_, address in found} == {"127.0.0.1"}
+
+
 def _is_free(port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -10,33 +10,37 @@ from collections.abc import Mapping, Sequence
 from janus_cluster.errors import SandboxFailed
 
 # Program → Debian/Ubuntu package that has it.
-_SLURM = {
-    "slurmctld": "slurm-wlm",
-    "slurmd": "slurm-wlm",
-    "scontrol": "slurm-wlm",
-    "sinfo": "slurm-wlm",
-    "scancel": "slurm-wlm",
-    "munged": "munge",
-}
+_SLURM = dict.fromkeys(("slurmctld", "slurmd", "scontrol", "sinfo", "squeue", "scancel", "sbatch", "srun"), "slurm-wlm")
+_MUNGE = {"munged": "munge"}
 _NAMESPACES = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
-_ACCOUNTING = {
-    "slurmdbd": "slurmdbd",
-    "sacctmgr": "slurm-wlm",
+_SLURM_ACCOUNTING = {"slurmdbd": "slurmdbd", "sacctmgr": "slurm-wlm"}
+_DATABASE = {
     "mariadbd": "mariadb-server",
     "mariadb-install-db": "mariadb-server",
 }
 _MORE_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+# Where an init system looks for programs.
+SYSTEM_PATH = ("/usr/local/bin", "/usr/bin", "/bin", *_MORE_FOLDERS)
 
 
-def search_path(environ: Mapping[str, str] | None = None) -> str:
-    """PATH with the system folders that an ordinary user's PATH leaves out, where the daemons are."""
+def search_path(environ: Mapping[str, str] | None = None, *, root: str | None = None) -> str:
+    """PATH with the system folders that an ordinary user's PATH leaves out, where the daemons are.
+
+    root: the prefix of a Slurm build (versions.py), whose programs are found before all others.
+    """
     env = os.environ if environ is None else environ
-    return os.pathsep.join([env.get("PATH", os.defpath), *_MORE_FOLDERS])
+    first = [f"{root}/bin", f"{root}/sbin"] if root else []
+    return os.pathsep.join([*first, env.get("PATH", os.defpath), *_MORE_FOLDERS])
+
+
+def slurm_programs(*, accounting: bool = False) -> dict[str, str]:
+    """Program → package for each program of Slurm itself that a sandbox needs."""
+    return _SLURM | (_SLURM_ACCOUNTING if accounting else {})
 
 
 def find_missing(*, accounting: bool = False, path: str | None = None) -> dict[str, str]:
     """Program → package for each program that a plain sandbox needs and this machine lacks."""
-    needed = _SLURM | (_ACCOUNTING if accounting else {})
+    needed = slurm_programs(accounting=accounting) | _MUNGE | (_DATABASE if accounting else {})
     return {p: package for p, package in needed.items() if not shutil.which(p, path=path or search_path())}
 
 
@@ -51,11 +55,11 @@ def require_programs(*, accounting: bool = False, path: str | None = None) -> No
         )
 
 
-def find_program(name: str) -> str:
+def find_program(name: str, *, path: str | None = None) -> str:
     """The program's full path. Raises: SandboxFailed if it is not installed."""
-    found = shutil.which(name, path=search_path())
+    found = shutil.which(name, path=path or search_path())
     if found is None:
-        package = (_SLURM | _NAMESPACES | _ACCOUNTING).get(name, name)
+        package = (slurm_programs(accounting=True) | _MUNGE | _NAMESPACES | _DATABASE).get(name, name)
         raise SandboxFailed(f"{name} is not installed (Debian package {package})", hint=f"apt-get install {package}")
     return found
 
@@ -76,14 +80,15 @@ def namespaces_problem() -> str | None:
 def run_program(
     argv: Sequence[str], *, env: Mapping[str, str] | None = None, stdin: str | None = None, timeout_s: float = 20
 ) -> subprocess.CompletedProcess[str]:
-    """The finished process, whatever its exit code; `env` is added to ours.
+    """The finished process, whatever its exit code; `env` is added to ours, and its PATH is searched for the program.
 
     Raises:  SandboxFailed if the program is missing or takes longer than timeout_s.
     """
+    environ = {**os.environ, "PATH": search_path(), **(env or {})}
     try:
         return subprocess.run(
-            [find_program(argv[0]), *argv[1:]],
-            env={**os.environ, "PATH": search_path(), **(env or {})},
+            [find_program(argv[0], path=environ["PATH"]), *argv[1:]],
+            env=environ,
             input=stdin if stdin is not None else "",
             capture_output=True,
             text=True,

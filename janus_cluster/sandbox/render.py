@@ -9,8 +9,10 @@ from typing import Any
 from janus_cluster.sandbox import layout as names
 from janus_cluster.sandbox.layout import Layout
 from janus_cluster.sandbox.state import SandboxInfo
+from janus_cluster.sandbox.versions import MESSAGE_TIMEOUT_S, settings_of
 
 CLUSTER_NAME = "janus_sandbox"
+DATABASE_NAME = "slurm_acct"
 
 
 def render_template(templates: Path, name: str, **values: Any) -> str:
@@ -29,9 +31,19 @@ def render_template(templates: Path, name: str, **values: Any) -> str:
 
 
 def render_slurm_conf(
-    templates: Path, layout: Layout, info: SandboxInfo, *, user: str, controller_host: str, real_memory_mb: int
+    templates: Path,
+    layout: Layout,
+    info: SandboxInfo,
+    *,
+    user: str,
+    controller_host: str,
+    real_memory_mb: int,
+    loopback_only: bool,
 ) -> str:
-    """slurm.conf for both nodes. In plain mode both have this machine's host name and differ by port only."""
+    """slurm.conf for both nodes. In plain mode both have this machine's host name and differ by port only.
+
+    loopback_only: the daemons listen at the address of their host name, which must then be 127.0.0.1.
+    """
     plain = info.mode == "plain"
     nodes = [
         {"name": n.name, "hostname": controller_host if plain else n.name, "address": n.address, "port": n.port}
@@ -46,11 +58,14 @@ def render_slurm_conf(
         controller_port=info.controller_port,
         user=user,
         munge_socket=layout.munge_socket,
-        loopback_only=plain,
+        loopback_only=loopback_only,
         state_dir=layout.state / "slurmctld",
         spool_dir=layout.spool,
         pid_dir=layout.run,
         log_dir=layout.logs,
+        task_prolog=layout.task_prolog if info.slurm_root else None,
+        message_timeout_s=MESSAGE_TIMEOUT_S,
+        unkillable_step_timeout_s=settings_of(info.slurm_version).unkillable_step_timeout_s,
         accounting_port=info.accounting_port,
         nodes=nodes,
         cpus=names.CPUS_PER_NODE,
@@ -73,9 +88,14 @@ def render_gres_conf(templates: Path, layout: Layout, info: SandboxInfo) -> str:
     )
 
 
-def render_cgroup_conf(templates: Path) -> str:
-    """cgroup.conf. cgroup/v1 is the only plugin that starts without a mounted cgroup tree in Slurm 22.05."""
-    return render_template(templates, "cgroup.conf.j2", cgroup_plugin="cgroup/v1")
+def render_cgroup_conf(templates: Path, info: SandboxInfo) -> str:
+    """cgroup.conf with a plugin that starts without a mounted cgroup tree."""
+    return render_template(templates, "cgroup.conf.j2", cgroup_plugin=settings_of(info.slurm_version).cgroup_plugin)
+
+
+def render_task_prolog(slurm_root: str) -> str:
+    """The script that puts that Slurm's programs on the PATH of every job and step, whatever environment it has."""
+    return f'#!/bin/sh\necho "export PATH={slurm_root}/bin:{slurm_root}/sbin:$PATH"\n'
 
 
 def render_slurmdbd_conf(templates: Path, layout: Layout, info: SandboxInfo, *, user: str, controller_host: str) -> str:
@@ -89,6 +109,7 @@ def render_slurmdbd_conf(templates: Path, layout: Layout, info: SandboxInfo, *, 
         accounting_port=info.accounting_port,
         user=user,
         database_user=user,
+        database_name=DATABASE_NAME,
         log_dir=layout.logs,
         pid_dir=layout.run,
     )

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from janus_cluster.rundir import read_json, write_json_atomically
 from janus_cluster.sandbox.layout import NODE_MOUNT, layout_of
+from janus_cluster.sandbox.programs import search_path
 
 SCHEMA_VERSION = 1
 Mode = Literal["namespaces", "plain"]
@@ -67,13 +68,17 @@ class SandboxInfo:
     nodes: tuple[Node, ...]
     complete: bool = False
     accounting_port: int | None = None
+    # What `slurmctld -V` printed, and the prefix of that Slurm; None where the system's own programs are it.
+    slurm_version: str = ""
+    slurm_root: str | None = None
     network: Network | None = None
     daemons: tuple[Daemon, ...] = ()
     faults: tuple[Fault, ...] = ()
 
     def env(self) -> dict[str, str]:
-        """Variables to add to the environment of any Slurm command."""
-        return {"SLURM_CONF": self.slurm_conf}
+        """Variables to add to the environment of any Slurm command; PATH where the Slurm is not the system's."""
+        path = {"PATH": search_path(root=self.slurm_root)} if self.slurm_root else {}
+        return {"SLURM_CONF": self.slurm_conf, **path}
 
     def node(self, name: str) -> Node | None:
         """The node of that name, or None."""
@@ -111,6 +116,8 @@ class SandboxStatus:
     home: str
     mode: Mode | None = None
     slurm_conf: str | None = None
+    slurm_version: str | None = None
+    slurm_root: str | None = None
     accounting: bool = False
     nodes: dict[str, str] = field(default_factory=dict)
     daemons: dict[str, bool] = field(default_factory=dict)
@@ -127,6 +134,14 @@ def load_info(home: Path) -> SandboxInfo | None:
         return parse_info(read_json(layout_of(home).state_json))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def client_env(slurm_conf: Path) -> dict[str, str]:
+    """Variables with which Slurm's programs speak to the Slurm of this slurm.conf: a sandbox's own programs to it."""
+    info = load_info(slurm_conf.parent.parent)
+    if info is not None and info.slurm_conf == str(slurm_conf):
+        return info.env()
+    return {"SLURM_CONF": str(slurm_conf)}
 
 
 def parse_info(value: Any) -> SandboxInfo:

@@ -59,7 +59,8 @@ class SlurmJob:
 class Slurm:
     """One Slurm, reached through its client programs.
 
-    `conf` becomes SLURM_CONF of every program started (the sandbox's); None leaves the environment's.
+    `conf` becomes SLURM_CONF of every program started (the sandbox's, which may have programs of its own); None leaves
+    the environment's.
     """
 
     conf: Path | None = None
@@ -111,7 +112,7 @@ class Slurm:
         """The jobs that accounting knows; empty where the site keeps none. Raises: SlurmUnavailable, JanusError."""
         if not job_ids:
             return {}
-        if shutil.which("sacct") is None:
+        if shutil.which("sacct", path=self._environ().get("PATH")) is None:
             return {}
         argv = ["sacct", "--noheader", "--allocations", "--parsable2", f"--delimiter={_SEPARATOR}"]
         done = self._run([*argv, f"--jobs={','.join(job_ids)}", f"--format={','.join(_SACCT_FIELDS)}"])
@@ -177,14 +178,19 @@ class Slurm:
         finally:
             forget_kept()
 
-    def _run(self, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    def _environ(self) -> dict[str, str]:
         env = {k: v for k, v in os.environ.items() if not k.startswith(_FILTER_PREFIXES)}
         env["SLURM_TIME_FORMAT"] = "%s"
         if self.conf is not None:
-            # The clients wait a minute for a file that is not there (measured, 22.05).
-            if not self.conf.is_file():
-                raise SlurmUnavailable(f"no {self.conf}: that Slurm was taken down", hint=WAYS_OUT)
-            env["SLURM_CONF"] = str(self.conf)
+            from janus_cluster.sandbox.state import client_env
+
+            env |= client_env(self.conf)
+        return env
+
+    def _run(self, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        # The clients wait a minute for a file that is not there (measured, 22.05).
+        if self.conf is not None and not self.conf.is_file():
+            raise SlurmUnavailable(f"no {self.conf}: that Slurm was taken down", hint=WAYS_OUT)
         try:
             return subprocess.run(
                 list(argv),
@@ -192,7 +198,7 @@ class Slurm:
                 capture_output=True,
                 encoding="utf-8",
                 errors="replace",
-                env=env,
+                env=self._environ(),
                 timeout=self.timeout_s,
                 check=False,
             )

@@ -19,6 +19,7 @@ from janus_cluster.errors import SlurmUnavailable, SubmitFailed
 from janus_cluster.render.sbatch_names import OWNED
 from janus_cluster.render.sbatch_options import REPLACES
 from janus_cluster.rundir import RunDir
+from janus_cluster.sandbox.state import client_env
 from janus_cluster.slurm.commands import WAYS_OUT
 
 # A terminal's Ctrl-C goes to all processes of its session in the foreground; an sbatch that is ended between the
@@ -93,9 +94,10 @@ def sbatch_command(run: RunDir, options: Sequence[str] = ()) -> list[str]:
     return ["sbatch", *options, str(run.job_sbatch)]
 
 
-def require_slurm() -> None:
-    """sbatch and srun are on PATH. Raises: SlurmUnavailable naming both ways out."""
-    missing = [program for program in ("sbatch", "srun") if shutil.which(program) is None]
+def require_slurm(slurm_conf: Path | None = None) -> None:
+    """sbatch and srun are on PATH, or are the sandbox's own. Raises: SlurmUnavailable naming both ways out."""
+    path = client_env(slurm_conf).get("PATH") if slurm_conf else None
+    missing = [program for program in ("sbatch", "srun") if shutil.which(program, path=path) is None]
     if missing:
         raise SlurmUnavailable(
             f"there is no Slurm on this machine: {' and '.join(missing)} not on PATH",
@@ -106,7 +108,6 @@ def require_slurm() -> None:
 def submit_run(run: RunDir, *, slurm_conf: Path | None, options: Sequence[str] = ()) -> str:
     """The job is queued. Returns: its job id. Raises: SubmitFailed with sbatch's own words."""
     said = io.StringIO()
-    executor = BundleExecutor(run, options)
     script = run.job_sbatch.read_text(encoding="utf-8")
     drop = {*left_by_another_job(os.environ)}
     for name in overriding(os.environ, script):
@@ -114,7 +115,10 @@ def submit_run(run: RunDir, *, slurm_conf: Path | None, options: Sequence[str] =
         drop.add(name)
     environ = {name: value for name, value in os.environ.items() if name not in drop}
     if slurm_conf is not None:
-        environ["SLURM_CONF"] = str(slurm_conf)
+        environ |= client_env(slurm_conf)
+    with _environ(environ):
+        # It looks for srun at once.
+        executor = BundleExecutor(run, options)
     try:
         with _environ(environ), contextlib.redirect_stderr(said):
             job = executor.submit(RunAttempt(str(run.path)))

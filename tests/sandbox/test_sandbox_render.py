@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ipaddress
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2
@@ -26,15 +27,16 @@ PLAN = NetworkPlan("a1b2c3", ipaddress.IPv4Network("198.18.7.0/24"))
 
 def plain_info() -> SandboxInfo:
     nodes = (Node("h800-01", "127.0.0.1", 17001, "/m1"), Node("h800-02", "127.0.0.1", 17002, "/m2"))
-    return SandboxInfo("/srv/box", "plain", "/srv/box/etc/slurm.conf", "boot", False, 17000, nodes)
+    return SandboxInfo(
+        "/srv/box", "plain", "/srv/box/etc/slurm.conf", "boot", False, 17000, nodes, slurm_version="22.05.8"
+    )
 
 
 def namespaces_info() -> SandboxInfo:
     nodes = PLAN.nodes(["/m1", "/m2"])
     conf = "/srv/box/etc/slurm.conf"
-    return SandboxInfo(
-        "/srv/box", "namespaces", conf, "boot", True, 6817, nodes, accounting_port=6819, network=PLAN.network()
-    )
+    info = SandboxInfo("/srv/box", "namespaces", conf, "boot", True, 6817, nodes, network=PLAN.network())
+    return replace(info, accounting_port=6819, slurm_version="24.11.5")
 
 
 def parse(text: str) -> dict[str, str]:
@@ -43,7 +45,15 @@ def parse(text: str) -> dict[str, str]:
 
 
 def slurm_conf(info: SandboxInfo, host: str) -> str:
-    return render_slurm_conf(templates_dir(), LAYOUT, info, user="u", controller_host=host, real_memory_mb=23000)
+    return render_slurm_conf(
+        templates_dir(),
+        LAYOUT,
+        info,
+        user="u",
+        controller_host=host,
+        real_memory_mb=23000,
+        loopback_only=info.mode == "plain",
+    )
 
 
 def test_plain_nodes_share_the_host_and_differ_by_port_and_listen_on_loopback_only() -> None:

@@ -113,6 +113,8 @@ def test_status_json_of_nothing_is_down_and_exits_1(tmp_path: Path) -> None:
         "home",
         "mode",
         "slurm_conf",
+        "slurm_version",
+        "slurm_root",
         "accounting",
         "nodes",
         "daemons",
