@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import errno
 import importlib
-import io
 import os
-import sys
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from janus_cluster import __version__
 from janus_cluster.errors import EXIT_CODES, PREFLIGHT_EXIT_CODES, JanusError
+from janus_cluster.streams import run_program
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -158,52 +157,33 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """The command has run and the process has ended with its exit code; errors are printed for people."""
-    _make_writable()
-    stdout = sys.stdout
+    run_program(_run)
+
+
+def _run() -> int:
+    """The command has run, or its error is on stderr. Returns: the exit code."""
     try:
         code = cli.main(standalone_mode=False, prog_name="janus-cluster")
     except click.exceptions.Abort:
-        sys.exit(130)
+        return 130
     except click.ClickException as e:
         e.show()
-        sys.exit(e.exit_code)
+        return e.exit_code
     except JanusError as e:
         click.echo(f"error: {e.message}", err=True)
         if e.hint:
             click.echo(f"next:  {e.hint}", err=True)
-        sys.exit(e.exit_code)
-    except BrokenPipeError:
-        _end_unread()
+        return e.exit_code
     except OSError as e:
         if e.errno == errno.ENOENT and e.filename is None:
             # What os.getcwd says.
             click.echo("error: the folder that you are in was removed\nnext:  cd to another one", err=True)
-            sys.exit(2)
+            return 2
         if e.errno not in _FULL:
             raise
-        click.echo(f"error: {e.strerror}: {e.filename or 'standard output'}", err=True)
-        sys.exit(1)
-    except SystemExit as e:
-        # Where a pipe has no reader click puts another object in the place of stdout, and both it and rich end with 1.
-        if sys.stdout is not stdout or isinstance(e.__context__, BrokenPipeError):
-            _end_unread()
-        raise
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _make_writable() -> None:
-    """stdout and stderr take any text: a terminal that is not UTF-8 shows `?`, a stream that was closed nothing."""
-    if sys.stdout is None:
-        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
-def _end_unread() -> NoReturn:
-    # The reader has gone; a second failed flush at exit would only add noise.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.exit(141)
+        click.echo(f"error: {e.strerror}: {e.filename or 'a file was being written'}\nnext:  df -h", err=True)
+        return 1
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":

@@ -263,8 +263,11 @@ def write_bytes_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> Non
             f.flush()
             os.fsync(f.fileno())
         Path(tmp).replace(path)
-    except BaseException:
+    except BaseException as e:
         Path(tmp).unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.filename is None:
+            # A full disk is met in write, where Python does not know the name.
+            e.filename = str(path)
         raise
 
 

@@ -31,6 +31,8 @@ _WATCH_S = 0.05
 def signals_held(waiting_for: str) -> Iterator[list[int]]:
     """What is inside runs to its end; a signal that came meanwhile is delivered afterwards. Yields: those that came."""
     came: list[int] = []
+    # While something is sent, sys.stderr collects submitit's messages.
+    stderr = sys.stderr
     if threading.current_thread() is not threading.main_thread():
         # Python delivers signals to the main thread only.
         yield came
@@ -38,8 +40,7 @@ def signals_held(waiting_for: str) -> Iterator[list[int]]:
 
     def note(signum: int, _frame: FrameType | None = None) -> None:
         came.append(signum)
-        # Not sys.stderr: submitit's words are being collected from there.
-        print(f"one moment: {waiting_for}", file=sys.__stderr__, flush=True)
+        print(f"one moment: {waiting_for}", file=stderr, flush=True)
 
     # Threads that a library started before do not block them, hence the handlers; who presses Ctrl-C is answered at
     # once, hence the watch.

@@ -1,14 +1,16 @@
-"""Fixtures that many rooms share: the one real Slurm of this test session."""
+"""What all tests share: the one real Slurm of a session, and which files `-m` leaves unimported."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 import pytest
+from selection import find_marks, selects_nothing
 
 from janus_cluster.sandbox import SandboxInfo, down, up
 from janus_cluster.sandbox.programs import find_missing
@@ -16,6 +18,19 @@ from janus_cluster.sandbox.programs import find_missing
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that starts the tests in its background ignores Ctrl-C for them, and every program of the tests would too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class _LeftOut(pytest.Module):
+    """A test file of which `-m` selects nothing."""
+
+    def collect(self) -> list[pytest.Item]:
+        return []
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    if selects_nothing(parent.config.option.markexpr, find_marks(module_path)):
+        return _LeftOut.from_parent(parent, path=module_path)
+    return None
 
 
 def require_slurm(*, accounting: bool = False) -> None:

@@ -100,7 +100,6 @@ def tail(
       janus-cluster tail demo --node h800-02 --grep 'NCCL|Error'
       janus-cluster tail demo --no-follow -n 100
     """
-    from janus_cluster.observe.tail import BROKEN_PIPE_EXIT_CODE
     from janus_cluster.observe.tail import tail as follow_run
 
     run = find_run(job, _folders(runs_dirs))
@@ -115,9 +114,6 @@ def tail(
         raw=raw,
         follow=follow,
     )
-    if code == BROKEN_PIPE_EXIT_CODE:
-        # Python flushes stdout once more at exit, which would print a second complaint.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     ctx.exit(code)
 
 

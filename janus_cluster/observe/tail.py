@@ -28,8 +28,6 @@ from janus_cluster.slurm.state import (
 )
 
 CTRL_C_EXIT_CODE = 130
-# What a shell reports for a program that SIGPIPE ended: `tail | head` is no success of the job.
-BROKEN_PIPE_EXIT_CODE = 141
 DEFAULT_NUM_LINES = 20
 # An end that nobody vouches for may be NFS showing an old status.json, for up to 60 s by default (acregmax).
 UNKNOWN_GRACE_S = 60.0
@@ -59,8 +57,8 @@ def tail(
     """The run's logs are printed, and followed until the job has ended.
 
     num_lines: None is all lines `since`, and DEFAULT_NUM_LINES where that is not given either.
-    Returns:   the job's own exit code, never 0 for an end that nobody knows; 130 after Ctrl-C, 141 when the reader of
-               the output has gone. Without `follow`: 0 for a job that still runs.
+    Returns:   the job's own exit code, never 0 for an end that nobody knows; 130 after Ctrl-C. Without `follow`: 0 for
+               a job that still runs.
     Raises:    UsageError for a bad expression or time, JobNotFound for a run that was never submitted or whose folder
                has been removed.
     """
@@ -88,8 +86,6 @@ def tail(
         screen.write(["", f"stopped watching; the job goes on. janus-cluster cancel {shlex.quote(run.name)} ends it"])
         screen.flush()
         return CTRL_C_EXIT_CODE
-    except BrokenPipeError:
-        return BROKEN_PIPE_EXIT_CODE
 
 
 class _Watch:

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from janus_cluster.config.schema import SegmentWeights
 from janus_cluster.errors import JanusError, UsageError
+from janus_cluster.streams import run_program
 from janus_cluster.training.data.dataset import NavigationDataset
 from janus_cluster.training.data.samples import ACTIONS
 from janus_cluster.training.data.tokenizer import load_tokenizer
@@ -161,7 +162,7 @@ def _build_page(
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    print(line, file=sys.stderr, flush=True)
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -178,4 +179,4 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -20,6 +20,7 @@ import torch
 import transformers
 
 from janus_cluster.errors import JanusError, UsageError
+from janus_cluster.streams import run_program
 from janus_cluster.training.verify_case import Comparison, Setup
 from janus_cluster.training.verify_data import compare_data_pipeline
 from janus_cluster.training.verify_model import compare_aggregator, compare_model
@@ -166,4 +167,4 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -81,17 +81,6 @@ def test_list_shows_runs_of_the_given_folder_only(home: Path, tmp_path: Path) ->
     assert "COMPLETED" in type_in(home, "list").stdout
 
 
-@pytest.mark.parametrize("command", [("list",), ("list", "--json")])
-def test_a_pipe_without_a_reader_ends_with_141(home: Path, command: tuple[str, ...]) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    argv = [sys.executable, "-m", "janus_cluster.cli", *command]
-    environ = os.environ | {"JANUS_HOME": str(home)}
-    done = subprocess.run(argv, env=environ, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (141, b"")
-
-
 def test_a_terminal_that_is_not_utf8_gets_what_it_can_show_and_a_program_all(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,24 +93,15 @@ def test_a_terminal_that_is_not_utf8_gets_what_it_can_show_and_a_program_all(
     assert found["name"] == "导航-20261121-cccccccc", "a ? in it would name another run"
 
 
-@pytest.mark.parametrize(
-    ("place", "code", "said"),
-    [
-        (
-            "mkdir gone && cd gone && rmdir ../gone",
-            2,
-            "error: the folder that you are in was removed\nnext:  cd to another one",
-        ),
-        ("exec >/dev/full", 1, "error: No space left on device: standard output"),
-    ],
-)
-def test_a_fault_of_the_place_is_told_in_a_line(home: Path, place: str, code: int, said: str) -> None:
+def test_a_removed_folder_is_an_error_of_two_lines(home: Path) -> None:
     environ = {k: v for k, v in os.environ.items() if k != "JANUS_HOME"} | {
         "PYTHONPATH": str(Path(__file__).parents[2])
     }
-    argv = ["bash", "-c", f'{place} && exec "$@"', "bash", sys.executable, "-m", "janus_cluster.cli", "list"]
+    argv = ["bash", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "bash", sys.executable]
+    argv += ["-m", "janus_cluster.cli", "list"]
     done = subprocess.run(argv, cwd=home, env=environ, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr.rstrip()) == (code, said)
+    assert done.returncode == 2
+    assert done.stderr == "error: the folder that you are in was removed\nnext:  cd to another one\n"
 
 
 def test_without_a_stdout_tail_still_ends_with_the_jobs_code(home: Path) -> None:

@@ -490,7 +490,7 @@ def test_reader_that_goes_away_ends_tail_quietly(tmp_path: Path, sleeper: subpro
     run = make_run(tmp_path)
     submit_as(run, sleeper.pid)
     run.node_log(1, "h800-01").write_text("line\n" * 100_000)
-    argv = [sys.executable, "-c", "from janus_cluster.observe.cli import tail; tail()", str(run.path), "-n", "100000"]
+    argv = [sys.executable, "-m", "janus_cluster.cli", "tail", str(run.path), "-n", "100000"]
     watcher = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert watcher.stdout is not None and watcher.stderr is not None
     watcher.stdout.readline()

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from janus_cluster.errors import JanusError, UsageError
+from janus_cluster.streams import run_program
 from janus_cluster.training.data.world.layout import LEVELS
 from janus_cluster.training.data.world.render import render_view
 from janus_cluster.training.data.world.tasks import Walk, plan_walk
@@ -212,4 +213,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)
