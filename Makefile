@@ -22,7 +22,7 @@ SLURM_PACKAGES := slurm-wlm slurmdbd munge mariadb-server iproute2 shellcheck gc
 .PHONY: help install demo test test-fast test-slurm-versions check format bench submit preflight tail sandbox slurm clean
 
 help:  ## This list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 22
 
 install: $(STAMP)  ## Make .venv with everything that training and the tests need
 
