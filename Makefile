@@ -24,7 +24,7 @@ SLURM_PACKAGES := slurm-wlm slurmdbd munge mariadb-server iproute2 shellcheck gc
 .PHONY: sandbox slurm clean
 
 help:  ## This list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 22
 
 install: $(STAMP)  ## Make .venv with everything that training and the tests need
 
