@@ -6,6 +6,7 @@ The programs are real processes that the facts phase starts; only the hardware i
 from __future__ import annotations
 
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -15,14 +16,12 @@ from typing import Any
 
 import pytest
 from node_faults import FAULTS, HANGS, with_port
-from node_fixtures import FakeNode, h800_node
+from node_fixtures import OF_THIS_MACHINE, FakeNode, h800_node
 
 from janus_cluster.preflight.model import CheckResult, worst
 from janus_cluster.preflight.static import judge_static
 
 HARDWARE = ("gpu", "hca")
-# Of the process that runs the tests, its shell and its disk.
-OF_THIS_MACHINE = ("limits.memlock", "limits.nofile", "limits.shm", "limits.shm_free", "environment")
 
 
 def test_a_sound_node_has_no_fault_but_for_limits_of_this_machine(tmp_path: Path) -> None:
@@ -70,13 +69,23 @@ def test_a_hung_nvidia_smi_is_an_error_within_its_time_limit(tmp_path: Path, how
     assert [i for i, r in judged.items() if i.startswith("gpu") and r.state == "PASS"] == ["gpu.xid"]
 
 
-def test_missing_programs_are_never_a_pass(tmp_path: Path) -> None:
+def test_missing_programs_are_never_a_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     node = h800_node(tmp_path).write()
-    for name in ("nvidia-smi", "ibstat", "ibv_devices"):
+    wanted = {
+        "nvidia-smi": ("gpu.count", "ERROR"),
+        "ibstat": ("hca.ibstat", "WARN"),
+        "ibv_devices": ("hca.verbs", "WARN"),
+    }
+    for name in wanted:
         (node.bin / name).unlink()
+    # A machine with GPUs has programs of these names itself: they are not on this PATH, though maybe in /usr/sbin.
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "cat").symlink_to(shutil.which("cat") or "cat")
+    monkeypatch.setenv("PATH", str(tools))
+    missing = [checked for name, checked in wanted.items() if not shutil.which(name, path="/usr/sbin:/sbin")]
     judged = node.judge()
-    states = {i: judged[i].state for i in ("gpu.count", "hca.ibstat", "hca.verbs")}
-    assert states == {"gpu.count": "ERROR", "hca.ibstat": "WARN", "hca.verbs": "WARN"}
+    assert [(check, judged[check].state) for check, _ in missing] == missing
     assert worst([r.state for r in judged.values()]) in ("ERROR", "FAIL")
 
 

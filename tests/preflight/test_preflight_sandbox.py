@@ -50,11 +50,11 @@ def with_room(node: FakeNode) -> FakeNode:
 
 
 def faults(report: dict[str, Any], node: str) -> dict[str, str]:
-    """Faults of the pretend hardware; limits and versions are the test machine's own."""
+    """Faults of the pretend hardware and its software; limits are the test machine's own."""
     return {
         r["id"]: r["measured"]
         for r in report["nodes"][node]
-        if r["state"] in ("FAIL", "ERROR") and r["id"].startswith(("hca", "gpu", "reported"))
+        if r["state"] in ("FAIL", "ERROR") and r["id"].startswith(("hca", "gpu", "reported", "versions"))
     }
 
 
