@@ -15,13 +15,16 @@ NODES ?= 2
 CLUSTER ?= slurm
 DEMO_DATA ?= demo_data
 PYTEST_ARGS ?=
+FAST := -m "not slurm and not train and not slow"
+# Of test-pythons: versions (3.10 3.13), `ends` for the oldest and the newest found, nothing for all
+PYTHONS ?=
 BENCH_OUT ?= benchmarks/results
 SLURM_PROGRAMS := slurmctld slurmd slurmdbd munged mariadbd ip tc shellcheck cc tmux
 SLURM_SUITE ?= trixie
 SLURM_PACKAGES := slurm-wlm slurmdbd munge mariadb-server iproute2 shellcheck gcc libc6-dev tmux
 
-.PHONY: help install lock demo test test-fast test-oldest test-newest test-slurm-versions check format bench submit preflight tail
-.PHONY: sandbox slurm clean
+.PHONY: help install lock demo test test-fast test-oldest test-newest test-pythons test-slurm-versions check format
+.PHONY: bench submit preflight tail sandbox slurm clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 22
@@ -63,7 +66,10 @@ test: $(STAMP) slurm  ## All tests, the real-Slurm ones too (REQUIRE_SLURM=1: no
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(STAMP)  ## The tests that need neither torch nor Slurm (under a minute)
-	@$(BIN)/python -m pytest -q -n 2 -m "not slurm and not train and not slow" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n 2 $(FAST) $(PYTEST_ARGS)
+
+test-pythons:  ## The fast tests on every Python of this machine, without torch (PYTHONS=ends: oldest, newest)
+	@$(PYTHON) tests/pythons.py $(PYTHONS) -- -n 2 $(FAST) $(PYTEST_ARGS)
 
 test-oldest:  ## All tests with the oldest versions that pyproject.toml admits (before a release)
 	@$(MAKE) test VERSIONS=oldest VENV=.cache/oldest
