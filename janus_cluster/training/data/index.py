@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from janus_cluster.training.data.formats.registry import resolve_source
 from janus_cluster.training.data.formats.source import Source
 from janus_cluster.training.data.indexing import Share, load_stores
 from janus_cluster.training.data.samples import Problem
+from janus_cluster.training.data.split import EarlierSplit, HeldOut, hold_out
 from janus_cluster.training.data.store import Store
 from janus_cluster.training.data.table import Indices, SampleTable
 from janus_cluster.training.data.usable import judge_samples
@@ -27,12 +27,13 @@ PROBLEMS_SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleSplit:
-    """Samples by episode, and everything that could not be used. `num_bad` samples were lost by the problems, and
-    `absent` says for each root that lists trajectories without frames how many there are.
+    """Samples to train on and held out, and everything that could not be used. `num_bad` samples were lost by the
+    problems, and `absent` says for each root that lists trajectories without frames how many there are.
     """
 
     train: SampleTable
     held_out: SampleTable
+    split: HeldOut
     problems: tuple[Problem, ...]
     num_bad: int
     absent: tuple[str, ...] = ()
@@ -40,10 +41,10 @@ class SampleSplit:
     def describe(self) -> str:
         """Lines for a log: how many samples and episodes, and the first problems."""
         counts = ", ".join(
-            f"{name} {len(samples)} samples of {len(set(_episode_names(samples).values()))} episodes"
+            f"{name} {len(samples)} samples of {_count_episodes(samples)} episodes"
             for name, samples in (("training", self.train), ("held out", self.held_out))
         )
-        return "\n".join([counts, *self.absent, *_problem_lines(self.problems, self.num_bad)])
+        return "\n".join([counts, self.split.describe(), *self.absent, *_problem_lines(self.problems, self.num_bad)])
 
 
 def load_samples(
@@ -55,8 +56,9 @@ def load_samples(
     share: Share | None = None,
     bad_data: Path | None = None,
     report: Callable[[str], None] | None = None,
+    earlier: EarlierSplit | None = None,
 ) -> SampleSplit:
-    """Every usable sample under `data.roots`, split by episode; the same on every rank.
+    """Every usable sample under `data.roots`, split by walk or as `earlier` says; the same on every rank.
 
     The index of each root is kept in `index_dir` (default: data.index_dir; without either nothing is kept). With
     `share` only one rank reads the data. `bad_data`: the file that lists whatever could not be used, written by the
@@ -76,31 +78,15 @@ def load_samples(
     if bad_data is not None and (share is None or share.is_builder):
         write_bad_data(bad_data, problems)
     _apply_policy(table, problems, num_bad, data, listed=bad_data)
-    held_out = _held_out_mask(table, fraction=data.validation_fraction, seed=seed)
+    mask, chosen = hold_out(table, fraction=data.validation_fraction, seed=seed, earlier=earlier)
     return SampleSplit(
-        train=table.select(~held_out),
-        held_out=table.select(held_out),
+        train=table.select(~mask),
+        held_out=table.select(mask),
+        split=chosen,
         problems=tuple(problems),
         num_bad=num_bad,
         absent=tuple(absent),
     )
-
-
-def choose_held_out(episodes: Iterable[str], *, fraction: float, seed: int) -> frozenset[str]:
-    """Names of the held-out episodes: the share with the lowest hash of seed and name.
-
-    With a fraction above 0 and two episodes or more, at least one is held out and at least one is trained on. A new
-    episode moves few of the others from one side to the other.
-    """
-    names = sorted(set(episodes))
-    if fraction <= 0 or len(names) < 2:
-        return frozenset()
-    count = min(max(round(fraction * len(names)), 1), len(names) - 1)
-
-    def rank(name: str) -> bytes:
-        return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
-
-    return frozenset(sorted(names, key=rank)[:count])
 
 
 def write_bad_data(path: Path, problems: Sequence[Problem]) -> None:
@@ -165,18 +151,11 @@ def _usable_table(stores: Sequence[Store], data: Data, *, pad_history: bool) -> 
     return table, problems
 
 
-def _held_out_mask(table: SampleTable, *, fraction: float, seed: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """True where a sample's episode is held out. Episodes of one name are one episode, whatever root they are in."""
-    name_of = _episode_names(table)
-    chosen = choose_held_out(name_of.values(), fraction=fraction, seed=seed)
-    return np.isin(table.episode_numbers(), [number for number, name in name_of.items() if name in chosen])
-
-
-def _episode_names(table: SampleTable) -> dict[int, str]:
-    """The name of each of the table's episodes by its number; several numbers may have one name."""
+def _count_episodes(table: SampleTable) -> int:
+    """Episodes of one name in one root are one: a record may be a single sample."""
+    numbers: list[int] = np.unique(table.episode_numbers()).tolist()
     names = [store.episode_names() for store in table.stores]
-    present: list[int] = np.unique(table.episode_numbers()).tolist()
-    return {number: names[number >> 32][number & 0xFFFFFFFF] for number in present}
+    return len({(number >> 32, names[number >> 32][number & 0xFFFFFFFF]) for number in numbers})
 
 
 def _apply_policy(
