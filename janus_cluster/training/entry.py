@@ -145,18 +145,16 @@ def _find_checkpoint(run: RunDir, job: JobConfig, world: World, metrics: Metrics
 
 def _load_split(run: RunDir, job: JobConfig, world: World, metrics: MetricsLog, *, resumes: bool) -> SampleSplit:
     """The samples to train on and those held out, the same on every rank and in every attempt after a checkpoint."""
-    share = share_among(world)
-    # Read by one rank: that one writes it anew as soon as it has its samples.
-    earlier = load_earlier_split(run) if resumes and world.is_main else None
     split = load_samples(
         job.data,
         seed=job.training.seed,
         pad_history=job.compat == "predecessor",
         index_dir=Path(job.data.index_dir) if job.data.index_dir else run.data_index,
-        share=share,
+        share=share_among(world),
         bad_data=run.bad_data_jsonl,
         report=metrics.say,
-        earlier=share.broadcast(earlier),
+        # Rank 0 splits for all, and is the one that writes this file anew.
+        earlier=load_earlier_split(run) if resumes and world.is_main else None,
     )
     metrics.say(split.describe())
     if (warning := warn_of_leak(split.split, run)) is not None:

@@ -78,7 +78,10 @@ def load_samples(
     if bad_data is not None and (share is None or share.is_builder):
         write_bad_data(bad_data, problems)
     _apply_policy(table, problems, num_bad, data, listed=bad_data)
-    mask, chosen = hold_out(table, fraction=data.validation_fraction, seed=seed, earlier=earlier)
+    outcome = None
+    if share is None or share.is_builder:
+        outcome = hold_out(table, fraction=data.validation_fraction, seed=seed, earlier=earlier)
+    mask, chosen = outcome if share is None else share.broadcast(outcome)
     return SampleSplit(
         train=table.select(~mask),
         held_out=table.select(mask),

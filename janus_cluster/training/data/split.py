@@ -158,7 +158,9 @@ def choose_held_out(walks: Iterable[str], *, fraction: float, seed: int) -> froz
 
 @dataclass(frozen=True, slots=True)
 class _Episodes:
-    """The table's episodes: name, keys and folder above the frames of each; and the episode of each sample."""
+    """The table's episodes: name and keys of each, and the episode of each sample. `folders`: where a name that is a
+    number counts, empty for others.
+    """
 
     names: Sequence[str]
     keys: Sequence[Sequence[str]]
@@ -168,15 +170,16 @@ class _Episodes:
     @classmethod
     def of(cls, table: SampleTable) -> _Episodes:
         numbers, first, of_sample = np.unique(table.episode_numbers(), return_index=True, return_inverse=True)
-        names = [store.episode_names() for store in table.stores]
-        keys = [store.episode_keys() for store in table.stores]
+        all_names = [store.episode_names() for store in table.stores]
+        all_keys = [store.episode_keys() for store in table.stores]
         at = [(int(number) >> 32, int(number) & 0xFFFFFFFF) for number in numbers]
-        return cls(
-            [names[root][number] for root, number in at],
-            [keys[root][number] for root, number in at],
-            [str(table[int(row)].frames[-1].parent.parent) for row in first],
-            of_sample,
-        )
+        names = [all_names[root][number] for root, number in at]
+        keys = [all_keys[root][number] for root, number in at]
+        folders = [
+            str(table[int(row)].frames[-1].parent.parent) if name.isdecimal() and not own else ""
+            for name, own, row in zip(names, keys, first, strict=True)
+        ]
+        return cls(names, keys, folders, of_sample)
 
 
 class _Groups:
@@ -227,7 +230,7 @@ def _walks(table: SampleTable, episodes: _Episodes) -> tuple[Indices, str]:
             if key.partition(" in ")[0] in unplaced:
                 groups.join_by(key.partition(" in ")[0], number)
         if not keys:
-            groups.join_by(("name", name, folder if name.isdecimal() else ""), number)
+            groups.join_by(("name", name, folder), number)
         used.add(BY_KEY if keys else BY_NAME)
     if _join_by_frames(table, episodes, groups):
         used.add(BY_FRAMES)
