@@ -593,7 +593,10 @@ def test_frames_of_an_odd_mode_are_listed_once_for_each_folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["annotations_v1-3.json", "train_guide_en.json.gz", "val_unseen.json.gz", "x.jsonl"])
 def test_a_file_of_records_of_another_name_is_named(tmp_path, name):
-    (write_r2r(tmp_path / "data") / "train.json.gz").rename(tmp_path / "data" / name)
+    standard = write_r2r(tmp_path / "data") / "train.json.gz"
+    write_records(tmp_path / "data", json.loads(gzip.decompress(standard.read_bytes()))["episodes"], name)
+    standard.unlink()
+    write_json(tmp_path / "data" / "info.json", {"an object": "without episodes"})
     for root, shown in ((tmp_path / "data", name), (tmp_path, f"data/{name}")):
         with pytest.raises(UsageError, match=re.escape(f"there is {shown} in it: give its path")) as caught:
             load(root)

@@ -49,13 +49,15 @@ class Sample:
 class Problem:
     """A file, folder or record that could not be used, why, and how many samples were lost by it.
 
-    `absent`: a trajectory that was never rendered. It is no fault of the data, and nothing is lost by it.
+    `absent`: a trajectory that was never rendered. It is no fault of the data, and nothing is lost by it. `language` is
+    that of its instruction, where the data set names it.
     """
 
     path: Path
     reason: str
     lost: int = 0
     absent: bool = False
+    language: str = ""
 
     def __str__(self) -> str:
         # Names on disk may be bytes of any encoding, which a log in UTF-8 would refuse to print.

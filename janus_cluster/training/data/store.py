@@ -90,9 +90,9 @@ class Collector:
         """Something that cannot be used, and the number of samples that are lost by it, is listed."""
         self.problems.append(Problem(path, reason, lost))
 
-    def absent(self, folder: Path, reason: str) -> None:
+    def absent(self, folder: Path, reason: str, *, language: str = "") -> None:
         """A trajectory that has no folder is listed; no sample is lost by it."""
-        self.problems.append(Problem(folder, reason, absent=True))
+        self.problems.append(Problem(folder, reason, absent=True, language=language))
 
     def watch(self, path: Path) -> None:
         """A change of this folder or file is a change of the data set, whether it is there now or not."""
@@ -260,7 +260,7 @@ def write_store(columns: Columns, folder: Path) -> None:
     try:
         for name, values in columns.arrays.items():
             np.save(building / f"{name}.npy", values, allow_pickle=False)
-        lines = (json.dumps([str(p.path), p.reason, p.lost, p.absent]) for p in columns.problems)
+        lines = (json.dumps([str(p.path), p.reason, p.lost, p.absent, p.language]) for p in columns.problems)
         (building / "problems.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         write_json_atomically(building / "complete.json", {"samples": len(columns.arrays["sample_id"])})
         # Whoever shares data.index_dir may read it, whatever the umask of the one who came first.

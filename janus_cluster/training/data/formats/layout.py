@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +16,7 @@ RECORD_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 FOLDERS_TRIED = 1_000  # of a root: a stat each
 FOLDERS_OPENED = 20
 NAMES_SHOWN = 5
+HEAD_BYTES = 65_536
 
 
 def require_episodes(root: Path) -> None:
@@ -25,7 +28,7 @@ def require_episodes(root: Path) -> None:
     step = max(1, len(folders) // FOLDERS_TRIED)
     if any((root / name / MILESTONES_NAME).is_file() for name in folders[::step]):
         return
-    if records := [name for name in files if name.endswith(RECORD_SUFFIXES)]:
+    if records := [name for name in files if _holds_records(root / name)]:
         raise _named(root, records)
     for name in folders[:FOLDERS_OPENED]:
         _refuse_inner(root, name)
@@ -34,7 +37,7 @@ def require_episodes(root: Path) -> None:
 def _refuse_inner(root: Path, name: str) -> None:
     """Raises: UsageError where the folder of that name shows what the root is."""
     folders, files = _list(root / name)
-    if records := [f"{name}/{file}" for file in files if file.endswith(RECORD_SUFFIXES) and not _is_description(file)]:
+    if records := [f"{name}/{file}" for file in files if _holds_records(root / name / file)]:
         raise _named(root, records)
     if any((root / name / inner / MILESTONES_NAME).is_file() for inner in folders[:FOLDERS_OPENED]):
         raise UsageError(
@@ -51,6 +54,18 @@ def _refuse_inner(root: Path, name: str) -> None:
             hint="give the file of records as path and this folder as images: "
             f"--set 'data.roots=[{{path: /path/to/train.json.gz, images: {root}}}]'",
         )
+
+
+def _holds_records(path: Path) -> bool:
+    """Whether a file begins as a list of records does; a configuration is an object without "episodes"."""
+    if not path.name.endswith(RECORD_SUFFIXES) or _is_description(path.name):
+        return False
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(HEAD_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n")
+    except (OSError, EOFError, zlib.error):
+        return False
+    return head.startswith(b"[") or b'"episodes"' in head or (head.startswith(b"{") and ".jsonl" in path.suffixes)
 
 
 def _is_description(file: str) -> bool:

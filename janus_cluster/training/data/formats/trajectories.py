@@ -173,6 +173,18 @@ def video_places(source: Source, record: Record) -> tuple[Path, ...]:
     return root / video, root / PurePosixPath(video).name
 
 
+def language_of(record: Record) -> str:
+    """The language of an instruction, as RxR names it; empty where nothing does."""
+    instruction = record.get("instruction")
+    language = instruction.get("language") if isinstance(instruction, Mapping) else None
+    return language if isinstance(language, str) and judge_text(language) is None else ""
+
+
+def folders_of(source: Source, record: Record) -> tuple[Path, ...]:
+    """Where the frames of a record's episode may lie; the first that is there holds them. Raises: BadUnitError."""
+    return video_places(source, record) if "video" in record else (episode_folder(source, record)[1],)
+
+
 def episode_folder(source: Source, record: Record) -> tuple[str, Path]:
     """The name of a record's episode, and where its folder of frames lies. Raises: BadUnitError."""
     name = parse_name(record.get("episode_id"))
