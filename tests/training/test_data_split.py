@@ -17,7 +17,7 @@ from janus_cluster.config.schema import Data
 from janus_cluster.rundir import RunDir, read_json, write_json_atomically
 from janus_cluster.training.data.index import SampleSplit, load_samples
 from janus_cluster.training.data.samples import Sample
-from janus_cluster.training.data.split import EarlierSplit, load_earlier_split, warn_of_leak
+from janus_cluster.training.data.split import EarlierSplit, choose_held_out, load_earlier_split, warn_of_leak
 
 NUM_WALKS = 10
 ACTIONS = ("MOVE_FORWARD", "TURN_LEFT", "MOVE_FORWARD", "TURN_RIGHT", "STOP")
@@ -125,7 +125,7 @@ def require_no_leak(split: SampleSplit) -> None:
     for held_out, trained in zip(shown_frames(split.held_out), shown_frames(split.train), strict=True):
         assert not held_out & trained
     assert split.split.num_leaked == 0
-    assert "none of their" in split.describe()
+    assert "frames none are trained on" in split.describe()
 
 
 MAKERS = {
@@ -185,7 +185,7 @@ def test_a_picture_that_most_walks_have_does_not_join_them(tmp_path):
         Image.new("RGB", (32, 24)).save(folder / "step_0000_MOVE_FORWARD.png")
     split = load(root)
     assert split.split.num_walks == NUM_WALKS
-    assert split.split.num_leaked > 0 and f"{split.split.num_leaked} of their" in split.describe()
+    assert split.split.num_leaked > 0 and f"frames {split.split.num_leaked} are trained on" in split.describe()
 
 
 def test_walks_of_one_name_in_two_roots_are_one_but_numbers_count_within_a_root(tmp_path):
@@ -216,7 +216,10 @@ def test_an_older_runs_split_is_kept_and_its_leak_is_told(tmp_path):
     root = write_vlnce(tmp_path / "r2r", first_id=1)
     run = run_with(None, tmp_path / "run")
     split = load(root, earlier=load_earlier_split(run))
-    assert len({s.episode for s in split.held_out}) == 6, "a fifth of 30 episodes, chosen by their names"
+    names = [str(number) for number in range(1, NUM_WALKS * 3 + 1)]
+    assert {s.episode for s in split.held_out} == choose_held_out(names, fraction=0.2, seed=0), "as it always was"
+    again = load(root, earlier=load_earlier_split(run_with(split, tmp_path / "again")))
+    assert [s.id for s in again.held_out] == [s.id for s in split.held_out]
     warning = warn_of_leak(split.split, run)
     assert warning is not None
     assert "6 of its held-out episodes are of walks that are trained on too, and 30 of their 30 frames" in warning

@@ -48,7 +48,9 @@ class HeldOut:
         text = f"split by {self.by} (key: {self.key}): {len(self.walks):,} of {self.num_walks:,} {self.by}s held out"
         if self.walks:
             leaked = f"{self.num_leaked:,}" if self.num_leaked else "none"
-            text += f", {leaked} of their {self.num_frames:,} frames is a training frame too"
+            text += (
+                f"; of their {self.num_frames:,} frames {leaked} {'is' if self.num_leaked == 1 else 'are'} trained on"
+            )
         if self.lost:
             text += f"; {len(self.lost):,} that were held out before are not in the data any more: {self.lost[0]}, …"
         return text
@@ -116,7 +118,7 @@ def hold_out(
     by: Rule = "walk" if earlier is None else earlier.by
     walks, key = _walks(table, episodes)
     groups = walks if by == "walk" else _by_name(episodes)
-    labels = _label(groups, episodes)
+    labels = _label(groups, episodes) if by == "walk" else {n: episodes.names[n] for n in groups.tolist()}
     if earlier is None or earlier.walks is None:
         chosen, lost = choose_held_out(labels.values(), fraction=fraction, seed=seed), frozenset[str]()
     else:
