@@ -57,7 +57,7 @@ def render(job: str | None, nodes: int | None, sets: tuple[str, ...], part: Lite
     epilog="""\b
 Examples:
   janus-cluster config show my.yaml          every value, and where it came from
-  janus-cluster config check my.yaml         do the weights fit the model?
+  janus-cluster config check my.yaml         do the weights fit, can the data be read?
   janus-cluster config schema > job.schema.json
 
 \b
@@ -65,7 +65,7 @@ See also: docs/configuration.md
 """
 )
 def config() -> None:
-    """Look at job files: their schema, one job's values and where each came from, or its checkpoints."""
+    """Look at job files: their schema, one job's values and where each came from, or its checkpoints and data."""
 
 
 @config.command(
@@ -128,7 +128,8 @@ Examples:
   janus-cluster config check --nodes 2 --set model.path=/models/mine --json
 
 \b
-Exit codes: 0 all weights are there and fit, 2 some are missing, cut or of another shape.
+Exit codes: 0 all weights are there and fit and data can be read, 2 some are missing, cut or of
+another shape, or training would refuse the data.
 
 \b
 See also: docs/model.md
@@ -137,7 +138,8 @@ See also: docs/model.md
 @job_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def config_check(job: str | None, nodes: int | None, sets: tuple[str, ...], as_json: bool) -> None:
-    """Read the headers of JOB's checkpoints: what will be taken, drawn anew, ignored."""
+    """Read the headers of JOB's checkpoints and a part of its data: what will be taken, drawn anew, left out."""
+    from janus_cluster.config.check_data import check_data
     from janus_cluster.config.check_weights import check_weights
     from janus_cluster.config.resolve import resolve_job
 
@@ -147,9 +149,12 @@ def config_check(job: str | None, nodes: int | None, sets: tuple[str, ...], as_j
         loaded, run_dir=Path.cwd() / "runs", cluster="slurm", environ=os.environ, cwd=Path.cwd(), python=sys.executable
     )
     lines = check_weights(resolved.job.model)
+    data = check_data(resolved.job)
     if as_json:
         value = {"job": loaded.config.name, "source": loaded.source, "weights": lines}
+        value |= {"data": list(data.lines), "warnings": list(data.warnings)}
         click.echo(json.dumps(value, indent=2, ensure_ascii=False))
         return
-    for line in (f"job: {loaded.config.name} ({loaded.source})", *lines):
+    warnings = [f"warning: {text}" for text in data.warnings]
+    for line in (f"job: {loaded.config.name} ({loaded.source})", *lines, *data.lines, *warnings):
         click.echo(line)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from janus_cluster.config.check_data import check_data
 from janus_cluster.config.home import runs_dir, sandbox_home, site_dir
 from janus_cluster.config.load import LoadedJob, find_job_file, load_job
 from janus_cluster.config.resolve import resolve_job
@@ -114,6 +115,8 @@ def submit(request: Request, *, environ: Mapping[str, str], cwd: Path) -> Submis
     )
     resolved = with_baseline(resolved, site_dir(environ))
     check_paths(resolved, source=loaded.source, origins=loaded.origins)
+    warnings = check_data(resolved.job).warnings
+    resolved = resolved.model_copy(update={"warnings": (*resolved.warnings, *warnings)})
     exclusion = exclude_bad_nodes(resolved, slurm_conf=slurm_conf, site=site_dir(environ), now=time.time())
     resolved = resolved.model_copy(
         update={"sbatch_options": _with_option(resolved.sbatch_options, "exclude", exclusion.option)}

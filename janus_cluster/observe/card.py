@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from janus_cluster.slurm.state import JobState
 # A message of pages (a CUDA error with all its advice) would push what to type next off the screen.
 _MOST_MESSAGE_LINES = 4
 _LONGEST_LINE = 300
+_SET_OPTION = re.compile(r"--set '[^']+'|--set [\w.]+=[^\s;,]+")
 # The fault was outside, or may not come again: the same run goes on as it is.
 _SAME_AGAIN = frozenset({"preempted", "node_lost", "cancelled", "xid", "nccl_timeout", "hang", "network", "signal"})
 
@@ -138,7 +140,7 @@ def next_steps(
             look,
         ],
         "disk_full": [f"df -h {shlex.quote(str(run.path))}   # make room first", resume],
-        "bad_data": [f"mend or take away {failure.path or 'the sample'}, then: {resume}"],
+        "bad_data": _mend_data(failure, resume=resume, submit=submit),
         "diverged": [f"{submit} --set training.learning_rate=…   # a smaller one", look],
         "environment": [f"less {shlex.quote(str(run.batch_log))}", resume],
     }
@@ -147,6 +149,14 @@ def next_steps(
     if failure.kind in _SAME_AGAIN:
         return [resume, look]
     return steps.get(failure.kind, [look, resume])
+
+
+def _mend_data(failure: Failure, *, resume: str, submit: str) -> list[str]:
+    """Data that was refused as a whole takes another job, one broken file takes mending."""
+    if failure.hint is None or not (failure.message or "").startswith("UsageError"):
+        return [f"mend or take away {failure.path or 'the sample'}, then: {resume}"]
+    options = " ".join(_SET_OPTION.findall(failure.hint))
+    return [*([f"{submit} {options}"] if options else []), failure.hint]
 
 
 def _with_less_host_memory(job: Mapping[str, Any]) -> str:

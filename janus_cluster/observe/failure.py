@@ -96,6 +96,7 @@ _FOLLOW_UP = re.compile(
 _DATA_FRAME = re.compile(r"/training/data/|datasets?/.*dataset\.py")
 _SAMPLE_PATH = re.compile(r"(?<![\w.])(/[^\n:*?\"'<>|]+\.\w{1,5})(?=[:'\" ,)]|$)")
 _SCRIPT_SAID = re.compile(r"^(?:job\.sbatch on (?P<node>[^:\s]+): (?P<text>.+))$", re.MULTILINE)
+_HINT = "hint: "
 _CANNOT_START = re.compile(
     r"ModuleNotFoundError|ImportError|command not found|No module named|Permission denied|No such file or directory"
 )
@@ -103,7 +104,9 @@ _CANNOT_START = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """What failed first. `blames_node`: the node itself is to be kept away from, whatever the job was."""
+    """What failed first. `blames_node`: the node itself is to be kept away from, whatever the job was. `hint`: what the
+    rank itself gave as the remedy.
+    """
 
     kind: Kind
     rank: int | None = None
@@ -111,6 +114,7 @@ class Failure:
     message: str | None = None
     frames: tuple[str, ...] = ()
     path: str | None = None
+    hint: str | None = None
 
     @property
     def title(self) -> str:
@@ -210,10 +214,11 @@ def _by_ranks(evidence: Evidence) -> Failure | None:
 
 def _of_error(error: RankError, evidence: Evidence) -> Failure:
     kind = kind_of_words(error.message)
-    path = None
+    path = hint = None
     if kind is None and any(_DATA_FRAME.search(frame) for frame in error.frames):
         path = next(iter(_SAMPLE_PATH.findall(error.message)), None)
         kind = "bad_data"
+        hint = _hint_of(error, evidence)
     # CUDA's own words are often no more than "unspecified launch failure"; the log of that rank may name the Xid.
     if kind is None and "CUDA error" in error.message and (xid := _xid_line(evidence, error.node)):
         return Failure(kind="xid", rank=error.rank, node=error.node, message=xid, frames=error.frames)
@@ -224,7 +229,14 @@ def _of_error(error: RankError, evidence: Evidence) -> Failure:
         message=error.message,
         frames=error.frames,
         path=path,
+        hint=hint,
     )
+
+
+def _hint_of(error: RankError, evidence: Evidence) -> str | None:
+    """What the rank's log says of what to do, behind the traceback."""
+    lines = dict(evidence.logs).get(f"{error.node}:{error.rank}", "").split("\n")
+    return next((line.removeprefix(_HINT) for line in reversed(lines) if line.startswith(_HINT)), None)
 
 
 def _first_killed(exits: Iterable[RankExit]) -> RankExit | None:

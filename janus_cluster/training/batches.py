@@ -6,6 +6,7 @@ from typing import Any
 
 from janus_cluster.config.schema import JobConfig
 from janus_cluster.rundir import RunDir, read_json, write_json_atomically
+from janus_cluster.training.data.index import SampleSplit
 from janus_cluster.training.data.lengths import load_token_counts
 from janus_cluster.training.data.sampler import RankBatches, SampleOrder
 from janus_cluster.training.data.table import SampleTable
@@ -36,12 +37,19 @@ def build_batches(job: JobConfig, samples: SampleTable, tokenizer: Any, world: W
     )
 
 
-def note_samples(run: RunDir, samples: SampleTable, *, resumes: bool) -> str | None:
-    """data.json says which samples the run draws from. Returns: what is to be told where it goes on with others.
+def note_samples(run: RunDir, split: SampleSplit, *, resumes: bool) -> str | None:
+    """data.json says which samples the run draws from, and which walks it holds out.
 
     The order follows from how many samples there are, so it changes with them. One rank calls this.
+    Returns: a warning where the run goes on with other samples.
     """
-    now = {"schema_version": 1, "num_samples": len(samples), "fingerprint": samples.fingerprint()}
+    samples = split.train
+    now = {
+        "schema_version": 1,
+        "num_samples": len(samples),
+        "fingerprint": samples.fingerprint(),
+        "split": split.split.to_json(),
+    }
     before = read_json(run.data_json) if run.data_json.exists() else now
     write_json_atomically(run.data_json, now)
     if not resumes or before["fingerprint"] == now["fingerprint"]:

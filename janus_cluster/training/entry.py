@@ -28,6 +28,7 @@ from janus_cluster.training.data.dataset import NavigationDataset, collate
 from janus_cluster.training.data.index import SampleSplit, load_samples
 from janus_cluster.training.data.lengths import load_token_counts
 from janus_cluster.training.data.prompt import sample_texts
+from janus_cluster.training.data.split import load_earlier_split, warn_of_leak
 from janus_cluster.training.data.tokenizer import build_tiny_tokenizer, image_token_ids, load_tokenizer
 from janus_cluster.training.export import write_export
 from janus_cluster.training.held_out import render_score_table
@@ -77,8 +78,8 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pul
     )
     checkpoint = _find_checkpoint(run, job, world, metrics)
     clock.mark("resume")
-    split = _load_split(run, job, world, metrics)
-    if world.is_main and (changed := note_samples(run, split.train, resumes=checkpoint is not None)):
+    split = _load_split(run, job, world, metrics, resumes=checkpoint is not None)
+    if world.is_main and (changed := note_samples(run, split, resumes=checkpoint is not None)):
         metrics.say(f"warning: {changed}")
     clock.mark("index")
     tokenizer = load_job_tokenizer(job, split)
@@ -142,8 +143,8 @@ def _find_checkpoint(run: RunDir, job: JobConfig, world: World, metrics: Metrics
     return checkpoint
 
 
-def _load_split(run: RunDir, job: JobConfig, world: World, metrics: MetricsLog) -> SampleSplit:
-    """The samples to train on and those held out, the same on every rank."""
+def _load_split(run: RunDir, job: JobConfig, world: World, metrics: MetricsLog, *, resumes: bool) -> SampleSplit:
+    """The samples to train on and those held out, the same on every rank and in every attempt after a checkpoint."""
     split = load_samples(
         job.data,
         seed=job.training.seed,
@@ -152,8 +153,12 @@ def _load_split(run: RunDir, job: JobConfig, world: World, metrics: MetricsLog) 
         share=share_among(world),
         bad_data=run.bad_data_jsonl,
         report=metrics.say,
+        # Rank 0 splits for all, and is the one that writes this file anew.
+        earlier=load_earlier_split(run) if resumes and world.is_main else None,
     )
     metrics.say(split.describe())
+    if (warning := warn_of_leak(split.split, run)) is not None:
+        metrics.say(f"warning: {warning}")
     return split
 
 

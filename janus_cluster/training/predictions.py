@@ -101,7 +101,7 @@ def generate_answers(
         )
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         # The answer's form is that of the target: four parts, or the action alone.
-        has_parts = bool(dataset.samples[index].subinstruction)
+        has_parts = dataset.samples[index].has_four_parts
         label = parse_action_line(text) if has_parts else parse_action_word(text)
         answered.append(
             replace(

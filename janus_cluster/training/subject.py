@@ -16,6 +16,7 @@ from janus_cluster.errors import UsageError
 from janus_cluster.rundir import RunDir, read_json, write_json_atomically
 from janus_cluster.training.data.index import load_samples
 from janus_cluster.training.data.samples import Sample
+from janus_cluster.training.data.split import EarlierSplit, load_earlier_split, warn_of_leak
 
 # Beside the weights, since nothing else in an exported folder says how frames were resized or how long the history is.
 RECORD_NAME = "janus_data.json"
@@ -38,6 +39,7 @@ class Subject:
     held_out_only: bool
     seed: int
     index_dir: Path | None = None
+    earlier: EarlierSplit | None = None
 
     def load_samples(self) -> Sequence[Sample]:
         """The held-out samples of a run's own data, or every sample of data that was named.
@@ -50,9 +52,14 @@ class Subject:
             pad_history=self.pad_history,
             index_dir=_choose_index_dir(self.index_dir),
             report=_say,
+            earlier=self.earlier,
         )
         for line in split.absent:
             _say(line)
+        if self.held_out_only:
+            _say(split.split.describe())
+            if (warning := warn_of_leak(split.split, RunDir(self.model.parent))) is not None:
+                _say(f"warning: {warning}")
         samples = split.held_out if self.held_out_only else split.train
         if not len(samples):
             raise UsageError(
@@ -94,6 +101,7 @@ def load_subject(target: Path, *, roots: Sequence[str] = (), vggt_path: str | No
             held_out_only=not roots,
             seed=job.training.seed,
             index_dir=Path(job.data.index_dir) if job.data.index_dir else run.data_index,
+            earlier=load_earlier_split(run),
         )
     if not (target / "config.json").is_file():
         raise UsageError(

@@ -375,3 +375,25 @@ def test_what_can_go_on_is_not_begun_anew(tmp_path: Path, kind: Kind, job: dict[
 )  # fmt: skip
 def test_every_way_to_say_that_memory_ran_out_is_known(words: str, kind: str) -> None:
     assert kind_of_words(words) == kind
+
+
+REFUSED = "UsageError: /d/train_guide.json.gz: 40 of 60 trajectories (66.7%) have no folder of frames under /d/images"
+HINT = "if no more was rendered: --set data.max_absent_fraction=0.67; or name the folder that holds them"
+
+
+def test_data_that_was_refused_has_the_remedy_of_the_rank_on_the_card(tmp_path: Path) -> None:
+    frames = ('File "/x/janus_cluster/training/data/index.py", line 9, in judge_absent',)
+    log = f"Traceback (most recent call last):\n{REFUSED}\nhint: {HINT}\n"
+    failure = classify(evidence(errors=(error(0, REFUSED, frames=frames),), logs=(("a:0", log),)))
+    assert failure is not None and (failure.kind, failure.hint) == ("bad_data", HINT)
+    run = RunDir(tmp_path / "demo-1")
+    steps = next_steps(failure, run=run, ref="1", checkpoint=None, job={})
+    assert steps == [f"janus-cluster submit {run.job_yaml} --set data.max_absent_fraction=0.67", HINT]
+
+
+def test_one_broken_frame_is_mended_and_the_run_goes_on(tmp_path: Path) -> None:
+    failure = Failure(
+        kind="bad_data", message="TrainingFailed: /d/a.png: cannot be decoded", path="/d/a.png", hint=HINT
+    )
+    (step,) = next_steps(failure, run=RunDir(tmp_path), ref="1", checkpoint=None, job={})
+    assert step.startswith("mend or take away /d/a.png, then: janus-cluster resume 1")

@@ -30,6 +30,7 @@ from janus_cluster.training.data.index import load_samples  # noqa: E402
 from janus_cluster.training.data.indexing import run_tasks  # noqa: E402
 from janus_cluster.training.data.lengths import load_token_counts  # noqa: E402
 from janus_cluster.training.data.prompt import (  # noqa: E402
+    render_conversation,
     render_prompt_parts,
     render_target_parts,
     render_user_parts,
@@ -123,6 +124,52 @@ def test_a_segment_weight_of_zero_is_zero(tokenizer):
         assert set(got.loss_weights[got.segment_ids == segment].tolist()) == {weight}
     assert got.loss_weights[got.segment_ids == 4].tolist()[-2:] == [1.0, 1.0]  # <|im_end|> and the line end
     assert set(got.loss_weights[got.segment_ids == 4].tolist()[:-2]) == {0.0}
+
+
+def test_trajectories_and_conversations_have_the_ids_of_upstreams_text(tokenizer, tmp_path):
+    root = write_r2r(tmp_path, episodes=1)
+    (record,) = upstream_records(root)
+    conversation = write_json(tmp_path / "conversation.json", [record])
+    question = record["conversations"][0]["value"].replace("<image>\n", "<image>").replace("<image>", IMAGE)
+    turns = (("system", "You are a helpful assistant."), ("user", question))
+    wanted = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
+    for path in (root, conversation):
+        sample = load_samples(Data(roots=[str(path)], validation_fraction=0), seed=0).train[-1]
+        got = SampleEncoder(tokenizer, SegmentWeights()).encode(sample, [(1, 2, 2)] * len(sample.frames))
+        assert got.input_ids[got.labels == -100].tolist() == tokenizer.encode(wanted, add_special_tokens=False)
+        assert tokenizer.decode(got.input_ids[got.labels != -100]) == "STOP<|im_end|>\n"
+
+
+def upstream_records(root: Path) -> list[dict]:
+    """The last sample of an episode as upstream's create_data.py writes it."""
+    frames = [str(path) for path in sorted((root / "0").iterdir())]
+    prompt = (
+        "You are a visual language navigation model, and your should go to the locations to complete the given task. "
+        "Compare the observation and instruction to infer your current progress, and then select the correct direction "
+        "from the candidates to go to the target location and finish the task.\n"
+        f" This is your historical observation:{'<image>' * (len(frames) - 1)}\n"
+        " This is your current observation:<image>\n"
+        " Your task is to Go to room 0.\n"
+        " You should take one of the following actions:\n MOVE_FORWARD\n TURN_LEFT\n TURN_RIGHT\n STOP."
+    )
+    turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": "STOP"}]
+    return [{"id": "0/3", "conversations": turns, "images": frames}]
+
+
+@pytest.mark.parametrize("history", [0, 1, 3])
+def test_a_shortened_conversation_has_the_line_ends_of_one_written_with_fewer_images(tmp_path, history):
+    root = write_r2r(tmp_path, episodes=1)
+    conversation = write_json(tmp_path / "conversation.json", upstream_records(root))
+    shown = [
+        load_samples(Data(roots=[str(path)], validation_fraction=0, history=history), seed=0)
+        for path in (root, conversation)
+    ]
+    trajectory, conversed = (split.train[-1] for split in shown)
+    assert render_conversation(conversed) == render_conversation(trajectory)
+    while len(conversed.frames) > 1:
+        conversed = conversed.without_oldest_frame()
+    trajectory = load_samples(Data(roots=[str(root)], validation_fraction=0, history=0), seed=0).train[-1]
+    assert render_conversation(conversed) == render_conversation(trajectory)
 
 
 def test_tiny_tokenizer_is_the_same_in_another_process(tiny, tmp_path):

@@ -14,7 +14,9 @@ from data_files import make_png
 from janus_cluster.config.schema import Data
 from janus_cluster.errors import UsageError
 from janus_cluster.training.data.history import history_positions
-from janus_cluster.training.data.index import choose_held_out, load_samples
+from janus_cluster.training.data.index import load_samples
+from janus_cluster.training.data.prompt import render_conversation, render_target_parts
+from janus_cluster.training.data.split import choose_held_out
 
 FIXTURE = Path(__file__).parent / "fixtures" / "data_pipeline_tiny"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
@@ -54,16 +56,20 @@ def test_samples_are_those_of_the_reference(max_history):
     assert got == [(w["id"], w["subinstruction"], w["action"], w["frames"]) for w in wanted]
 
 
-def test_every_unusable_file_of_the_reference_is_listed():
+def test_every_unusable_or_odd_file_of_the_reference_is_listed():
     split = load_samples(reference_data(), seed=0)
     listed = {f"{p.path.parent.name}/{p.path.name}" for p in split.problems}
     assert listed == {
         "ep_10/milestones_result.json",
         "ep_10/step_4_MOVE_FORWARD.json",
         "ep_10/step_7_TURN_LEFT.json",
+        "ep_10/step_9_MOVE_FORWARD.png",
+        "ep_2/step_2_MOVE_FORWARD.png",
+        "ep_2/step_8_MOVE_FORWARD.png",
+        "episodes/ep_2",
         "z_without_milestones/milestones_result.json",
     }
-    assert "4 problems" in split.describe()
+    assert "8 problems" in split.describe()
     assert "step_7_TURN_LEFT.json: spatial_description is missing or empty" in split.describe()
 
 
@@ -96,6 +102,21 @@ def test_more_subinstructions_than_checkpoints_leave_the_earlier_ones_in_place(t
     split = load(tmp_path)
     assert [s.subinstruction for s in split.train] == ["a", "a", "b", "b"]
     assert "4 subinstructions but 1 checkpoints: the last 2 cover no frame" in str(split.problems[0])
+
+
+@pytest.mark.parametrize(
+    "lists", [{"subinstructions": [], "completion_checkpoints": []}, {}, {"subinstructions": None}]
+)
+def test_an_episode_without_subinstructions_is_trained_on_with_an_empty_line(tmp_path, lists):
+    make_episode(tmp_path, milestones={"instruction_text": "Go.", **lists})
+    split = load(tmp_path)
+    assert (len(split.train), split.problems) == (3, ())
+    for i, sample in enumerate(split.train):
+        action = "STOP" if i == 2 else "MOVE_FORWARD"
+        assert "".join(part.text for part in render_target_parts(sample)) == (
+            f"SUBINSTRUCTION: \n2D_DESCRIPTION: Seen {i}.\n3D_DESCRIPTION: Far {i}.\nACTION: {action}<|im_end|>\n"
+        )
+        assert "SUBINSTRUCTION: ..." in render_conversation(sample)[-1], "asked for as of any other episode"
 
 
 def test_steps_are_ordered_by_number_not_by_name(tmp_path):
@@ -147,7 +168,8 @@ def test_control_tokens_in_the_text_are_refused(tmp_path, where):
     [
         ([], "holds a list, expected an object"),
         ({"subinstructions": ["a"]}, "instruction_text is missing or empty"),
-        ({"instruction_text": "Go.", "subinstructions": []}, "subinstructions must be a list of one or more texts"),
+        ({"instruction_text": "Go.", "subinstructions": [""]}, "subinstructions must be a list of texts"),
+        ({"instruction_text": "Go.", "subinstructions": "Go on."}, "subinstructions must be a list of texts"),
     ],
 )
 def test_nothing_usable_is_a_usage_error_that_names_the_file(tmp_path, milestones, reason):

@@ -166,9 +166,9 @@ def test_trajectories_of_r2r_take_their_actions_from_the_names(tmp_path):
         ("0/step_3_STOP.png", 0),
     ]
     prompt = "<image>".join(render_conversation(split.train[1]))
-    assert "\n This is your historical observation:<image>\n This is your current observation:<image>\n" in prompt
+    assert "\n This is your historical observation:<image> This is your current observation:<image> Your" in prompt
     assert prompt.endswith(
-        "\n Your task is to Go to room 0.\n You should take one of the following actions:\n MOVE_FORWARD\n TURN_LEFT"
+        " Your task is to Go to room 0.\n You should take one of the following actions:\n MOVE_FORWARD\n TURN_LEFT"
         "\n TURN_RIGHT\n STOP.<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -250,9 +250,9 @@ WRONG_CONVERSATIONS = {
     "half an answer": (
         [
             {"from": "human", "value": "<image>" * 3},
-            {"from": "gpt", "value": "SUBINSTRUCTION:\n2D_DESCRIPTION: a\n3D_DESCRIPTION: b\nACTION: STOP"},
+            {"from": "gpt", "value": "SUBINSTRUCTION: a\n2D_DESCRIPTION:\n3D_DESCRIPTION: b\nACTION: STOP"},
         ],
-        "leaves one of its four parts empty",
+        "leaves a description empty",
     ),
 }
 
@@ -274,6 +274,12 @@ def test_a_wrong_conversation_is_left_out_and_listed(tmp_path, turns, reason):
         ({"instructions": []}, "instructions is missing or empty"),
         ({"video": 7}, "video is no path"),
         ({"actions": [-1, 1, 9, 1, 0]}, "unknown action 9"),
+        ({"actions": [1, 2, 3, 0]}, "actions do not begin with -1 (4 actions, 4 frames in"),
+        ({"actions": [1, 2, 3, 0, 0]}, "actions do not begin with -1 (5 actions, 4 frames in"),
+        ({"actions": []}, "actions do not begin with -1 (0 actions"),
+        ({"actions": [-1, -1, 1, 2]}, "actions[1] is -1, which stands first only"),
+        ({"actions": [-1, 1, 2, 0]}, "actions[3] is STOP, but 1 frames follow"),
+        ({"actions": [-1, 0, 1, 2, 0]}, "actions[1] is STOP, but 3 frames follow"),
     ],
 )
 def test_a_wrong_trajectory_is_left_out_and_listed(tmp_path, change, reason):
@@ -525,7 +531,7 @@ def test_a_depth_image_is_no_frame(tmp_path):
     Image.new("I;16", (32, 24), 4000).save(root / "ep_0" / "step_0000_MOVE_FORWARD.png")
     split = load(root)
     assert len(split.train) == 4
-    assert "has 16 bits of grey" in split.describe()
+    assert "is of mode I;16 with more than 8 bits a channel: a depth image" in split.describe()
 
 
 def test_names_of_any_bytes_can_be_printed(tmp_path):
@@ -538,3 +544,86 @@ def test_names_of_any_bytes_can_be_printed(tmp_path):
 
 def test_records_of_one_episode_are_counted_as_one(tmp_path):
     assert "training 6 samples of 2 episodes" in load(make_json(tmp_path)).describe()
+
+
+def test_frames_that_are_numbered_from_one_need_as_many_actions_as_frames(tmp_path):
+    root = write_scalevln(tmp_path, episodes=2)
+    for folder in (root / "images").iterdir():
+        for frame in sorted((folder / "rgb").iterdir(), reverse=True):
+            frame.rename(frame.with_name(f"{int(frame.stem) + 1:03d}.jpg"))
+    assert [s.action for s in load(root).train][:4] == [1, 2, 3, 0]
+    records = json.loads((root / "annotations.json").read_text())
+    records[0]["actions"] = [-1, 1, 2, 3, 1]
+    write_json(root / "annotations.json", records)
+    split = load(root)
+    assert (len(split.train), split.num_bad) == (4, 1), "frame 0 may as well be lost"
+    assert "frame 0 is missing" in split.describe()
+
+
+@pytest.mark.parametrize("suffix", ["JPG", "Png", "webp", "bmp"])
+@pytest.mark.parametrize("name", ["episodes", "r2r", "scalevln"])
+def test_a_frame_of_an_odd_suffix_is_listed(tmp_path, name, suffix):
+    root = MAKERS[name](tmp_path)
+    pattern = {"episodes": "ep_1/step_0003*.png", "r2r": "1/step_3*", "scalevln": "images/walk_1/rgb/003.jpg"}[name]
+    (frame,) = root.glob(pattern)
+    frame.rename(frame.with_suffix(f".{suffix}"))
+    split = load(root)
+    assert split.num_bad == 1
+    assert f"{frame.stem}.{suffix}: has an odd suffix: frames end in .png, .jpg or .jpeg" in split.describe()
+
+
+@pytest.mark.parametrize("name", ["episodes", "r2r"])
+def test_a_gap_between_frames_that_name_their_actions_is_listed_and_costs_nothing_more(tmp_path, name):
+    root = MAKERS[name](tmp_path)
+    for file in root.glob({"episodes": "ep_1/step_0001*", "r2r": "1/step_1_*"}[name]):
+        file.unlink()
+    split = load(root)
+    assert (len(split.train), split.num_bad) == (11, 0)
+    assert " 1 is missing between " in split.describe()
+
+
+def test_frames_of_an_odd_mode_are_listed_once_for_each_folder(tmp_path):
+    root = write_episodes(tmp_path)
+    for frame in (root / "ep_1").glob("*.png"):
+        Image.open(frame).convert("RGBA").save(frame)
+    split = load(root)
+    assert (len(split.train), split.num_bad, len(split.problems)) == (12, 0, 1)
+    assert "is of mode RGBA with transparency: shown on white (so are 3 more frames of this folder)" in split.describe()
+
+
+@pytest.mark.parametrize("name", ["annotations_v1-3.json", "train_guide_en.json.gz", "val_unseen.json.gz", "x.jsonl"])
+def test_a_file_of_records_of_another_name_is_named(tmp_path, name):
+    standard = write_r2r(tmp_path / "data") / "train.json.gz"
+    write_records(tmp_path / "data", json.loads(gzip.decompress(standard.read_bytes()))["episodes"], name)
+    standard.unlink()
+    write_json(tmp_path / "data" / "info.json", {"an object": "without episodes"})
+    for root, shown in ((tmp_path / "data", name), (tmp_path, f"data/{name}")):
+        with pytest.raises(UsageError, match=re.escape(f"there is {shown} in it: give its path")) as caught:
+            load(root)
+        assert f"data.roots=[{tmp_path}/data/{name}]" in str(caught.value.hint)
+
+
+def test_episodes_one_folder_deeper_and_frames_without_records_are_named(tmp_path):
+    write_episodes(tmp_path / "walks" / "train")
+    with pytest.raises(UsageError, match="its folder train does: give its path"):
+        load(tmp_path / "walks")
+    (write_r2r(tmp_path / "frames") / "train.json.gz").unlink()
+    (write_scalevln(tmp_path / "scalevln") / "annotations.json").unlink()
+    for root in (tmp_path / "frames", tmp_path / "scalevln" / "images"):
+        with pytest.raises(UsageError, match=r"holds frames .* nor a file of records") as caught:
+            load(root)
+        assert f"images: {root}" in str(caught.value.hint)
+
+
+def test_a_sub_instruction_may_be_empty_but_not_missing(tmp_path):
+    records = four_part_records(tmp_path)
+    records[0]["subinstruction"] = ""
+    del records[1]["subinstruction"]
+    split = load(write_records(tmp_path, records))
+    assert (len(split.train), split.num_bad) == (5, 1)
+    assert target(split.train[0]).startswith("SUBINSTRUCTION: \n2D_DESCRIPTION: A lamp 0.\n")
+    assert "record 1: subinstruction is missing or empty" in split.describe()
+    records = annotation_records(tmp_path)
+    answer = "SUBINSTRUCTION: \n2D_DESCRIPTION: A sofa.\n3D_DESCRIPTION: 1 m.\nACTION: STOP"
+    records[0]["conversations"][1]["value"] = answer
+    assert target(load(write_records(tmp_path, records)).train[0]) == answer + "<|im_end|>\n"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ from PIL import Image
 from janus_cluster.config.frames import frame_size, qwen_grid
 from janus_cluster.config.schema import Data
 from janus_cluster.errors import TrainingFailed
+from janus_cluster.training.data.image_check import check_image
 from janus_cluster.training.data.images import load_frame, load_frames
 
 FIXTURE = Path(__file__).parent / "fixtures" / "data_pipeline_tiny"
@@ -105,5 +110,132 @@ def test_frames_keep_their_order_and_repeats():
 def test_a_depth_image_is_no_frame(tmp_path, mode):
     path = tmp_path / "depth.tiff"
     Image.new(mode, (32, 24), 4000).save(path)
-    with pytest.raises(TrainingFailed, match=r"depth\.tiff: cannot be decoded \(mode I|F"):
+    with pytest.raises(TrainingFailed, match=r"depth\.tiff: cannot be decoded \(is of mode [IF].*: a depth image"):
         load_frame(path, Data())
+
+
+def save_picture(path: Path, mode: str) -> Path:
+    gradient = Image.linear_gradient("L").resize((32, 24))
+    image = gradient if mode in ("I;16", "I", "F") else gradient.convert("RGB")
+    alpha = gradient.point(lambda value: 255 if value > 100 else 0)
+    if mode in ("RGBA", "LA"):
+        image = image.convert(mode)
+        image.putalpha(alpha)
+        image.save(path)
+    elif mode == "P with transparency":
+        image.convert("P").save(path, transparency=0)
+    elif mode == "RGB with transparency":
+        image.save(path, transparency=image.getpixel((0, 0)))
+    elif mode == "RGB, 16 bits":
+        write_png_of_16_bits(path)
+    else:
+        image.convert(mode).save(path)
+    return path
+
+
+def write_png_of_16_bits(path: Path) -> None:
+    """An RGB PNG of 16 bits a channel, which Pillow cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = b"".join(b"\0" + bytes(range(6)) * 32 for _ in range(24))
+    header = struct.pack(">IIBBBBB", 32, 24, 16, 2, 0, 0, 0)
+    png = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + png)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "remark"),
+    [
+        ("RGB", "png", ""),
+        ("RGB", "jpg", ""),
+        ("L", "png", "is of mode L: read as RGB"),
+        ("L", "jpg", "is of mode L: read as RGB"),
+        ("1", "png", "is of mode 1: read as RGB"),
+        ("P", "png", "is of mode P: read as RGB"),
+        ("RGBA", "png", "is of mode RGBA with transparency: shown on white"),
+        ("LA", "png", "is of mode LA with transparency: shown on white"),
+        ("P with transparency", "png", "is of mode P with transparency: shown on white"),
+        ("RGB with transparency", "png", "is of mode RGB with transparency: shown on white"),
+    ],
+)
+def test_a_frame_that_is_not_plain_rgb_is_remarked_upon_and_loads(tmp_path, mode, suffix, remark):
+    path = save_picture(tmp_path / f"frame.{suffix}", mode)
+    for decode in (False, True):
+        facts = check_image(path, decode=decode)
+        assert (facts.width, facts.height, facts.reason, facts.remark) == (32, 24, "", remark)
+    pixels = load_frame(path, Data(image_width=56, min_pixels=784))
+    if "transparency" in remark:
+        assert pixels[:, 0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "reason"),
+    [
+        ("CMYK", "jpg", "is of mode CMYK: save it as RGB"),
+        ("I;16", "png", "is of mode I;16 with more than 8 bits a channel: a depth image"),
+        ("I", "tiff", "is of mode I with more than 8 bits a channel: a depth image"),
+        ("F", "tiff", "is of mode F with more than 8 bits a channel: a depth image"),
+        ("RGB, 16 bits", "png", "is of mode RGB with more than 8 bits a channel: a depth image"),
+        ("LAB", "tiff", "is of mode LAB: save it as RGB"),
+    ],
+)
+def test_index_and_loading_refuse_the_same_files_for_the_same_reason(tmp_path, mode, suffix, reason):
+    path = tmp_path / f"frame.{suffix}"
+    if mode == "LAB":
+        Image.new("LAB", (32, 24)).save(path)
+    else:
+        save_picture(path, mode)
+    for decode in (False, True):
+        assert check_image(path, decode=decode).reason.startswith(reason)
+    with pytest.raises(TrainingFailed, match=re.escape(reason)):
+        load_frame(path, Data())
+
+
+def noisy(file_format: str) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, file_format)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("behind", [b"\0" * 20_000, b"x" * 20_000, b"\r\n", b"IEND\xaeB`\x82" + b"y" * 9_000])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_bytes_behind_the_end_of_an_image_are_no_part_of_it(tmp_path, file_format, behind):
+    path = tmp_path / "frame"
+    path.write_bytes(noisy(file_format) + behind)
+    assert [check_image(path, decode=decode).reason for decode in (False, True)] == ["", ""]
+    assert load_frame(path, Data()).shape == (3, 476, 644)
+
+
+@pytest.mark.parametrize("behind", [b"", b"\0" * 20_000])
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_a_cut_image_is_truncated_whatever_follows(tmp_path, file_format, share, behind):
+    path, whole = tmp_path / "frame", noisy(file_format)
+    path.write_bytes(whole[: int(len(whole) * share)] + behind)
+    assert check_image(path, decode=False).reason == "is truncated: the end of the image is missing"
+    with pytest.raises(TrainingFailed, match="is truncated: the end of the image is missing"):
+        load_frame(path, Data())
+
+
+def test_the_end_of_a_thumbnail_is_not_the_end_of_its_jpeg(tmp_path):
+    thumbnail = noisy("JPEG")
+    segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
+    whole = noisy("JPEG")
+    raw = whole[:2] + segment + whole[2:]
+    path = tmp_path / "frame.jpg"
+    path.write_bytes(raw + b"x" * 5_000)
+    assert check_image(path, decode=False).reason == ""
+    path.write_bytes(raw[: -len(whole) // 2])
+    assert check_image(path, decode=False).reason == "is truncated: the end of the image is missing"
+
+
+def test_equal_files_have_one_fingerprint_and_others_another(tmp_path):
+    paths = [tmp_path / name for name in ("a.png", "b.png", "c.jpg")]
+    for path, file_format in zip(paths, ("PNG", "PNG", "JPEG"), strict=True):
+        path.write_bytes(noisy(file_format))
+    first, second, third = (check_image(path, decode=False).fingerprint for path in paths)
+    assert first == second != third
+    assert 0 < first < 2**63

@@ -151,7 +151,8 @@ def test_one_rank_reads_and_the_others_open_what_it_wrote(tmp_path):
     keys: dict[str, Any] = {"seed": 0, "index_dir": tmp_path / "index"}
     builder = load_samples(data, **keys, share=Share(True, send))
     said: list[str] = []
-    other = load_samples(data, **keys, share=Share(False, lambda _: sent[0]), report=said.append)
+    received = iter(sent)
+    other = load_samples(data, **keys, share=Share(False, lambda _: next(received)), report=said.append)
     assert list(builder.train) == list(other.train)
     assert said == [], "nothing was read"
 

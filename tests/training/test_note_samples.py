@@ -11,14 +11,13 @@ from data_files import write_episodes
 from janus_cluster.config.schema import Data
 from janus_cluster.rundir import RunDir, read_json
 from janus_cluster.training.batches import note_samples
-from janus_cluster.training.data.index import load_samples
-from janus_cluster.training.data.table import SampleTable
+from janus_cluster.training.data.index import SampleSplit, load_samples
 
 pytestmark = pytest.mark.train
 
 
-def load(root: Path) -> SampleTable:
-    return load_samples(Data(roots=[str(root)], validation_fraction=0), seed=0).train
+def load(root: Path) -> SampleSplit:
+    return load_samples(Data(roots=[str(root)], validation_fraction=0), seed=0)
 
 
 def test_a_run_that_goes_on_with_other_samples_says_so(tmp_path: Path) -> None:
@@ -43,6 +42,6 @@ def test_a_run_that_begins_anew_may_have_other_samples(tmp_path: Path) -> None:
 
 def test_as_many_samples_of_another_cut_are_others(tmp_path: Path) -> None:
     first, second = (write_episodes(tmp_path / name, episodes=n, steps=s) for name, n, s in (("a", 3, 4), ("b", 4, 3)))
-    assert len(load(first)) == len(load(second)) == 12
-    assert load(first).fingerprint() != load(second).fingerprint()
-    assert load(first).fingerprint() == load(first).fingerprint()
+    assert len(load(first).train) == len(load(second).train) == 12
+    assert load(first).train.fingerprint() != load(second).train.fingerprint()
+    assert load(first).train.fingerprint() == load(first).train.fingerprint()

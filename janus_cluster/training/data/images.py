@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from janus_cluster.config.frames import frame_size
 from janus_cluster.config.schema import Data
 from janus_cluster.errors import TrainingFailed
+from janus_cluster.training.data.image_check import FrameError, read_frame
 
 WHITE = 255
 
@@ -59,17 +60,9 @@ def load_frame(path: Path, data: Data) -> NDArray[np.uint8]:
 
 
 def _decode(path: Path) -> Image.Image:
-    """RGB pixels; what is transparent becomes white."""
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                # Pillow would cut what is above 255: a depth image would train as a white one.
-                raise ValueError(f"mode {image.mode}: more than 8 bits of grey, which a depth image has, and no frame")
-            if image.mode == "RGBA":
-                background = Image.new("RGBA", image.size, (WHITE, WHITE, WHITE, WHITE))
-                return Image.alpha_composite(background, image).convert("RGB")
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return read_frame(path)
+    except (FrameError, OSError) as error:
         raise TrainingFailed(
             f"{path}: cannot be decoded ({error})",
             hint="replace the file; --set data.verify_images=decode finds all like it before training, for data.on_bad",

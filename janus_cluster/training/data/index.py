@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from janus_cluster.training.data.formats.registry import resolve_source
 from janus_cluster.training.data.formats.source import Source
 from janus_cluster.training.data.indexing import Share, load_stores
 from janus_cluster.training.data.samples import Problem
+from janus_cluster.training.data.split import EarlierSplit, HeldOut, hold_out
 from janus_cluster.training.data.store import Store
 from janus_cluster.training.data.table import Indices, SampleTable
 from janus_cluster.training.data.usable import judge_samples
@@ -27,12 +29,13 @@ PROBLEMS_SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleSplit:
-    """Samples by episode, and everything that could not be used. `num_bad` samples were lost by the problems, and
-    `absent` says for each root that lists trajectories without frames how many there are.
+    """Samples to train on and held out, and everything that could not be used. `num_bad` samples were lost by the
+    problems, and `absent` says for each root that lists trajectories without frames how many there are.
     """
 
     train: SampleTable
     held_out: SampleTable
+    split: HeldOut
     problems: tuple[Problem, ...]
     num_bad: int
     absent: tuple[str, ...] = ()
@@ -40,10 +43,10 @@ class SampleSplit:
     def describe(self) -> str:
         """Lines for a log: how many samples and episodes, and the first problems."""
         counts = ", ".join(
-            f"{name} {len(samples)} samples of {len(set(_episode_names(samples).values()))} episodes"
+            f"{name} {len(samples)} samples of {_count_episodes(samples)} episodes"
             for name, samples in (("training", self.train), ("held out", self.held_out))
         )
-        return "\n".join([counts, *self.absent, *_problem_lines(self.problems, self.num_bad)])
+        return "\n".join([counts, self.split.describe(), *self.absent, *problem_lines(self.problems, self.num_bad)])
 
 
 def load_samples(
@@ -55,8 +58,9 @@ def load_samples(
     share: Share | None = None,
     bad_data: Path | None = None,
     report: Callable[[str], None] | None = None,
+    earlier: EarlierSplit | None = None,
 ) -> SampleSplit:
-    """Every usable sample under `data.roots`, split by episode; the same on every rank.
+    """Every usable sample under `data.roots`, split by walk or as `earlier` says; the same on every rank.
 
     The index of each root is kept in `index_dir` (default: data.index_dir; without either nothing is kept). With
     `share` only one rank reads the data. `bad_data`: the file that lists whatever could not be used, written by the
@@ -70,37 +74,32 @@ def load_samples(
     if index_dir is None and data.index_dir is not None:
         index_dir = Path(data.index_dir)
     stores = load_stores(sources, index_dir=index_dir, share=share, report=report or (lambda _: None))
-    absent = [line for pair in zip(sources, stores, strict=True) if (line := _judge_absent(*pair, data))]
+    absent = [
+        judge_absent(
+            source,
+            [problem for problem in store.problems if problem.absent],
+            num_present=len(store.column("episode_name")),
+            data=data,
+        )
+        for source, store in zip(sources, stores, strict=True)
+    ]
     table, problems = _usable_table(stores, data, pad_history=pad_history)
     num_bad = sum(problem.lost for problem in problems)
     if bad_data is not None and (share is None or share.is_builder):
         write_bad_data(bad_data, problems)
     _apply_policy(table, problems, num_bad, data, listed=bad_data)
-    held_out = _held_out_mask(table, fraction=data.validation_fraction, seed=seed)
+    outcome: Any = None
+    if share is None or share.is_builder:
+        outcome = hold_out(table, fraction=data.validation_fraction, seed=seed, earlier=earlier)
+    mask, chosen = outcome if share is None else share.broadcast(outcome)
     return SampleSplit(
-        train=table.select(~held_out),
-        held_out=table.select(held_out),
+        train=table.select(~mask),
+        held_out=table.select(mask),
+        split=chosen,
         problems=tuple(problems),
         num_bad=num_bad,
-        absent=tuple(absent),
+        absent=tuple(filter(None, absent)),
     )
-
-
-def choose_held_out(episodes: Iterable[str], *, fraction: float, seed: int) -> frozenset[str]:
-    """Names of the held-out episodes: the share with the lowest hash of seed and name.
-
-    With a fraction above 0 and two episodes or more, at least one is held out and at least one is trained on. A new
-    episode moves few of the others from one side to the other.
-    """
-    names = sorted(set(episodes))
-    if fraction <= 0 or len(names) < 2:
-        return frozenset()
-    count = min(max(round(fraction * len(names)), 1), len(names) - 1)
-
-    def rank(name: str) -> bytes:
-        return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogateescape")).digest()
-
-    return frozenset(sorted(names, key=rank)[:count])
 
 
 def write_bad_data(path: Path, problems: Sequence[Problem]) -> None:
@@ -117,30 +116,28 @@ def write_bad_data(path: Path, problems: Sequence[Problem]) -> None:
     write_text_atomically(path, "".join(f"{line}\n" for line in lines))
 
 
-def _judge_absent(source: Source, store: Store, data: Data) -> str:
+def judge_absent(source: Source, absent: Sequence[Problem], *, num_present: int, data: Data) -> str:
     """A line on the trajectories that have no folder of frames, empty where all have one.
 
     Raises: UsageError if there are more than data.max_absent_fraction allows, or none has one.
     """
-    num_absent = sum(problem.absent for problem in store.problems)
-    if not num_absent:
+    if not absent:
         return ""
-    num_present = len(store.column("episode_name"))
-    total = num_absent + num_present
-    looked_in = source.images or source.path.parent
+    total = len(absent) + num_present
+    languages = Counter(problem.language for problem in absent if problem.language)
+    of_languages = ", ".join(f"{name} {count:,}" for name, count in languages.most_common())
     line = (
-        f"{source.path}: {num_absent:,} of {total:,} trajectories ({num_absent / total:.1%}) have no folder of frames "
-        f"under {looked_in}"
+        f"{source.path}: {len(absent):,} of {total:,} trajectories ({len(absent) / total:.1%}) have no folder of "
+        f"frames under {source.images or source.path.parent}{f' ({of_languages})' if languages else ''}"
     )
-    if num_present and num_absent <= data.max_absent_fraction * total:
+    if num_present and len(absent) <= data.max_absent_fraction * total:
         return f"{line}: not rendered, left out"
-    first = next(problem.path for problem in store.problems if problem.absent)
     hint = "name the folder that holds them: {path: …, images: …} in data.roots"
     if num_present:
         line += f", and data.max_absent_fraction is {data.max_absent_fraction:g}"
-        enough = math.ceil(100 * num_absent / total) / 100
-        hint += f"; or, if no more was rendered, --set data.max_absent_fraction={enough:.2f}"
-    raise UsageError(f"{line}\n  the first of them: {first}", hint=hint)
+        enough = math.ceil(100 * len(absent) / total) / 100
+        hint = f"if no more was rendered: --set data.max_absent_fraction={enough:.2f}; or {hint}"
+    raise UsageError(f"{line}\n  the first of them: {absent[0].path}", hint=hint)
 
 
 def _usable_table(stores: Sequence[Store], data: Data, *, pad_history: bool) -> tuple[SampleTable, list[Problem]]:
@@ -151,7 +148,7 @@ def _usable_table(stores: Sequence[Store], data: Data, *, pad_history: bool) -> 
         good, unusable = judge_samples(store, data, pad_history=pad_history)
         own = [*store.problems, *unusable]
         if not good.any():
-            raise _nothing_usable(root.path, own)
+            raise nothing_usable(root.path, own)
         rows.append(np.flatnonzero(good))
         roots.append(np.full(len(rows[-1]), number, dtype=np.int64))
         problems += own
@@ -165,18 +162,11 @@ def _usable_table(stores: Sequence[Store], data: Data, *, pad_history: bool) -> 
     return table, problems
 
 
-def _held_out_mask(table: SampleTable, *, fraction: float, seed: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """True where a sample's episode is held out. Episodes of one name are one episode, whatever root they are in."""
-    name_of = _episode_names(table)
-    chosen = choose_held_out(name_of.values(), fraction=fraction, seed=seed)
-    return np.isin(table.episode_numbers(), [number for number, name in name_of.items() if name in chosen])
-
-
-def _episode_names(table: SampleTable) -> dict[int, str]:
-    """The name of each of the table's episodes by its number; several numbers may have one name."""
+def _count_episodes(table: SampleTable) -> int:
+    """Episodes of one name in one root are one: a record may be a single sample."""
+    numbers: list[int] = np.unique(table.episode_numbers()).tolist()
     names = [store.episode_names() for store in table.stores]
-    present: list[int] = np.unique(table.episode_numbers()).tolist()
-    return {number: names[number >> 32][number & 0xFFFFFFFF] for number in present}
+    return len({(number >> 32, names[number >> 32][number & 0xFFFFFFFF]) for number in numbers})
 
 
 def _apply_policy(
@@ -194,10 +184,11 @@ def _apply_policy(
     else:
         return
     lines = [f"{num_bad} of {total} samples cannot be used ({num_bad / total:.2%}), and {policy}"]
-    raise UsageError("\n".join([*lines, *_problem_lines(problems, num_bad)]), hint=hint)
+    raise UsageError("\n".join([*lines, *problem_lines(problems, num_bad)]), hint=hint)
 
 
-def _problem_lines(problems: Sequence[Problem], num_bad: int) -> list[str]:
+def problem_lines(problems: Sequence[Problem], num_bad: int) -> list[str]:
+    """How many problems there are, and the first of them."""
     problems = [problem for problem in problems if not problem.absent]
     if not problems:
         return []
@@ -208,9 +199,10 @@ def _problem_lines(problems: Sequence[Problem], num_bad: int) -> list[str]:
     return lines
 
 
-def _nothing_usable(root: str, problems: Sequence[Problem]) -> UsageError:
+def nothing_usable(root: str, problems: Sequence[Problem]) -> UsageError:
+    """The error for a root of which no sample can be used."""
     lines = [f"no usable sample under {root}"]
-    lines += _problem_lines(problems, sum(p.lost for p in problems)) or ["there is nothing in it"]
+    lines += problem_lines(problems, sum(p.lost for p in problems)) or ["there is nothing in it"]
     return UsageError(
         "\n".join(lines),
         hint="docs/data.md shows every format; an episode folder holds milestones_result.json, step_0000_ACTION.png "

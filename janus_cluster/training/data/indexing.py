@@ -31,7 +31,7 @@ from janus_cluster.training.data.store import (
     write_store,
 )
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4  # raised where an index holds something else for the same data
 UNITS_PER_TASK = 256
 # A process more takes 0.4 s to start; about 500 episodes are read in that time.
 UNITS_PER_PROCESS = 1_000

@@ -48,7 +48,8 @@ class TargetPart:
 def render_user_parts(instruction: str, *, num_history: int, four_parts: bool = True) -> tuple[str, ...]:
     """The user's text cut at the images: image i stands between part i and part i + 1.
 
-    Asks for the four parts, or for the action alone as upstream does.
+    Asks for the four parts as the predecessor does, or for the action alone as upstream does: upstream removes the line
+    end behind an image.
     Returns: num_history + 2 parts; the ones between two history images are empty. Without history the first part runs
     on to the current image.
     """
@@ -56,9 +57,10 @@ def render_user_parts(instruction: str, *, num_history: int, four_parts: bool = 
     before_history = f"{ROLE}{line}This is your historical observation:"
     before_current = f"{line}This is your current observation:"
     after = f"{line}Your task is to {instruction}{line}{TASK if four_parts else ACTION_TASK}"
+    parts: tuple[str, ...] = (before_history, *[""] * (num_history - 1), before_current, after)
     if num_history == 0:
-        return (before_history + before_current, after)
-    return (before_history, *[""] * (num_history - 1), before_current, after)
+        parts = (before_history + before_current, after)
+    return parts if four_parts else _without_line_ends(parts)
 
 
 def render_prompt_parts(instruction: str, *, num_history: int, four_parts: bool = True) -> tuple[str, ...]:
@@ -74,10 +76,10 @@ def render_conversation(sample: Sample) -> tuple[str, ...]:
 def render_target_parts(sample: Sample) -> tuple[TargetPart, ...]:
     """The assistant's turn in stretches that tokenise apart as they do together: each begins after a line's end.
 
-    Four parts, or the plain action where the sample has no sub-instruction.
+    Four parts, or the plain action where the sample has no descriptions.
     """
     closing = TargetPart("<|im_end|>\n", Segment.ACTION, closing=True)
-    if not sample.subinstruction:
+    if not sample.has_four_parts:
         return (TargetPart(ACTIONS[sample.action], Segment.ACTION), closing)
     return (
         TargetPart(f"SUBINSTRUCTION: {sample.subinstruction}\n", Segment.SUBINSTRUCTION),
@@ -99,8 +101,13 @@ def sample_texts(samples: Iterable[Sample]) -> list[str]:
 
 def _user_parts(sample: Sample, *, num_history: int) -> tuple[str, ...]:
     if sample.user_parts is not None:
-        return sample.user_parts
-    return render_user_parts(sample.instruction, num_history=num_history, four_parts=bool(sample.subinstruction))
+        return _without_line_ends(sample.user_parts)
+    return render_user_parts(sample.instruction, num_history=num_history, four_parts=sample.has_four_parts)
+
+
+def _without_line_ends(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """The parts as upstream tokenises them: without the line end that follows an image."""
+    return (parts[0], *(part.removeprefix("\n") for part in parts[1:]))
 
 
 def _with_turns(user_parts: tuple[str, ...]) -> tuple[str, ...]:

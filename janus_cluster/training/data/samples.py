@@ -16,7 +16,7 @@ CONTROL_TEXT = re.compile(r"<\|[^|<>\s]+\|>")
 class Sample:
     """One decision: what was asked, what was seen (oldest first, current last), what was done.
 
-    An empty subinstruction or description is not part of the target. `user_parts` is the user's turn as the data set
+    Without descriptions the target is the plain action. `user_parts` is the user's turn as the data set
     wrote it, cut at the images (one part more than frames); without it the prompt is made of the instruction.
     """
 
@@ -29,6 +29,11 @@ class Sample:
     action: int
     frames: tuple[Path, ...]
     user_parts: tuple[str, ...] | None = None
+
+    @property
+    def has_four_parts(self) -> bool:
+        """Whether the target is the four parts; of them the sub-instruction may be empty."""
+        return bool(self.description_2d)
 
     def without_oldest_frame(self) -> Sample:
         """The sample with one frame of history less. Raises: ValueError if it shows the current frame only."""
@@ -44,13 +49,15 @@ class Sample:
 class Problem:
     """A file, folder or record that could not be used, why, and how many samples were lost by it.
 
-    `absent`: a trajectory that was never rendered. It is no fault of the data, and nothing is lost by it.
+    `absent`: a trajectory that was never rendered. It is no fault of the data, and nothing is lost by it. `language` is
+    that of its instruction, where the data set names it.
     """
 
     path: Path
     reason: str
     lost: int = 0
     absent: bool = False
+    language: str = ""
 
     def __str__(self) -> str:
         # Names on disk may be bytes of any encoding, which a log in UTF-8 would refuse to print.

@@ -4,9 +4,10 @@ Samples point into sequences of frames, so the index holds no history: how much 
 is asked for. 600,000 samples are about 300 MB on disk, shared by all processes of a node.
 
 text      text_offsets [T+1], text_blob [bytes]                      -1 stands for no text
-images    image_folder, image_name [I] (texts), image_width, image_height, image_reason [I] (text; -1: can be used)
+images    image_folder, image_name [I] (texts), image_width, image_height, image_fingerprint [I],
+          image_reason [I] (text; -1: can be used)
 sequences sequence_offsets [Q+1], sequence_images [...]
-episodes  episode_name [E]
+episodes  episode_name [E] (text), episode_keys [E] (text: what else names its walk, one a line; see walks.py)
 watched   [W] (texts): folders, and frames that cannot be used, whose change is a change of the data set
 samples   sample_id, sample_instruction, sample_subinstruction, sample_2d, sample_3d, sample_conversation [N] (texts),
           sample_episode, sample_sequence, sample_position, sample_action [N]
@@ -20,6 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,9 +39,11 @@ POINTS_TO = {
     "image_name": "text",
     "image_width": None,
     "image_height": None,
+    "image_fingerprint": None,
     "image_reason": "text",
     "sequence_images": "image",
     "episode_name": "text",
+    "episode_keys": "text",
     "sample_id": "text",
     "sample_instruction": "text",
     "sample_subinstruction": "text",
@@ -53,6 +57,11 @@ POINTS_TO = {
     "watched": "text",
 }
 OFFSETS = ("text_offsets", "sequence_offsets")
+WIDE = frozenset({"image_fingerprint"})  # 64 bits; the others are 32
+
+
+def _number_type(column: str) -> type[np.int32] | type[np.int64]:
+    return np.int64 if column in WIDE else np.int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +83,16 @@ class Collector:
     _columns: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in POINTS_TO})
     _watched: set[int] = field(default_factory=set)
     _sequence_ends: list[int] = field(default_factory=lambda: [0])
+    # (folder, remark) -> the first frame it is true of, and how many there are
+    _remarks: dict[tuple[Path, str], tuple[Path, int]] = field(default_factory=dict)
 
     def problem(self, path: Path, reason: str, *, lost: int = 0) -> None:
         """Something that cannot be used, and the number of samples that are lost by it, is listed."""
         self.problems.append(Problem(path, reason, lost))
 
-    def absent(self, folder: Path, reason: str) -> None:
+    def absent(self, folder: Path, reason: str, *, language: str = "") -> None:
         """A trajectory that has no folder is listed; no sample is lost by it."""
-        self.problems.append(Problem(folder, reason, absent=True))
+        self.problems.append(Problem(folder, reason, absent=True, language=language))
 
     def watch(self, path: Path) -> None:
         """A change of this folder or file is a change of the data set, whether it is there now or not."""
@@ -96,8 +107,9 @@ class Collector:
         self._sequence_ends.append(len(self._columns["sequence_images"]))
         return len(self._sequence_ends) - 2
 
-    def episode(self, name: str) -> int:
-        """Number of a new episode; a name that came before is the same episode for the split."""
+    def episode(self, name: str, keys: Sequence[str] = ()) -> int:
+        """Number of a new episode. Episodes that share a key are of one walk, whatever their names (walks.py)."""
+        self._columns["episode_keys"].append(self._text("\n".join(keys)))
         return self._append("episode_name", self._text(name))
 
     def sample(
@@ -125,12 +137,16 @@ class Collector:
         """Everything that was collected."""
         blobs = [text.encode("utf-8", "surrogateescape") for text in self._texts]
         arrays: dict[str, NDArray[np.generic]] = {
-            name: np.array(values, dtype=np.int32) for name, values in self._columns.items()
+            name: np.array(values, dtype=_number_type(name)) for name, values in self._columns.items()
         }
         arrays["text_offsets"] = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
         arrays["text_blob"] = np.frombuffer(b"".join(blobs), dtype=np.uint8)
         arrays["sequence_offsets"] = np.array(self._sequence_ends, dtype=np.int64)
-        return Columns(arrays, self.problems)
+        remarks = [
+            Problem(first, remark + (f" (so are {count - 1} more frames of this folder)" if count > 1 else ""))
+            for (_, remark), (first, count) in self._remarks.items()
+        ]
+        return Columns(arrays, [*self.problems, *remarks])
 
     def _append(self, column: str, value: int) -> int:
         self._columns[column].append(value)
@@ -148,11 +164,15 @@ class Collector:
         if facts.reason:
             self.problem(path, facts.reason)
             self.watch(path)  # mended in place or made readable, it leaves its folder's time as it was
+        elif facts.remark:
+            first, count = self._remarks.get((path.parent, facts.remark), (path, 0))
+            self._remarks[path.parent, facts.remark] = (first, count + 1)
         self.watch(path.parent)
         self._append("image_folder", self._text(str(path.parent)))
         self._append("image_name", self._text(path.name))
         self._append("image_width", min(facts.width, 2**31 - 1))
         self._append("image_height", min(facts.height, 2**31 - 1))
+        self._append("image_fingerprint", facts.fingerprint)
         self._images[name] = self._append("image_reason", self._text(facts.reason))
         return self._images[name]
 
@@ -164,9 +184,9 @@ def merge_columns(parts: Sequence[Columns]) -> Columns:
     for part in parts:
         arrays = part.arrays
         for name, table in POINTS_TO.items():
-            values = arrays[name].astype(np.int32, copy=False)
+            values: NDArray[np.integer[Any]] = arrays[name].astype(_number_type(name), copy=False)
             shift = bases[table] if table else 0
-            merged[name].append(np.where(values >= 0, values + shift, values).astype(np.int32) if shift else values)
+            merged[name].append(np.where(values >= 0, values + shift, values).astype(values.dtype) if shift else values)
         merged["text_blob"].append(arrays["text_blob"])
         for name, table in (("text_offsets", "text_blob"), ("sequence_offsets", "sequence_images")):
             merged[name].append(arrays[name][:-1].astype(np.int64) + bases[table])
@@ -227,6 +247,11 @@ class Store:
         """The name of every episode, by number."""
         return [self.text(int(number)) for number in self._arrays["episode_name"]]
 
+    def episode_keys(self) -> list[list[str]]:
+        """The keys of every episode, by number."""
+        texts = [self.text(int(number)) for number in self._arrays["episode_keys"]]
+        return [text.split("\n") if text else [] for text in texts]
+
 
 def write_store(columns: Columns, folder: Path) -> None:
     """`folder` holds the columns, whole or not at all; one that another process wrote meanwhile is as good."""
@@ -235,7 +260,7 @@ def write_store(columns: Columns, folder: Path) -> None:
     try:
         for name, values in columns.arrays.items():
             np.save(building / f"{name}.npy", values, allow_pickle=False)
-        lines = (json.dumps([str(p.path), p.reason, p.lost, p.absent]) for p in columns.problems)
+        lines = (json.dumps([str(p.path), p.reason, p.lost, p.absent, p.language]) for p in columns.problems)
         (building / "problems.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         write_json_atomically(building / "complete.json", {"samples": len(columns.arrays["sample_id"])})
         # Whoever shares data.index_dir may read it, whatever the umask of the one who came first.

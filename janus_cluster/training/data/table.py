@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +96,42 @@ def shown_images(store: Store, rows: Indices, *, max_history: int, pad: bool) ->
     starts = store.column("sequence_offsets")[store.column("sample_sequence")[rows]].astype(np.int64)
     images = store.column("sequence_images")[np.where(steps < 0, 0, starts[:, None] + steps)].astype(np.int64)
     return np.where(steps < 0, -1, images)
+
+
+class GroupFrames(NamedTuple):
+    """Frames of groups of samples, each frame of a group once: its group and its fingerprint. Shapes: [P].
+
+    `repeated`: fingerprints that different files of one sequence have.
+    """
+
+    group: Indices
+    fingerprint: Indices
+    repeated: Indices
+
+
+def group_frames(store: Store, rows: Indices, group: Indices) -> GroupFrames:
+    """The frames in the sequences of these samples of one index; `group` [rows] numbers each sample's group."""
+    sequence, group = unique_pairs(store.column("sample_sequence")[rows].astype(np.int64), group)
+    offsets = store.column("sequence_offsets").astype(np.int64)
+    lengths = offsets[sequence + 1] - offsets[sequence]
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    images = store.column("sequence_images")[np.repeat(offsets[sequence], lengths) + within].astype(np.int64)
+    fingerprints = store.column("image_fingerprint").astype(np.int64)
+    of_sequence, shown = unique_pairs(np.repeat(sequence, lengths), images)
+    order = np.lexsort((fingerprints[shown], of_sequence))
+    content, of_sequence = fingerprints[shown][order], of_sequence[order]
+    is_twice = (content[1:] == content[:-1]) & (of_sequence[1:] == of_sequence[:-1])
+    of_group, images = unique_pairs(np.repeat(group, lengths), images)
+    return GroupFrames(of_group, fingerprints[images], np.unique(content[1:][is_twice]))
+
+
+def unique_pairs(first: Indices, second: Indices) -> tuple[Indices, Indices]:
+    """The distinct pairs, ordered by `first` and then by `second`. Shapes: [N], [N]."""
+    order = np.lexsort((second, first))
+    first, second = first[order], second[order]
+    is_new = np.ones(len(first), dtype=np.bool_)
+    is_new[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
+    return first[is_new], second[is_new]
 
 
 def blocks(rows: Indices) -> Iterator[slice]:

@@ -4,4 +4,6 @@ registry.py      which format lies at a path          source.py     a root as th
 episodes.py      folders of episode folders           records.py    files with a list of records: json, jsonl, gz
 json_samples.py  a record is a sample, four texts     annotation.py a record is a conversation
 trajectories.py  a record is an episode, its frames lie in a folder of their own
+walks.py         what names the walk of an episode, for the split
+layout.py        what lies in a folder that holds no episodes
 """

@@ -3,14 +3,15 @@
     {"id", "conversations": [{"from": "human", "value": "...<image>..."}, {"from": "gpt", "value": "MOVE_FORWARD"}],
      "images": [..., current]}
 
-The prompt is the conversation's own. The target is the plain action, or the four parts where the answer has them.
+The prompt is the conversation's own, without the line end behind an image, as upstream tokenises it. The target is the
+plain action, or the four parts where the answer has them.
 """
 
 from __future__ import annotations
 
 import re
 
-from janus_cluster.training.data.formats.json_samples import episode_name, record_images, record_name
+from janus_cluster.training.data.formats.json_samples import record_episode, record_images, record_name
 from janus_cluster.training.data.formats.source import BadUnitError, Record, Source
 from janus_cluster.training.data.samples import ACTIONS, judge_text, parse_action
 from janus_cluster.training.data.store import Collector
@@ -38,7 +39,7 @@ def read_record(source: Source, record: Record, label: str, collector: Collector
     name = record_name(record, label)
     collector.sample(
         id=name,
-        episode=collector.episode(episode_name(record, name, images[-1])),
+        episode=record_episode(record, name, images[-1], collector),
         instruction="",
         action=action,
         sequence=collector.sequence(images),
@@ -68,8 +69,8 @@ def _parse_answer(answer: str) -> tuple[tuple[str, str, str], int]:
     """The three texts (empty where the answer is the action alone) and the action."""
     match = FOUR_PARTS.fullmatch(answer)
     texts = ("", "", "") if match is None else (match[1].strip(), match[2].strip(), match[3].strip())
-    if match is not None and not all(texts):
-        raise BadUnitError("the answer leaves one of its four parts empty")
+    if match is not None and not all(texts[1:]):
+        raise BadUnitError("the answer leaves a description empty")
     action = parse_action(answer if match is None else match[4])
     if action is None:
         shown = (answer if match is None else match[4]).strip()[:60]

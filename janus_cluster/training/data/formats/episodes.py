@@ -4,8 +4,8 @@
     <root>/<episode>/step_0006_TURN_LEFT.png  one frame and the action taken there (png, jpg or jpeg)
     <root>/<episode>/step_0006_TURN_LEFT.json {"landmark_description", "spatial_description"}
 
-A frame without descriptions or with an unknown action makes no sample of its own, but later frames still show it as
-history.
+An episode without sub-instructions is trained on with an empty SUBINSTRUCTION line, as by the predecessor. A frame
+without descriptions or with an unknown action makes no sample of its own, but later frames still show it as history.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from janus_cluster.errors import UsageError
 from janus_cluster.training.data.formats.source import (
+    ODD_SUFFIX,
     BadUnitError,
     Record,
     Source,
+    has_odd_suffix,
     load_json_object,
 )
+from janus_cluster.training.data.formats.walks import walk_keys
 from janus_cluster.training.data.samples import ACTIONS, judge_text, parse_action
 from janus_cluster.training.data.store import Collector
 
@@ -40,9 +44,12 @@ class Milestones:
     instruction: str
     subinstructions: tuple[str, ...]
     checkpoints: tuple[int, ...]
+    walk_keys: tuple[str, ...] = ()
 
     def subinstruction_at(self, step_number: int) -> str:
-        """The sub-instruction of a frame: the one after the last checkpoint that lies before it."""
+        """The sub-instruction of a frame: the one after the last checkpoint that lies before it; empty without any."""
+        if not self.subinstructions:
+            return ""
         return self.subinstructions[min(bisect_left(self.checkpoints, step_number), len(self.subinstructions) - 1)]
 
 
@@ -66,7 +73,7 @@ class EpisodeFolders:
         try:
             frames = _list_frames(folder, collector)
             try:
-                milestones = _load_milestones(folder / MILESTONES_NAME, collector)
+                milestones = _load_milestones(folder / MILESTONES_NAME, unit, collector)
             except BadUnitError as error:
                 collector.problem(folder / MILESTONES_NAME, str(error), lost=max(1, len(frames)))
                 return
@@ -81,7 +88,7 @@ class EpisodeFolders:
 def _add_steps(
     name: str, frames: Sequence[tuple[int, Path, str]], milestones: Milestones, collector: Collector
 ) -> None:
-    episode = collector.episode(name)
+    episode = collector.episode(name, milestones.walk_keys)
     sequence = collector.sequence([image for _, image, _ in frames])
     for position, (number, image, action_name) in enumerate(frames):
         described = image.with_suffix(".json")
@@ -106,21 +113,22 @@ def _add_steps(
         )
 
 
-def _load_milestones(path: Path, collector: Collector) -> Milestones:
+def _load_milestones(path: Path, name: str, collector: Collector) -> Milestones:
     raw = load_json_object(path)
     instruction = raw.get("instruction_text")
-    parts = raw.get("subinstructions")
+    parts = raw.get("subinstructions") or []
     if not isinstance(instruction, str) or not instruction.strip():
         raise BadUnitError("instruction_text is missing or empty")
-    if not isinstance(parts, list) or not parts or not all(isinstance(p, str) and p.strip() for p in parts):
-        raise BadUnitError("subinstructions must be a list of one or more texts")
+    if not isinstance(parts, list) or not all(isinstance(p, str) and p.strip() for p in parts):
+        raise BadUnitError("subinstructions must be a list of texts")
     if reason := judge_text(instruction, *parts):
         raise BadUnitError(reason)
     checkpoints = _parse_checkpoints(raw.get("completion_checkpoints", []), path, collector)
     if len(parts) > len(checkpoints) + 1:
         counts = f"{len(parts)} subinstructions but {len(checkpoints)} checkpoints"
         collector.problem(path, f"{counts}: the last {len(parts) - len(checkpoints) - 1} cover no frame")
-    return Milestones(instruction.strip(), tuple(p.strip() for p in parts), checkpoints)
+    keys = walk_keys(raw, names=(name,))
+    return Milestones(instruction.strip(), tuple(p.strip() for p in parts), checkpoints, tuple(keys))
 
 
 def _parse_checkpoints(raw: object, path: Path, collector: Collector) -> tuple[int, ...]:
@@ -148,14 +156,19 @@ def _list_frames(folder: Path, collector: Collector) -> list[tuple[int, Path, st
     for name in names:
         match = FRAME_NAME.match(name)
         if match is None:
-            if name.startswith("step_") and name.lower().endswith(IMAGE_SUFFIXES):
+            if has_odd_suffix(name, FRAME_NAME):
+                collector.problem(folder / name, ODD_SUFFIX, lost=1)
+            elif name.startswith("step_") and name.lower().endswith(IMAGE_SUFFIXES):
                 collector.problem(folder / name, "is no step_<number>_<ACTION>.png|jpg|jpeg", lost=1)
             continue
         number = int(match[1])
         if number in frames:
             raise BadUnitError(f"{frames[number][0].name} and {name} are both step {number}")
         frames[number] = (folder / name, match[2])
-    return [(number, *frames[number]) for number in sorted(frames)]
+    numbers = sorted(frames)
+    if gap := next((n + 1 for n, following in pairwise(numbers) if following != n + 1), None):
+        collector.problem(folder, f"step {gap} is missing between steps {numbers[0]} and {numbers[-1]}")
+    return [(number, *frames[number]) for number in numbers]
 
 
 def _descriptions(raw: Record) -> tuple[str, str]:

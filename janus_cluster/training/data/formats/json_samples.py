@@ -13,10 +13,12 @@ from janus_cluster.training.data.formats.source import (
     BadUnitError,
     Record,
     Source,
+    find_text,
     first_text,
     parse_image_paths,
     parse_name,
 )
+from janus_cluster.training.data.formats.walks import folder_names, walk_keys
 from janus_cluster.training.data.samples import ACTIONS, parse_action
 from janus_cluster.training.data.store import Collector
 
@@ -38,12 +40,12 @@ def read_record(source: Source, record: Record, label: str, collector: Collector
     """The record is one sample. Raises: BadUnitError."""
     images = record_images(source, record)
     instruction = first_text(record, *INSTRUCTION_NAMES)
-    texts = [first_text(record, *names) for names in (SUBINSTRUCTION_NAMES, NAMES_2D, NAMES_3D)]
+    texts = [_subinstruction(record), first_text(record, *NAMES_2D), first_text(record, *NAMES_3D)]
     action = _parse_record_action(record)
     name = record_name(record, label)
     collector.sample(
         id=name,
-        episode=collector.episode(episode_name(record, name, images[-1])),
+        episode=record_episode(record, name, images[-1], collector),
         instruction=instruction,
         action=action,
         sequence=collector.sequence(images),
@@ -78,12 +80,21 @@ def record_name(record: Record, label: str) -> str:
     return name
 
 
-def episode_name(record: Record, name: str, current: Path) -> str:
-    """The record's episode, for the split: its own field, what stands in its id before the last /, or its folder."""
-    for field in EPISODE_NAMES:
-        if found := parse_name(record.get(field)):
-            return found
-    return name.rpartition("/")[0] or str(current.parent)
+def record_episode(record: Record, name: str, current: Path, collector: Collector) -> int:
+    """The record's episode: its own field, what stands in its id before the last /, or its folder."""
+    own = next((found for field in EPISODE_NAMES if (found := parse_name(record.get(field)))), None)
+    episode = own or name.rpartition("/")[0] or str(current.parent)
+    return collector.episode(episode, walk_keys(record, names=(episode, *folder_names(current))))
+
+
+def _subinstruction(record: Record) -> str:
+    """The field must be there, but may be an empty text: so are those of episodes without milestones."""
+    text = find_text(record, *SUBINSTRUCTION_NAMES)
+    return (
+        text
+        if any(record.get(name) == "" for name in SUBINSTRUCTION_NAMES)
+        else first_text(record, *SUBINSTRUCTION_NAMES)
+    )
 
 
 def _parse_record_action(record: Record) -> int:

@@ -72,9 +72,13 @@ class RecordFile:
                 raise BadUnitError(record.reason)
             if not isinstance(record, Mapping):
                 raise BadUnitError(f"is a {type(record).__name__}, expected an object")
-            _kind_of(record, source.format).read(source, record, label, collector)
+            kind_of(record, source.format).read(source, record, label, collector)
         except AbsentError as error:
-            collector.absent(error.folder, f"is absent: record {number} of {source.path} has no folder of frames")
+            collector.absent(
+                error.folder,
+                f"is absent: record {number} of {source.path} has no folder of frames",
+                language=trajectories.language_of(record),
+            )
         except (BadUnitError, OSError) as error:
             collector.problem(source.path, f"record {number}: {error}", lost=1)
 
@@ -85,7 +89,8 @@ class BrokenLine(NamedTuple):
     reason: str
 
 
-def _kind_of(record: Record, wanted: str) -> Kind:
+def kind_of(record: Record, wanted: str) -> Kind:
+    """The kind of a record, of those that a root's `format` allows. Raises: BadUnitError."""
     for kind in KINDS:
         if wanted in ("auto", kind.name) and kind.claims(record):
             return kind

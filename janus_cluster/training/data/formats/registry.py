@@ -6,7 +6,8 @@ from pathlib import Path
 
 from janus_cluster.config.schema import Root
 from janus_cluster.errors import UsageError
-from janus_cluster.training.data.formats.episodes import EpisodeFolders
+from janus_cluster.training.data.formats.episodes import MILESTONES_NAME, EpisodeFolders
+from janus_cluster.training.data.formats.layout import RECORD_SUFFIXES, require_episodes
 from janus_cluster.training.data.formats.records import RecordFile
 from janus_cluster.training.data.formats.source import Format, Source
 
@@ -19,9 +20,6 @@ FORMATS: dict[str, Format] = {
 }
 # The files that make a folder a data set of records, in this order.
 RECORD_FILES = ("annotations.json", "train.json.gz", "train_guide.json.gz", "train.json")
-RECORD_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-
-SEE_DOCS = "docs/data.md shows every format"
 
 
 def resolve_source(root: Root, *, decode_images: bool) -> Source:
@@ -41,6 +39,8 @@ def resolve_source(root: Root, *, decode_images: bool) -> Source:
     if path.is_dir():
         record_file = next((path / name for name in RECORD_FILES if (path / name).is_file()), None)
         if kind == "episodes" or record_file is None:
+            if not (path / MILESTONES_NAME).is_file():
+                require_episodes(path)
             _refuse_kind(path, kind, allowed=("auto", "episodes"), found=f"no {', '.join(RECORD_FILES)} in it")
             return Source(path=path, format="episodes", decode_images=decode_images)
         path = record_file

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from janus_cluster.training.data.samples import judge_text
 from janus_cluster.training.data.store import Collector
 
 Record = Mapping[str, Any]
+
+PICTURE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "gif", "tif", "tiff", "ppm", "avif"})
+ODD_SUFFIX = "has an odd suffix: frames end in .png, .jpg or .jpeg, in small letters"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +117,12 @@ def parse_image_paths(value: object, root: Path) -> list[Path]:
         if not isinstance(name, str) or not name.strip() or "\0" in name or judge_text(name):
             raise BadUnitError(f"images[{position}] is no path")
     return [root / name for name in names]
+
+
+def has_odd_suffix(name: str, pattern: re.Pattern[str]) -> bool:
+    """Whether a file would be a frame of this pattern, were it named .png, .jpg or .jpeg: FRAME.JPG, FRAME.webp."""
+    stem, _, suffix = name.rpartition(".")
+    return suffix.lower() in PICTURE_SUFFIXES and pattern.match(f"{stem}.png") is not None and not pattern.match(name)
 
 
 def file_stamp(path: Path) -> str:

@@ -5,6 +5,7 @@ R2R, RxR   {"episodes": [{"episode_id": 1, "instruction": {"instruction_text": "
 ScaleVLN,  [{"id", "video": "images/NAME", "instructions": ["..."], "actions": [-1, 1, 2]}]  in annotations.json
 DAgger     <images>/NAME/rgb/000.jpg       the action of frame i is actions[i + 1], or STOP behind their end
 
+"actions" must leave no doubt which frame each belongs to: they begin with -1, no frame is missing, STOP is the last.
 An annotation lists what was recorded, which is often more than was rendered: a trajectory without any folder is absent,
 which is no fault. There are no descriptions: the target is the plain action, asked for as upstream asks.
 """
@@ -14,17 +15,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from janus_cluster.training.data.formats.source import (
+    ODD_SUFFIX,
     AbsentError,
     BadUnitError,
     Record,
     Source,
     first_text,
+    has_odd_suffix,
     parse_name,
 )
+from janus_cluster.training.data.formats.walks import dataset_of, walk_keys
 from janus_cluster.training.data.samples import ACTIONS, judge_text, parse_action
 from janus_cluster.training.data.store import Collector
 
@@ -32,6 +35,7 @@ from janus_cluster.training.data.store import Collector
 NAMED_FRAME = re.compile(r"^(?:[A-Za-z]+_)?(\d+)_([A-Za-z_]+)\.(?:png|jpg|jpeg)$", re.ASCII)
 PLAIN_FRAME = re.compile(r"^\D*(\d+)\.(?:png|jpg|jpeg)$", re.ASCII)
 FIRST_STEP = -1  # what stands before the first action of "actions"
+STOP = ACTIONS.index("STOP")
 
 
 def claims(record: Record) -> bool:
@@ -52,24 +56,46 @@ def read_record(source: Source, record: Record, label: str, collector: Collector
 def _read_video(source: Source, record: Record, label: str, collector: Collector) -> None:
     folder = _video_folder(source, record, collector)
     instruction = first_text(record, "instructions", "instruction")
-    actions = record["actions"]
+    frames = _list_frames(folder, PLAIN_FRAME, collector)
+    taken = _actions_of_frames(record["actions"], frames)
+    name = parse_name(record.get("id")) or label
+    video = str(record["video"])
+    # One video may have several annotations with ids of their own; for the split they are one episode.
+    number = collector.episode(video, walk_keys(record, names=(PurePosixPath(video).name,)))
+    _add_frames(collector, name=name, episode=number, instruction=instruction, frames=frames, actions=taken)
+
+
+def _actions_of_frames(actions: object, frames: Sequence[Path]) -> list[object]:
+    """The action of each frame. Raises: BadUnitError where it could be another frame's."""
     if not isinstance(actions, list) or not all(isinstance(a, int) and not isinstance(a, bool) for a in actions):
         raise BadUnitError("actions must be a list of whole numbers")
-    frames = _list_frames(folder, PLAIN_FRAME)
+    counts = f"{len(actions)} actions, {len(frames)} frames in {frames[0].parent}"
+    if not actions or actions[0] != FIRST_STEP:
+        shown = f"actions[0] = {actions[0]}" if actions else "none"
+        raise BadUnitError(
+            f"actions do not begin with {FIRST_STEP} ({counts}, {shown}): actions[i + 1] belongs to frame i, so put "
+            f"{FIRST_STEP} before the first"
+        )
+    if FIRST_STEP in actions[1:]:
+        raise BadUnitError(
+            f"actions[{actions.index(FIRST_STEP, 1)}] is {FIRST_STEP}, which stands first only ({counts})"
+        )
     if len(actions) < len(frames):
-        raise BadUnitError(f"{len(actions)} actions but {len(frames)} frames in {folder}")
-    if len(actions) > len(frames) and (gap := _first_gap(frames)) is not None:
-        raise BadUnitError(f"frame {gap} is missing in {folder}: the actions after it are of other frames")
-    name = parse_name(record.get("id")) or label
-    taken: list[object] = [*actions[1:], ACTIONS.index("STOP")][: len(frames)]
-    # One video may have several annotations with ids of their own; for the split they are one episode.
-    _add_frames(
-        collector, name=name, episode=str(record["video"]), instruction=instruction, frames=frames, actions=taken
-    )
+        raise BadUnitError(f"{len(actions)} actions but {len(frames)} frames in {frames[0].parent}")
+    # Frames that are numbered from 1 may as well have lost frame 0; as many actions as frames tell which.
+    num_actions = len(actions) - (actions[-1] == STOP)
+    first = 1 if _number(frames[0]) == 1 and num_actions == len(frames) else 0
+    if (gap := _first_gap(frames, first)) is not None:
+        raise BadUnitError(f"frame {gap} is missing in {frames[0].parent}: the actions after it are of other frames")
+    taken = [*actions[1:], STOP][: len(frames)]
+    if STOP in taken[:-1]:
+        at = taken.index(STOP)
+        raise BadUnitError(f"actions[{at + 1}] is STOP, but {len(frames) - 1 - at} frames follow ({counts})")
+    return taken
 
 
 def _read_named_frames(source: Source, record: Record, collector: Collector) -> None:
-    name, folder = _episode_folder(source, record)
+    name, folder = episode_folder(source, record)
     collector.watch(folder)
     if not _is_there(folder):
         raise AbsentError(folder)
@@ -77,22 +103,27 @@ def _read_named_frames(source: Source, record: Record, collector: Collector) -> 
     if not isinstance(instruction, Mapping):
         raise BadUnitError("instruction holds no instruction_text")
     text = first_text(instruction, "instruction_text")
-    frames = _list_frames(folder, NAMED_FRAME)
+    frames = _list_frames(folder, NAMED_FRAME, collector)
+    if (gap := _first_gap(frames, _number(frames[0]))) is not None:
+        # Each action is in its frame's name, so none moves; but the history jumps there.
+        collector.problem(folder, f"frame {gap} is missing between {frames[0].name} and {frames[-1].name}")
     actions = [match[2] for match in map(NAMED_FRAME.match, (frame.name for frame in frames)) if match]
-    _add_frames(collector, name=name, episode=name, instruction=text, frames=frames, actions=actions)
+    keys = walk_keys(record, names=(name,), dataset=dataset_of(source.path, record))
+    _add_frames(
+        collector, name=name, episode=collector.episode(name, keys), instruction=text, frames=frames, actions=actions
+    )
 
 
 def _add_frames(
     collector: Collector,
     *,
     name: str,
-    episode: str,
+    episode: int,
     instruction: str,
     frames: Sequence[Path],
     actions: Sequence[object],
 ) -> None:
     sequence = collector.sequence(frames)
-    number = collector.episode(episode)
     for position, (frame, raw) in enumerate(zip(frames, actions, strict=True)):
         action = parse_action(raw)
         if action is None:
@@ -100,7 +131,7 @@ def _add_frames(
             continue
         collector.sample(
             id=f"{name}/{frame.name}",
-            episode=number,
+            episode=episode,
             instruction=instruction,
             action=action,
             sequence=sequence,
@@ -108,12 +139,14 @@ def _add_frames(
         )
 
 
-def _first_gap(frames: Sequence[Path]) -> int | None:
-    """The first number that is missing before or between the frames' numbers, which begin at 0 or 1."""
-    numbers = [int(match[1]) for match in map(PLAIN_FRAME.match, (frame.name for frame in frames)) if match]
-    if numbers[0] > 1:
-        return 0
-    return next((n + 1 for n, following in pairwise(numbers) if following != n + 1), None)
+def _number(frame: Path) -> int:
+    match = NAMED_FRAME.match(frame.name) or PLAIN_FRAME.match(frame.name)
+    return int(match[1]) if match else 0
+
+
+def _first_gap(frames: Sequence[Path], first: int) -> int | None:
+    """The first number that is missing among the frames' numbers, which should run from `first` on."""
+    return next((wanted for wanted, frame in enumerate(frames, first) if _number(frame) != wanted), None)
 
 
 def _video_folder(source: Source, record: Record, collector: Collector) -> Path:
@@ -121,11 +154,7 @@ def _video_folder(source: Source, record: Record, collector: Collector) -> Path:
 
     Raises: BadUnitError, AbsentError if there is neither.
     """
-    video = record["video"]
-    if not isinstance(video, str) or not PurePosixPath(video).name or "\0" in video or judge_text(video):
-        raise BadUnitError("video is no path")
-    root = source.images or source.path.parent
-    places = (root / video, root / PurePosixPath(video).name)
+    places = video_places(source, record)
     for place in places:
         if _is_there(place):
             collector.watch(place / "rgb")
@@ -135,7 +164,29 @@ def _video_folder(source: Source, record: Record, collector: Collector) -> Path:
     raise AbsentError(places[0])
 
 
-def _episode_folder(source: Source, record: Record) -> tuple[str, Path]:
+def video_places(source: Source, record: Record) -> tuple[Path, ...]:
+    """Where the folder of a record's video may lie. Raises: BadUnitError."""
+    video = record["video"]
+    if not isinstance(video, str) or not PurePosixPath(video).name or "\0" in video or judge_text(video):
+        raise BadUnitError("video is no path")
+    root = source.images or source.path.parent
+    return root / video, root / PurePosixPath(video).name
+
+
+def language_of(record: Record) -> str:
+    """The language of an instruction, as RxR names it; empty where nothing does."""
+    instruction = record.get("instruction")
+    language = instruction.get("language") if isinstance(instruction, Mapping) else None
+    return language if isinstance(language, str) and judge_text(language) is None else ""
+
+
+def folders_of(source: Source, record: Record) -> tuple[Path, ...]:
+    """Where the frames of a record's episode may lie; the first that is there holds them. Raises: BadUnitError."""
+    return video_places(source, record) if "video" in record else (episode_folder(source, record)[1],)
+
+
+def episode_folder(source: Source, record: Record) -> tuple[str, Path]:
+    """The name of a record's episode, and where its folder of frames lies. Raises: BadUnitError."""
     name = parse_name(record.get("episode_id"))
     if name is None or "/" in name or "\0" in name or name in (".", ".."):
         raise BadUnitError("episode_id is no name")
@@ -151,7 +202,7 @@ def _is_there(folder: Path) -> bool:
     return True
 
 
-def _list_frames(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+def _list_frames(folder: Path, pattern: re.Pattern[str], collector: Collector) -> list[Path]:
     """Frames by their numbers. Raises: BadUnitError if there are none, or two have one number."""
     try:
         with os.scandir(folder) as entries:
@@ -165,6 +216,8 @@ def _list_frames(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
             if number in found:
                 raise BadUnitError(f"{folder}: {found[number]} and {name} are both frame {number}")
             found[number] = name
+        elif has_odd_suffix(name, pattern):
+            collector.problem(folder / name, ODD_SUFFIX, lost=1)
     if not found:
         raise BadUnitError(f"{folder} holds no frame")
     return [folder / found[number] for number in sorted(found)]
