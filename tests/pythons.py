@@ -3,8 +3,8 @@
     python tests/pythons.py [3.10 3.13 | ends] [-- pytest's arguments]
 
 Without a version all are tried; `ends` is the oldest and the newest that are found. Exits with 1 if the tests fail on
-any of them, or if fewer than two are tested. The environments, with the versions of requirements/locked.txt, and the logs
-are under .cache/pythons.
+any of them, or if fewer than two are tested. Environments (versions: requirements/locked.txt) and logs are under
+.cache/pythons.
 """
 
 from __future__ import annotations
