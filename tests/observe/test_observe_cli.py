@@ -30,7 +30,8 @@ def make_run(home: Path, name: str, *, state: str, exit_code: int | None) -> Run
 def type_in(home: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "janus_cluster.cli", *argv],
-        env=os.environ | {"JANUS_HOME": str(home), "COLUMNS": "200"},
+        env=os.environ
+        | {"JANUS_HOME": str(home), "COLUMNS": "200", "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -40,6 +41,11 @@ def type_in(home: Path, *argv: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
+    """Two runs that have ended, and a Slurm that gives no answer, whatever this machine has."""
+    (tmp_path / "bin").mkdir()
+    for name in ("squeue", "sacct", "scontrol"):
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "bin" / name).chmod(0o755)
     make_run(tmp_path, "demo-20261121-aaaa", state="COMPLETED", exit_code=0)
     make_run(tmp_path, "train-20261121-bbbbb", state="FAILED", exit_code=12)
     return tmp_path

@@ -500,7 +500,8 @@ def test_reader_that_goes_away_ends_tail_quietly(tmp_path: Path, sleeper: subpro
     watcher.stderr.close()
 
 
-def test_terminal_gets_colours_and_a_pipe_none(tmp_path: Path) -> None:
+def test_terminal_gets_colours_and_a_pipe_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
     run = make_run(tmp_path)
     submit_as(run, 999_999_999)
     run.node_log(1, "h800-01").write_text("here\nboth\n")
