@@ -55,12 +55,12 @@ def _zero(read: Callable[[Any], Any], key: str, other: Any) -> Row:
 
 
 ROWS: dict[str, Row] = {
-    "train_batch_size": Row(lambda e: e.tput_timer.batch_size, {"training.per_device_batch_size": 2}),
+    "train_batch_size": Row(lambda e: e.tput_timer.batch_size, {"training.per_device_batch_size": 3}),
     "train_micro_batch_size_per_gpu": Row(
-        lambda e: e.train_micro_batch_size_per_gpu(), {"training.per_device_batch_size": 2}
+        lambda e: e.train_micro_batch_size_per_gpu(), {"training.per_device_batch_size": 3}
     ),
     "gradient_accumulation_steps": Row(
-        lambda e: e.gradient_accumulation_steps(), {"training.gradient_accumulation_steps": 3}
+        lambda e: e.gradient_accumulation_steps(), {"training.gradient_accumulation_steps": 1}
     ),
     "gradient_clipping": Row(
         lambda e: getattr(e.optimizer, "clip_grad", e.gradient_clipping()), {"training.max_grad_norm": 0.5}
@@ -131,5 +131,12 @@ def leaves(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
 
 
 def live_values(engine: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The engine's value of every key in `config` that has a row."""
-    return {key: ROWS[key].read(engine) for key, _ in leaves(config) if key in ROWS}
+    """The engine's value of every key in `config` that has a row; a text where nothing in the engine has one."""
+    return {key: _read(key, engine) for key, _ in leaves(config) if key in ROWS}
+
+
+def _read(key: str, engine: Any) -> Any:
+    try:
+        return ROWS[key].read(engine)
+    except AttributeError as e:
+        return f"nothing acts on it: {e}"

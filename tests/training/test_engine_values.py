@@ -79,7 +79,7 @@ def torchrun(folders: list[Path], out: Path, *, processes: int) -> dict[str, Any
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
     command = [sys.executable, *launch, "--rdzv-endpoint=127.0.0.1:0", str(WORKER), str(out), *map(str, folders)]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return found
@@ -113,13 +113,13 @@ def alone(root: Path) -> dict[str, Any]:
 def together(root: Path) -> dict[str, Any]:
     """Two processes: the same, every profile with other values, and ZeRO-2 with the old JSON's key."""
     old = root / "2-zero2-old"
+    # Three steps: DeepSpeed's throughput timer leaves out two.
     write_run_folder(old, job_for("zero2", "cuda", processes=2, root=root, steps=3))
     (old / "ds_config.json").write_text(json.dumps(read_config(old) | OLD_KEYS), encoding="utf-8")
     folders = [old]
     for profile in PROFILES:
         for device in DEVICES:
             folder = root / f"2-{profile}-{device}"
-            # Three steps: DeepSpeed's throughput timer leaves out two.
             job = job_for(profile, device, processes=2, root=root, steps=3 if device == "cuda" else 1)
             write_run_folder(folder, job)
             folders.append(folder)
