@@ -38,6 +38,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "evaluate",
         "Judge a trained model on held-out episodes: actions, F1, perplexity, samples with pictures.",
     ),
+    "export": (
+        "janus_cluster.export_command",
+        "export",
+        "Write a trained model in the layout in which JanusVLN was published, for its own evaluator.",
+    ),
     "report": (
         "janus_cluster.report.cli",
         "report",

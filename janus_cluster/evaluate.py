@@ -95,7 +95,7 @@ def evaluate(
     command = [sys.executable, "-m", MODULE, str(target)]
     command += [f"{name}={value}" for name, value in options.items() if value is not None]
     command += [f"--data={root}" for root in roots]
-    _require_torch()
+    require_torch("eval")
     # What it says on the way goes to stderr: stdout is the result.
     code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
     if code != 0:
@@ -123,10 +123,11 @@ def find_target(name: str, runs_dirs: tuple[Path, ...]) -> tuple[Path, Path]:
     return run.path, run.evaluation
 
 
-def _require_torch() -> None:
+def require_torch(command: str) -> None:
+    """This Python has torch. Raises: UsageError naming the command that needs it."""
     if importlib.util.find_spec("torch") is None:
         raise UsageError(
-            f"eval needs torch, and {sys.executable} has none",
+            f"{command} needs torch, and {sys.executable} has none",
             hint="pip install 'janus-cluster[train]', or start it in the environment of the nodes",
         )
 

@@ -21,7 +21,8 @@
                           step, and how it ended), stop.json (asked to stop), heartbeats/rank<r>.json,
                           versions.json (packages that it ran with)
   checkpoints/checkpoint-<step>/ (whole), .partial/ (being written), checkpoint-<step>.broken/ (found damaged on resume)
-      export/      evaluation/      report/ (pages and pictures; may be deleted)
+      export/      export-janusvln/ (the published layout)      evaluation/
+      report/ (pages and pictures; may be deleted)
 """
 
 from __future__ import annotations
@@ -127,6 +128,10 @@ class RunDir:
     @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def published_export(self) -> Path:
+        return self.path / "export-janusvln"
 
     @property
     def evaluation(self) -> Path:

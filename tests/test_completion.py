@@ -75,7 +75,7 @@ def test_commands_are_completed_without_importing_them(home: Path, complete: Com
     assert complete("st") == ["status"]
 
 
-@pytest.mark.parametrize("command", ["tail", "status", "cancel", "resume", "eval"])
+@pytest.mark.parametrize("command", ["tail", "status", "cancel", "resume", "eval", "export"])
 def test_runs_are_completed_by_job_id_and_name(home: Path, complete: Complete, command: str) -> None:
     assert set(complete(command, "47")) == {"4711", "4712"}
     assert set(complete(command, "d")) == {"demo", OLD}

@@ -43,6 +43,7 @@ TYPED: dict[str, tuple[list[str], str | None]] = {
 }
 RUN_ELSEWHERE = {
     "eval": "tests/training/test_evaluation.py",
+    "export": "tests/training/test_published.py",
     "verify-core": "tests/training/test_verify.py",
     "report": "tests/report/test_report_cli.py",
     "cancel": "tests/test_resume.py",
@@ -123,6 +124,7 @@ WRONG = [
     (["report", "nope"], 22),
     (["compare", "nope", NAME], 22),
     (["eval", "nope"], 22),
+    (["export", "nope"], 22),
     (["cancel", NAME], 2),
     (["plan", "--nodes", "3"], 2),
     (["config", "show", "nowhere.yaml"], 2),

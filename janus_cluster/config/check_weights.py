@@ -22,6 +22,7 @@ from janus_cluster.config.safetensors_header import (
     read_torch_directory,
 )
 from janus_cluster.config.schema import Model
+from janus_cluster.config.tied_head import resolve_head
 from janus_cluster.config.weight_names import (
     OWN_PREFIXES,
     VGGT_PREFIX,
@@ -30,6 +31,7 @@ from janus_cluster.config.weight_names import (
     janus_shapes,
     name_in_model,
     name_on_disk,
+    says_tied,
     vggt_shapes,
 )
 from janus_cluster.errors import UsageError
@@ -76,7 +78,7 @@ def check_weights(model: Model) -> list[str]:
         check_family(values, model, folder)
         index = _index_of(folder, key="model.path")
         report = judge_model_weights(index, _expected_shapes(values, folder), where=folder)
-        lines = [f"model: {folder}: {report}"]
+        lines = [f"model: {folder}: {report}", *note_on_head(folder)]
         # A file that names no vggt_config was published with VGGT-1B; the preset says the same, or tiny's numbers.
         config = VggtConfig.from_dict(values.get("vggt_config") or PRESETS[model.preset].vggt.to_dict())
     vggt = _check_vggt(model, index, config)
@@ -84,9 +86,25 @@ def check_weights(model: Model) -> list[str]:
 
 
 def load_config_values(folder: Path) -> dict[str, Any]:
-    """folder/config.json of a Qwen2.5-VL. Raises: UsageError if it cannot be read, belongs to another family, or lies
-    beside an adapter.
+    """folder/config.json of a Qwen2.5-VL, untied where the weights beside it are.
+
+    Raises: UsageError if it cannot be read, belongs to another family, or lies beside an adapter.
     """
+    return resolve_head(_read_config(folder), folder)
+
+
+def note_on_head(folder: Path) -> list[str]:
+    """A line where the folder's weights are untied although its config.json says otherwise; else none."""
+    written = _read_config(folder)
+    if says_tied(written) == says_tied(resolve_head(written, folder)):
+        return []
+    return [
+        f"model: {folder}: config.json says tie_word_embeddings: true, but lm_head.weight is not the embedding: the "
+        "network is untied, with the file's own lm_head (to have it tied: a copy of the folder without lm_head.weight)"
+    ]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     if (folder / ADAPTER_FILE).is_file():
         raise UsageError(
             f"model.path: {folder} holds an adapter ({ADAPTER_FILE}), which transformers would lay over the weights",
@@ -160,6 +178,16 @@ def vggt_inside(index: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         for name, tensor in index.items()
         if name.startswith(VGGT_IN_JANUS_PREFIX + VGGT_PREFIX)
     }
+
+
+def holds_vggt(folder: Path) -> bool:
+    """Whether a model's folder holds VGGT's weights too, in its own files or in one beside them."""
+    if (folder / VGGT_FILE).is_file():
+        return True
+    try:
+        return bool(vggt_inside(read_safetensors_index(folder)))
+    except CheckpointProblem:
+        return False
 
 
 def no_vggt(folder: Path) -> UsageError:

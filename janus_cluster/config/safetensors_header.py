@@ -20,6 +20,7 @@ WEIGHT_FILES = ("model.safetensors", SAFETENSORS_INDEX, "model.pt")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 KEYS_SHOWN = 5
+_PIECE_BYTES = 8 << 20
 LFS_POINTER = b"version https://git-lfs"
 IS_LFS_POINTER = "is a Git LFS pointer, not the file itself: git lfs pull where it was cloned, and copy it again"
 
@@ -105,6 +106,41 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
 
     Raises: CheckpointProblem naming the file: too short, no JSON header, or shorter than its header says.
     """
+    return {name: stretch.shape for name, stretch in _read_stretches(file).items()}
+
+
+def hold_same_data(index: Mapping[str, StoredTensor], first: str, second: str) -> bool:
+    """Whether two tensors of safetensors files agree in type, shape and every byte; read up to the first difference.
+
+    Raises: CheckpointProblem if a file cannot be read.
+    """
+    one, other = (_read_stretches(index[name].file)[name] for name in (first, second))
+    if (one.dtype, one.shape, one.num_bytes) != (other.dtype, other.shape, other.num_bytes):
+        return False
+    try:
+        with index[first].file.open("rb") as a, index[second].file.open("rb") as b:
+            a.seek(one.begin)
+            b.seek(other.begin)
+            for done in range(0, one.num_bytes, _PIECE_BYTES):
+                size = min(_PIECE_BYTES, one.num_bytes - done)
+                if a.read(size) != b.read(size):
+                    return False
+    except OSError as error:
+        raise CheckpointProblem(f"{error.filename or index[first].file}: cannot be read: {error}") from error
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stretch:
+    """Where a tensor's data lies in its file, in bytes from the file's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    num_bytes: int
+
+
+def _read_stretches(file: Path) -> dict[str, _Stretch]:
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
@@ -115,16 +151,24 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
             if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointProblem(f"{file}: cannot be read: {size} bytes, no whole safetensors header in them")
             header = json.loads(opened.read(length))
-        tensors = {name: values for name, values in header.items() if name != "__metadata__"}
-        shapes = {name: tuple(int(n) for n in values["shape"]) for name, values in tensors.items()}
-        end = max((int(values["data_offsets"][1]) for values in tensors.values()), default=0)
+        stretches = {
+            name: _Stretch(
+                dtype=str(values["dtype"]),
+                shape=tuple(int(n) for n in values["shape"]),
+                begin=8 + length + int(values["data_offsets"][0]),
+                num_bytes=int(values["data_offsets"][1]) - int(values["data_offsets"][0]),
+            )
+            for name, values in header.items()
+            if name != "__metadata__"
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         if isinstance(error, CheckpointProblem):
             raise
         raise CheckpointProblem(f"{file}: cannot be read: {error}") from error
-    if size < 8 + length + end:
-        raise CheckpointProblem(f"{file}: truncated: {size:,} bytes, its header promises {8 + length + end:,}")
-    return shapes
+    end = max((stretch.begin + stretch.num_bytes for stretch in stretches.values()), default=8 + length)
+    if size < end:
+        raise CheckpointProblem(f"{file}: truncated: {size:,} bytes, its header promises {end:,}")
+    return stretches
 
 
 def is_lfs_pointer(file: Path) -> bool:

@@ -306,6 +306,11 @@ class Checkpoint(Section):
     keep_last: int = Field(2, ge=1, description="So many of the newest checkpoints stay")
     keep_every: int | None = Field(None, ge=1, description="A checkpoint whose step is a multiple of it stays for ever")
     export: bool = Field(True, description="Write a folder at the end that from_pretrained loads")
+    export_layout: Literal["own", "janusvln"] = Field(
+        "own",
+        description="janusvln: beside export/ also export-janusvln/, which JanusVLN's own evaluator reads "
+        "(transformers 4.5x, VGGT inside), as `janus-cluster export` writes it",
+    )
     confirm_cancel_min: float = Field(
         10, ge=0, description="`cancel` asks first when more minutes of work than this would be lost"
     )

@@ -16,6 +16,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 VGGT_PREFIX = "aggregator."
 OWN_PREFIXES = ("merger.", "action_head.")
+HEAD = "lm_head.weight"
+EMBEDDING = "model.language_model.embed_tokens.weight"
 # The language model's linear layers, where an adapter may sit.
 LANGUAGE_LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # transformers' defaults of Qwen2_5_VLVisionConfig; published files leave some of them out.
@@ -40,6 +42,14 @@ def name_on_disk(name: str) -> str:
     return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
 
 
+def says_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json calls the language model's head its embedding.
+
+    As transformers 5 reads it: files saved before it may have the flag in text_config alone.
+    """
+    return bool(config.get("tie_word_embeddings") or (config.get("text_config") or {}).get("tie_word_embeddings"))
+
+
 def janus_shapes(config: Mapping[str, Any]) -> Shapes:
     """Every weight of JanusVLN but VGGT's, for a config.json as a dictionary (flat as on the hub, or nested).
 
@@ -50,9 +60,8 @@ def janus_shapes(config: Mapping[str, Any]) -> Shapes:
     hidden = text["hidden_size"]
     shapes = _language_shapes(text)
     shapes |= _vision_shapes(vision)
-    # As transformers 5 reads it: files saved before it may have the flag in text_config alone.
-    if not (config.get("tie_word_embeddings") or text.get("tie_word_embeddings")):
-        shapes["lm_head.weight"] = (text["vocab_size"], hidden)
+    if not says_tied(config):
+        shapes[HEAD] = (text["vocab_size"], hidden)
     feature_dim = VggtConfig.from_dict(config.get("vggt_config") or {}).feature_dim
     merger_dim = config.get("vggt_merger_hidden_dim", VGGT_MERGER_DIM)
     head_dim = config.get("action_head_hidden_dim", ACTION_HEAD_DIM)

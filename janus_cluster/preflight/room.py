@@ -15,7 +15,7 @@ _TINY_VOCABULARY = 1000
 
 
 def checkpoint_room_bytes(job: JobConfig) -> int:
-    """Bytes for the checkpoints a run keeps, the one that is being written, and its export; 0 when nothing is trained.
+    """Bytes for the checkpoints a run keeps, the one that is being written, and its exports; 0 when nothing is trained.
 
     A checkpoint holds what learns: its weights and the optimizer's states.
     """
@@ -23,7 +23,8 @@ def checkpoint_room_bytes(job: JobConfig) -> int:
         return 0
     total, learning = count_parameters(job)
     precision = job.training.precision
-    export = total * _WEIGHT_BYTES[precision] if job.checkpoint.export else 0
+    num_exports = job.checkpoint.export + (job.checkpoint.export and job.checkpoint.export_layout == "janusvln")
+    export = num_exports * total * _WEIGHT_BYTES[precision]
     return (_num_checkpoints(job) + 1) * learning * _STATE_BYTES[precision] + export
 
 

@@ -37,6 +37,7 @@ from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.model.build import build_model, parameter_groups, render_parameter_groups
 from janus_cluster.training.model.janus import JanusModel
 from janus_cluster.training.model.presets import TokenizerIds
+from janus_cluster.training.published import write_published
 from janus_cluster.training.pulse import Pulse, take_signals
 from janus_cluster.training.start import StartClock, TellStart
 from janus_cluster.training.trainer import JanusTrainer, build_training_arguments
@@ -129,6 +130,10 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pul
         write_export(run.export, trainer=trainer, tokenizer=tokenizer, job=job, world=world)
         metrics.append("export", step, path=str(run.export))
         metrics.say(f"export {run.export}")
+        if world.is_main and job.checkpoint.export_layout == "janusvln":
+            pulse.beat("export", step)
+            write_published(run.export, run.published_export)
+            metrics.say(f"export {run.published_export}")
 
 
 def _find_checkpoint(run: RunDir, job: JobConfig, world: World, metrics: MetricsLog) -> Path | None:

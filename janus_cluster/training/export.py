@@ -1,16 +1,28 @@
-"""The trained model as a folder that from_pretrained loads."""
+"""The trained model as a folder that from_pretrained loads, read back before it takes its name."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from janus_cluster.config.schema import JobConfig
-from janus_cluster.training.data.tokenizer import write_processing_files
-from janus_cluster.training.model.load import write_vggt
+from janus_cluster.errors import TrainingFailed
+from janus_cluster.training.checkpoint import from_main
+from janus_cluster.training.data.tokenizer import load_tokenizer, write_processing_files
+from janus_cluster.training.model.janus import JanusModel
+from janus_cluster.training.model.load import vggt_tensors, write_vggt
 from janus_cluster.training.model.lora import merge_adapters
+from janus_cluster.training.model.write import (
+    config_as_trained,
+    name_for_disk,
+    require_readable,
+    require_same,
+    write_weights,
+)
+from janus_cluster.training.new_folder import new_folder
 from janus_cluster.training.subject import write_record
 from janus_cluster.training.trainer import JanusTrainer
 from janus_cluster.training.world import World
@@ -21,37 +33,34 @@ def write_export(folder: Path, *, trainer: JanusTrainer, tokenizer: Any, job: Jo
 
     Every rank calls this: under ZeRO-3 the weights are gathered from all of them. Adapters are merged. VGGT is frozen,
     so its weights are added only where no file has them (the tiny preset's are random).
+    Raises: TrainingFailed if what was written cannot be read back as the live weights.
     """
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    failure: Exception | None = None
     if world.is_main:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            if job.training.lora.enabled:
-                state_dict = merge_adapters(state_dict, job.training.lora)
-            trainer.model.save_pretrained(temporary, state_dict=state_dict)
-            if job.model.vggt_path is None:
-                write_vggt(trainer.model, temporary)
-            write_processing_files(temporary, tokenizer=tokenizer, data=job.data)
-            write_record(temporary, job)
-            _make_readable(temporary)
-            _replace_folder(folder, temporary)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with new_folder(folder) as new:
+                write_model(new, trainer.model, merge_adapters(state_dict, job.training.lora))
+                if job.model.vggt_path is None:
+                    require_same(write_vggt(trainer.model, new), vggt_tensors(trainer.model))
+                write_processing_files(new, tokenizer=tokenizer, data=job.data)
+                load_tokenizer(new)
+                write_record(new, job)
+        except Exception as error:
+            failure = error
+    if from_main(world, lambda: failure is not None):
+        # Not a cause of its own: a card must name the rank that wrote.
+        raise failure or TrainingFailed("a remote process could not write the export: see its log")
 
 
-def _make_readable(folder: Path) -> None:
-    """Others may read the export: mkdtemp and safetensors make what they write private."""
-    folder.chmod(0o755)
-    for path in folder.iterdir():
-        path.chmod(0o644)
+def write_model(folder: Path, model: JanusModel, state_dict: Mapping[str, Tensor]) -> None:
+    """`folder` holds configuration and weights of `model`, whose whole state is `state_dict`, and reads back as them.
 
-
-def _replace_folder(folder: Path, new: Path) -> None:
-    """`folder` is what `new` was; a folder cannot be renamed over a full one, so the old one steps aside first."""
-    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-    if folder.exists():
-        folder.rename(old / "was")
-    new.rename(folder)
-    # What another process still reads, NFS keeps as .nfsXXXX: no reason for a finished run to fail.
-    shutil.rmtree(old, ignore_errors=True)
+    Raises: TrainingFailed if it does not.
+    """
+    config = config_as_trained(model)
+    tensors = name_for_disk(state_dict, config)
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    write_weights(folder, tensors)
+    require_readable(folder, tensors)

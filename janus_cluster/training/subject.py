@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from janus_cluster.config.check_weights import VGGT_FILE
+from janus_cluster.config.check_weights import VGGT_FILE, holds_vggt
 from janus_cluster.config.home import index_cache
 from janus_cluster.config.schema import Data, JobConfig, ResolvedJob
 from janus_cluster.errors import UsageError
@@ -95,7 +95,7 @@ def load_subject(target: Path, *, roots: Sequence[str] = (), vggt_path: str | No
             )
         return Subject(
             model=run.export,
-            vggt_path=_choose_vggt(run.export, vggt_path, job.model.vggt_path),
+            vggt_path=choose_vggt(run.export, vggt_path, job.model.vggt_path),
             data=_with_roots(job.data, roots),
             pad_history=job.compat == "predecessor",
             held_out_only=not roots,
@@ -113,10 +113,10 @@ def load_subject(target: Path, *, roots: Sequence[str] = (), vggt_path: str | No
             f"{target} is an exported model: which episodes are to be shown to it?",
             hint=f"janus-cluster eval {target} --data ROOT; a run's own held-out episodes: janus-cluster eval RUN",
         )
-    record = _load_record(target)
+    record = load_record(target)
     return Subject(
         model=target,
-        vggt_path=_choose_vggt(target, vggt_path, record["vggt_path"]),
+        vggt_path=choose_vggt(target, vggt_path, record["vggt_path"]),
         data=_with_roots(Data.model_validate(record["data"]), roots),
         pad_history=record["compat"] == "predecessor",
         held_out_only=False,
@@ -159,14 +159,14 @@ def _with_roots(data: Data, roots: Sequence[str]) -> Data:
     return Data.model_validate(data.model_dump() | {"roots": list(roots), "validation_fraction": 0.0})
 
 
-def _choose_vggt(folder: Path, given: str | None, recorded: str | None) -> Path | None:
+def choose_vggt(folder: Path, given: str | None, recorded: str | None) -> Path | None:
     """Where VGGT's weights lie: what the user says, else the folder's own, else where training took them from."""
-    if given is None and (folder / VGGT_FILE).is_file():
+    if given is None and holds_vggt(folder):
         return None
     source = given or recorded
     if source is None:
         raise UsageError(
-            f"{folder} holds no VGGT weights ({VGGT_FILE}), and nothing says where they are",
+            f"{folder} holds no VGGT weights (vggt.aggregator.* or {VGGT_FILE}), and nothing says where they are",
             hint="--vggt-path /path/to/VGGT-1B",
         )
     if not Path(source).exists():
@@ -175,7 +175,7 @@ def _choose_vggt(folder: Path, given: str | None, recorded: str | None) -> Path 
     return Path(source)
 
 
-def _load_record(folder: Path) -> dict[str, Any]:
+def load_record(folder: Path) -> dict[str, Any]:
     """The folder's own record, or the defaults of a job file with a word about it."""
     path = folder / RECORD_NAME
     if not path.is_file():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from janus_cluster.config.check_weights import check_weights
+from janus_cluster.config.check_weights import check_weights, load_config_values
 from janus_cluster.config.networks import PRESETS, VggtConfig
 from janus_cluster.config.safetensors_header import CheckpointProblem, read_header
 from janus_cluster.config.schema import Model
@@ -246,6 +246,42 @@ def test_embeddings_are_tied_where_only_the_text_part_says_so(tmp_path: Path, vg
         tmp_path / "qwen", qwen_shapes(three_b), preset="qwen2.5-vl-3b", tie_word_embeddings=False, text_config=text
     )
     assert "tensors taken" in check(folder, vggt, preset="qwen2.5-vl-3b")[0]
+
+
+def write_tied_with_a_head(folder: Path, *, is_another: bool, text_config: bool = False) -> Path:
+    """A 3B folder whose config.json says tied and whose file holds lm_head.weight all the same, as its last tensor."""
+    values = config_values("qwen2.5-vl-3b") | {"vocab_size": 600}
+    shapes = qwen_shapes(values) | {"lm_head.weight": (600, 2048)}
+    flag = {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}} if text_config else {}
+    write_qwen(folder, shapes, preset="qwen2.5-vl-3b", shards=2, vocab_size=600, **flag)
+    if is_another:
+        with next(p for p in folder.glob("*.safetensors") if "lm_head.weight" in read_header(p)).open("rb+") as file:
+            file.seek(-1, 2)
+            file.write(b"\1")
+    return folder
+
+
+@pytest.mark.parametrize("text_config", [False, True])
+def test_a_head_of_other_numbers_beside_a_tied_flag_is_taken_and_said(
+    text_config: bool, tmp_path: Path, vggt: Path
+) -> None:
+    folder = write_tied_with_a_head(tmp_path / "qwen", is_another=True, text_config=text_config)
+    model_line, note, _ = check(folder, vggt, preset="qwen2.5-vl-3b")
+    assert "825 tensors taken" in model_line and model_line.endswith("0 ignored")
+    assert "config.json says tie_word_embeddings: true, but lm_head.weight is not the embedding" in note
+    assert janus_shapes(load_config_values(folder))["lm_head.weight"] == (600, 2048)
+
+
+def test_a_head_that_is_the_embedding_stays_tied(tmp_path: Path, vggt: Path) -> None:
+    folder = write_tied_with_a_head(tmp_path / "qwen", is_another=False)
+    model_line, _ = check(folder, vggt, preset="qwen2.5-vl-3b")
+    assert "824 tensors taken" in model_line and model_line.endswith("1 ignored (lm_head.*)")
+
+
+def test_a_head_of_another_shape_beside_a_tied_flag_is_refused(tmp_path: Path, vggt: Path) -> None:
+    shapes = qwen_shapes(config_values("qwen2.5-vl-3b")) | {"lm_head.weight": (599, 2048)}
+    folder = write_qwen(tmp_path / "qwen", shapes, preset="qwen2.5-vl-3b", shards=2)
+    assert "lm_head.weight in model-" in refusal(folder, vggt, preset="qwen2.5-vl-3b")
 
 
 @pytest.mark.parametrize("name", ["model-00002-of-00004.safetensors", "model.pt"])

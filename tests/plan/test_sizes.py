@@ -50,6 +50,22 @@ def test_a_config_json_wins_over_the_preset_and_a_foreign_one_is_refused(tmp_pat
         load_sizes(Model(preset="qwen2.5-vl-7b", path=str(tmp_path)))
 
 
+def test_a_tied_flag_beside_another_head_counts_that_head(tmp_path: Path) -> None:
+    preset = PRESETS["tiny"]
+    values = {"model_type": "qwen2_5_vl", **preset.text, "vision_config": preset.vision, "vocab_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": True}))
+    tied = load_sizes(Model(preset="tiny", path=str(tmp_path)))
+    header = {
+        name: {"dtype": "U8", "shape": [8, 64], "data_offsets": [begin, begin + 512]}
+        for name, begin in (("model.embed_tokens.weight", 0), ("lm_head.weight", 512))
+    }
+    text = json.dumps(header).encode()
+    data = bytes(1023) + b"\1"
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    untied = load_sizes(Model(preset="tiny", path=str(tmp_path)))
+    assert untied.parameters["llm"] - tied.parameters["llm"] == 8 * 64
+
+
 def test_a_folder_that_is_not_here_means_the_preset() -> None:
     assert load_sizes(Model(path="$MODEL_PATH")) == preset_sizes("qwen2.5-vl-7b")
 

@@ -24,6 +24,7 @@ from transformers.conversion_mapping import (
 from transformers.utils import ModelOutput
 
 from janus_cluster.config.networks import VggtConfig
+from janus_cluster.config.tied_head import resolve_head
 from janus_cluster.config.weight_names import OWN_PREFIXES
 from janus_cluster.errors import UsageError
 from janus_cluster.training import loss as losses
@@ -44,6 +45,12 @@ class JanusConfig(Qwen2_5_VLConfig):  # type: ignore[misc]
     action_head_hidden_dim: int = 512
     num_actions: int = 4
     vggt_config: dict[str, Any] | None = None
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
+        """A folder's config.json, untied where the weights beside it are: one network for all who read the folder."""
+        values, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return resolve_head(values, Path(pretrained_model_name_or_path)), rest
 
     @property
     def vggt(self) -> VggtConfig:

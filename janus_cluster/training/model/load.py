@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers.modeling_utils import set_zero3_state
 from transformers.utils import is_flash_attn_2_available
 
@@ -20,6 +22,7 @@ from janus_cluster.config.check_weights import (
     judge_vggt_weights,
     load_config_values,
     no_vggt,
+    note_on_head,
     vggt_inside,
 )
 from janus_cluster.config.networks import PRESETS, VggtConfig
@@ -56,8 +59,9 @@ def load_model(
             attn_implementation=_attention_kind(device, dtype),
             local_files_only=True,
         )
-    aggregator = _load_vggt_for(model_cfg, folder, index, config.vggt, device=device, dtype=dtype)
-    print(f"model: {folder}: {report}", flush=True)
+    source = find_vggt(folder, model_cfg.vggt_path)
+    aggregator = _aggregator_from(source, config.vggt, device=device, dtype=dtype)
+    print("\n".join([f"model: {folder}: {report}", *note_on_head(folder)]), flush=True)
     return model, aggregator
 
 
@@ -75,28 +79,70 @@ def load_vggt(path: Path, config: VggtConfig, *, device: torch.device | str, dty
 
     Raises: UsageError on missing or misshapen `aggregator.*`, naming file and key.
     """
-    index = _index_of(path, key="model.vggt_path")
-    return _aggregator_from(index, "", path, config, key="model.vggt_path", device=device, dtype=dtype)
+    return _aggregator_from(_vggt_of(path, key="model.vggt_path"), config, device=device, dtype=dtype)
 
 
 def load_exported(
     folder: str | Path, *, vggt_path: str | Path | None = None, device: torch.device | str, dtype: torch.dtype
 ) -> JanusModel:
-    """An exported model on `device`, ready to be evaluated. VGGT comes from `vggt_path` or from the folder itself."""
+    """An exported model on `device`, ready to be evaluated. VGGT comes from `vggt_path` or from the folder itself.
+
+    Raises: UsageError if it is in neither, or weights are missing or misshapen.
+    """
     use_kernels_of_any_length()
     model = JanusModel.from_pretrained(folder, dtype=dtype, attn_implementation=_attention_kind(device, dtype))
-    source = Path(vggt_path) if vggt_path is not None else Path(folder) / VGGT_FILE
-    model.attach_vggt(load_vggt(source, model.config.vggt, device=device, dtype=dtype))
+    source = find_vggt(Path(folder), vggt_path)
+    model.attach_vggt(_aggregator_from(source, model.config.vggt, device=device, dtype=dtype))
     model.to(device)
     return model.eval()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VggtSource:
+    """VGGT's tensors on disk by VGGT-1B's names; in the files `disk_prefix` stands before them.
+
+    `key` is the one of a job file that says where they are.
+    """
+
+    where: Path
+    index: Mapping[str, StoredTensor]
+    key: str
+    disk_prefix: str = ""
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, on the CPU."""
+        on_disk = {self.disk_prefix + name: self.index[name] for name in names}
+        return {name.removeprefix(self.disk_prefix): t for name, t in read_tensors(on_disk, on_disk).items()}
+
+
+def find_vggt(folder: Path, vggt_path: str | Path | None) -> VggtSource:
+    """VGGT from `vggt_path`, else from the checkpoint in `folder` itself (`vggt.*`), else from the file beside it.
+
+    Raises: UsageError if it is nowhere, or a file cannot be read.
+    """
+    if vggt_path is not None:
+        return _vggt_of(Path(vggt_path), key="model.vggt_path")
+    if inside := vggt_inside(_index_of(folder, key="model.path")):
+        return VggtSource(where=folder, index=inside, key="model.path", disk_prefix=VGGT_IN_JANUS_PREFIX)
+    if (folder / VGGT_FILE).is_file():
+        return _vggt_of(folder / VGGT_FILE, key="model.path")
+    raise no_vggt(folder)
+
+
+def _vggt_of(path: Path, *, key: str) -> VggtSource:
+    return VggtSource(where=path, index=_index_of(path, key=key), key=key)
 
 
 def write_vggt(model: JanusModel, folder: str | Path) -> Path:
     """folder/vggt.safetensors holds the attached aggregator under VGGT-1B's names, so that an export stands alone."""
     path = Path(folder) / VGGT_FILE
-    tensors = {name: t.detach().cpu().contiguous() for name, t in vggt_state_dict(model.vggt).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(vggt_tensors(model), path, metadata={"format": "pt"})
     return path
+
+
+def vggt_tensors(model: JanusModel) -> dict[str, Tensor]:
+    """The attached aggregator's tensors under VGGT-1B's names, on the CPU."""
+    return {name: t.detach().cpu().contiguous() for name, t in vggt_state_dict(model.vggt).items()}
 
 
 def _attention_kind(device: torch.device | str, dtype: torch.dtype) -> str:
@@ -151,45 +197,14 @@ def _index_of(path: Path, *, key: str) -> dict[str, StoredTensor]:
         raise UsageError(f"{key}: {error}") from error
 
 
-def _load_vggt_for(
-    model_cfg: Model,
-    folder: Path,
-    index: Mapping[str, StoredTensor],
-    config: VggtConfig,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> Aggregator:
-    """VGGT from model.vggt_path, else from the checkpoint itself (`vggt.*`), else from the file beside it."""
-    if model_cfg.vggt_path is not None:
-        return load_vggt(Path(model_cfg.vggt_path), config, device=device, dtype=dtype)
-    inside = vggt_inside(index)
-    if inside:
-        return _aggregator_from(
-            inside, VGGT_IN_JANUS_PREFIX, folder, config, key="model.path", device=device, dtype=dtype
-        )
-    if (folder / VGGT_FILE).is_file():
-        return load_vggt(folder / VGGT_FILE, config, device=device, dtype=dtype)
-    raise no_vggt(folder)
-
-
 def _aggregator_from(
-    index: Mapping[str, StoredTensor],
-    disk_prefix: str,
-    where: Path,
-    config: VggtConfig,
-    *,
-    key: str,
-    device: torch.device | str,
-    dtype: torch.dtype,
+    source: VggtSource, config: VggtConfig, *, device: torch.device | str, dtype: torch.dtype
 ) -> Aggregator:
-    report = judge_vggt_weights(index, config, where=where, key=key, disk_prefix=disk_prefix)
-    on_disk = {disk_prefix + name: index[name] for name in vggt_shapes(config)}
+    report = judge_vggt_weights(
+        source.index, config, where=source.where, key=source.key, disk_prefix=source.disk_prefix
+    )
     # One by one to the device: the host holds one converted tensor at a time, not all of every rank's.
-    tensors = {
-        name.removeprefix(disk_prefix): t.to(device=device, dtype=dtype)
-        for name, t in read_tensors(on_disk, on_disk).items()
-    }
+    tensors = {name: t.to(device=device, dtype=dtype) for name, t in source.read(vggt_shapes(config)).items()}
     with torch.device("meta"):
         aggregator = Aggregator(config)
     load_vggt_state(aggregator, tensors)
