@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,22 +13,20 @@ from transformers.modeling_utils import set_zero3_state
 from transformers.utils import is_flash_attn_2_available
 
 from janus_cluster.config.check_weights import (
-    VGGT_FILE,
-    VGGT_IN_JANUS_PREFIX,
     check_family,
     judge_model_weights,
     judge_vggt_weights,
     load_config_values,
-    no_vggt,
-    vggt_inside,
+    read_model_index,
 )
 from janus_cluster.config.networks import PRESETS, VggtConfig
-from janus_cluster.config.safetensors_header import CheckpointProblem, StoredTensor
+from janus_cluster.config.safetensors_header import render_names
 from janus_cluster.config.schema import Model
+from janus_cluster.config.vggt_source import VGGT_FILE, VggtSource, find_vggt, find_vggt_of
 from janus_cluster.config.weight_names import Shapes, vggt_shapes
 from janus_cluster.errors import UsageError
 from janus_cluster.training.model.attention import use_kernels_of_any_length
-from janus_cluster.training.model.checkpoint_files import read_tensor_index, read_tensors
+from janus_cluster.training.model.checkpoint_files import read_tensors
 from janus_cluster.training.model.janus import JanusConfig, JanusModel
 from janus_cluster.training.model.presets import TokenizerIds
 from janus_cluster.training.model.vggt import Aggregator
@@ -44,7 +42,7 @@ def load_model(
     """
     folder = Path(str(model_cfg.path))
     config = _load_config(model_cfg, folder, tokenizer_ids)
-    index = _index_of(folder, key="model.path")
+    index = read_model_index(folder)
     report = judge_model_weights(index, model_shapes(config), where=folder)
     with torch.random.fork_rng(devices=[]):
         # New modules (merger, action head) are drawn here; under ZeRO rank 0's values are broadcast.
@@ -56,7 +54,10 @@ def load_model(
             attn_implementation=_attention_kind(device, dtype),
             local_files_only=True,
         )
-    aggregator = _load_vggt_for(model_cfg, folder, index, config.vggt, device=device, dtype=dtype)
+    require_finite(model.named_parameters(), where=f"model.path: {folder}")
+    vggt = find_vggt_of(model_cfg, index)
+    assert vggt is not None
+    aggregator = _aggregator_from(vggt, config.vggt, device=device, dtype=dtype)
     print(f"model: {folder}: {report}", flush=True)
     return model, aggregator
 
@@ -71,12 +72,11 @@ def model_shapes(config: JanusConfig) -> Shapes:
 
 
 def load_vggt(path: Path, config: VggtConfig, *, device: torch.device | str, dtype: torch.dtype) -> Aggregator:
-    """The frozen aggregator on `device`, with the weights of `path` (VGGT-1B's names; its other heads are ignored).
+    """The frozen aggregator on `device`, with VGGT's weights in `path`; its other heads are ignored.
 
     Raises: UsageError on missing or misshapen `aggregator.*`, naming file and key.
     """
-    index = _index_of(path, key="model.vggt_path")
-    return _aggregator_from(index, "", path, config, key="model.vggt_path", device=device, dtype=dtype)
+    return _aggregator_from(find_vggt(path, key="model.vggt_path"), config, device=device, dtype=dtype)
 
 
 def load_exported(
@@ -85,8 +85,9 @@ def load_exported(
     """An exported model on `device`, ready to be evaluated. VGGT comes from `vggt_path` or from the folder itself."""
     use_kernels_of_any_length()
     model = JanusModel.from_pretrained(folder, dtype=dtype, attn_implementation=_attention_kind(device, dtype))
-    source = Path(vggt_path) if vggt_path is not None else Path(folder) / VGGT_FILE
-    model.attach_vggt(load_vggt(source, model.config.vggt, device=device, dtype=dtype))
+    require_finite(model.named_parameters(), where=str(folder))
+    source = find_vggt(Path(folder if vggt_path is None else vggt_path), key="model" if vggt_path is None else "VGGT")
+    model.attach_vggt(_aggregator_from(source, model.config.vggt, device=device, dtype=dtype))
     model.to(device)
     return model.eval()  # type: ignore[no-any-return]
 
@@ -144,52 +145,32 @@ def _load_config(model_cfg: Model, folder: Path, ids: TokenizerIds) -> JanusConf
     return config
 
 
-def _index_of(path: Path, *, key: str) -> dict[str, StoredTensor]:
-    try:
-        return read_tensor_index(path)
-    except CheckpointProblem as error:
-        raise UsageError(f"{key}: {error}") from error
+def require_finite(tensors: Iterable[tuple[str, torch.Tensor]], *, where: str) -> None:
+    """Nothing, where every value that this rank has of the tensors is a number. Raises: UsageError naming the others.
 
-
-def _load_vggt_for(
-    model_cfg: Model,
-    folder: Path,
-    index: Mapping[str, StoredTensor],
-    config: VggtConfig,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> Aggregator:
-    """VGGT from model.vggt_path, else from the checkpoint itself (`vggt.*`), else from the file beside it."""
-    if model_cfg.vggt_path is not None:
-        return load_vggt(Path(model_cfg.vggt_path), config, device=device, dtype=dtype)
-    inside = vggt_inside(index)
-    if inside:
-        return _aggregator_from(
-            inside, VGGT_IN_JANUS_PREFIX, folder, config, key="model.path", device=device, dtype=dtype
+    Found before the first step: in a loss that is no number, nothing tells such weights from a learning rate too large.
+    """
+    # Under ZeRO-3 a rank has its own part of a parameter.
+    own = ((name, getattr(tensor, "ds_tensor", tensor).detach()) for name, tensor in tensors)
+    spoilt = [name for name, t in own if t.device.type != "meta" and not bool(torch.isfinite(t).all())]
+    if spoilt:
+        raise UsageError(
+            f"{where}: {len(spoilt)} tensors hold values that are not finite (NaN or infinite): {render_names(spoilt)}",
+            hint="the weights themselves are spoilt: copy or download them again",
         )
-    if (folder / VGGT_FILE).is_file():
-        return load_vggt(folder / VGGT_FILE, config, device=device, dtype=dtype)
-    raise no_vggt(folder)
 
 
 def _aggregator_from(
-    index: Mapping[str, StoredTensor],
-    disk_prefix: str,
-    where: Path,
-    config: VggtConfig,
-    *,
-    key: str,
-    device: torch.device | str,
-    dtype: torch.dtype,
+    source: VggtSource, config: VggtConfig, *, device: torch.device | str, dtype: torch.dtype
 ) -> Aggregator:
-    report = judge_vggt_weights(index, config, where=where, key=key, disk_prefix=disk_prefix)
-    on_disk = {disk_prefix + name: index[name] for name in vggt_shapes(config)}
+    report = judge_vggt_weights(source, config)
+    on_disk = {source.prefix + name: source.tensors[name] for name in vggt_shapes(config)}
     # One by one to the device: the host holds one converted tensor at a time, not all of every rank's.
     tensors = {
-        name.removeprefix(disk_prefix): t.to(device=device, dtype=dtype)
+        name.removeprefix(source.prefix): t.to(device=device, dtype=dtype)
         for name, t in read_tensors(on_disk, on_disk).items()
     }
+    require_finite(tensors.items(), where=f"{source.key}: {source.path}")
     with torch.device("meta"):
         aggregator = Aggregator(config)
     load_vggt_state(aggregator, tensors)
