@@ -212,7 +212,7 @@ def describe(done: Submission) -> str:
         else "off (preflight.enabled: false)"
     )
     rows += [("gate", gate), ("environment", job.environment.profile)]
-    rows += [("warning", text) for text in resolved.warnings]
+    rows += [("warning", text) for text in (*resolved.warnings, *done.data_warnings)]
     rows += [("nodes", note) for note in done.notes]
     rows += [("run folder", str(done.run.path)), ("command", done.shell_line)]
     if done.job_id is None:

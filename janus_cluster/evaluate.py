@@ -29,6 +29,7 @@ Examples:
   janus-cluster eval demo                                its newest run, held-out episodes
   janus-cluster eval 4711 --generate 200 --out report
   janus-cluster eval /models/mine --data /data/r2r_val   an exported model, every episode there
+  janus-cluster eval /models/mine --data '{path: /data/r2r/train.json.gz, images: /frames/r2r}'
   srun --gres=gpu:1 janus-cluster eval 4711              the same on a GPU node
 
 \b
@@ -37,7 +38,11 @@ See also: docs/evaluation.md
 )
 @click.argument("model_or_run")
 @click.option(
-    "--data", "roots", multiple=True, metavar="ROOT", help="Data set; may be repeated. Default: the run's own."
+    "--data",
+    "roots",
+    multiple=True,
+    metavar="ROOT",
+    help="Data set: a path, or {path: …, images: …} as in data.roots; may be repeated. Default: the run's own.",
 )
 @click.option(
     "--samples", type=click.IntRange(min=1), help="Only this many samples, drawn the same way each time. Default: all."
@@ -56,7 +61,7 @@ See also: docs/evaluation.md
     help="Folder of the report. Default: <run>/evaluation, or ./evaluation for an exported model.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is a GPU.")
-@click.option("--vggt-path", metavar="PATH", help="VGGT-1B's weights, where neither the model nor its run knows them.")
+@click.option("--vggt-path", metavar="PATH", help="VGGT-1B's weights, in place of the model's own.")
 @click.option(
     "--runs-dir",
     "runs_dirs",
@@ -137,10 +142,14 @@ def _print_evaluation(evaluation: Mapping[str, Any], folder: Path) -> None:
 
     console = Console()
     console.print(_summary_table(evaluation))
-    console.print(_action_table("action head", evaluation["actions"], evaluation["head"]))
+    if (not_scored := evaluation["head_not_scored"]) is not None:
+        console.print(f"action head: {not_scored}", highlight=False, markup=False, soft_wrap=True)
+    else:
+        console.print(_action_table("action head", evaluation["actions"], evaluation["head"]))
     if evaluation["generated"] is not None:
         console.print(_action_table("in words", evaluation["actions"], evaluation["generated"]))
-    console.print(_confusion_table(evaluation))
+    if not_scored is None:
+        console.print(_confusion_table(evaluation))
     console.print(_perplexity_table(evaluation))
     page = folder / FILES[1]
     console.print(f"report {folder}\npage   {page}", highlight=False, markup=False, soft_wrap=True)
@@ -156,6 +165,8 @@ def _summary_table(evaluation: Mapping[str, Any]) -> Table:
     for column in ("", "action head", "in words"):
         table.add_column(column, justify="left" if not column else "right")
     given = words or {}
+    if evaluation["head_not_scored"] is not None:
+        head = {"num_samples": "not scored", "accuracy": None, "macro_f1": None}
     table.add_row("samples", str(head["num_samples"]), str(given.get("num_samples", "—")))
     table.add_row("action accuracy", _number(head["accuracy"]), _number(given.get("accuracy")))
     table.add_row("macro F1", _number(head["macro_f1"]), _number(given.get("macro_f1")))

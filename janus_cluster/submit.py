@@ -69,6 +69,8 @@ class Submission:
     slurm_conf: Path | None = field(default=None)
     # Which nodes are left out, and why.
     notes: Sequence[str] = ()
+    # What a look at the data found on this machine.
+    data_warnings: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The contract of `submit --json`."""
@@ -115,8 +117,8 @@ def submit(request: Request, *, environ: Mapping[str, str], cwd: Path) -> Submis
     )
     resolved = with_baseline(resolved, site_dir(environ))
     check_paths(resolved, source=loaded.source, origins=loaded.origins)
-    warnings = check_data(resolved.job).warnings
-    resolved = resolved.model_copy(update={"warnings": (*resolved.warnings, *warnings)})
+    # Not in resolved.json: that follows from the job alone, and data may change before the nodes read them.
+    data_warnings = check_data(resolved.job).warnings
     exclusion = exclude_bad_nodes(resolved, slurm_conf=slurm_conf, site=site_dir(environ), now=time.time())
     resolved = resolved.model_copy(
         update={"sbatch_options": _with_option(resolved.sbatch_options, "exclude", exclusion.option)}
@@ -145,6 +147,7 @@ def submit(request: Request, *, environ: Mapping[str, str], cwd: Path) -> Submis
         source=loaded.source,
         slurm_conf=slurm_conf,
         notes=exclusion.notes,
+        data_warnings=data_warnings,
     )
 
 

@@ -13,19 +13,16 @@ from typing import Any
 
 from janus_cluster.config.networks import PRESETS, VggtConfig
 from janus_cluster.config.safetensors_header import (
-    TORCH_SUFFIXES,
     CheckpointProblem,
     StoredTensor,
     find_problems,
-    find_weight_files,
     read_safetensors_index,
-    read_torch_directory,
 )
 from janus_cluster.config.schema import Model
 from janus_cluster.config.tied_head import resolve_head
+from janus_cluster.config.vggt_source import VGGT_IN_JANUS_PREFIX, VggtSource, find_vggt_of
 from janus_cluster.config.weight_names import (
     OWN_PREFIXES,
-    VGGT_PREFIX,
     Shapes,
     is_unneeded_block,
     janus_shapes,
@@ -37,8 +34,6 @@ from janus_cluster.config.weight_names import (
 from janus_cluster.errors import UsageError
 
 MODEL_TYPE = "qwen2_5_vl"
-VGGT_FILE = "vggt.safetensors"
-VGGT_IN_JANUS_PREFIX = "vggt."
 FAMILY_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 ADAPTER_FILE = "adapter_config.json"
 FAMILY_HINT = "Qwen2.5-VL-3B/7B-Instruct, or a JanusVLN checkpoint made of one"
@@ -76,13 +71,13 @@ def check_weights(model: Model) -> list[str]:
         folder = Path(model.path)
         values = load_config_values(folder)
         check_family(values, model, folder)
-        index = _index_of(folder, key="model.path")
+        index = read_model_index(folder)
         report = judge_model_weights(index, _expected_shapes(values, folder), where=folder)
         lines = [f"model: {folder}: {report}", *note_on_head(folder)]
         # A file that names no vggt_config was published with VGGT-1B; the preset says the same, or tiny's numbers.
         config = VggtConfig.from_dict(values.get("vggt_config") or PRESETS[model.preset].vggt.to_dict())
-    vggt = _check_vggt(model, index, config)
-    return lines + ([vggt] if vggt else [])
+    vggt = find_vggt_of(model, index)
+    return lines + ([judge_vggt_weights(vggt, config)] if vggt else [])
 
 
 def load_config_values(folder: Path) -> dict[str, Any]:
@@ -141,7 +136,7 @@ def judge_model_weights(index: Mapping[str, StoredTensor], expected: Shapes, *, 
     Raises: UsageError if they do not fill Qwen2.5-VL, or fill a merger or an action head by halves.
     """
     stored = {name_in_model(name): tensor for name, tensor in index.items()}
-    new = tuple(p for p in OWN_PREFIXES if not any(name.startswith(p) for name in stored))
+    new = find_new_modules(index)
     needed = {name: shape for name, shape in expected.items() if not name.startswith(new or ("\0",))}
     problems = find_problems(stored, needed, where=where, name_on_disk=name_on_disk)
     if problems:
@@ -158,86 +153,33 @@ def judge_model_weights(index: Mapping[str, StoredTensor], expected: Shapes, *, 
     )
 
 
-def judge_vggt_weights(
-    index: Mapping[str, StoredTensor], config: VggtConfig, *, where: Path, key: str, disk_prefix: str = ""
-) -> str:
+def find_new_modules(index: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    """The modules of OWN_PREFIXES that a checkpoint does not hold: loading draws them at random."""
+    return tuple(p for p in OWN_PREFIXES if not any(name.startswith(p) for name in index))
+
+
+def judge_vggt_weights(source: VggtSource, config: VggtConfig) -> str:
     """A line on what becomes of VGGT's tensors. Raises: UsageError on missing or misshapen `aggregator.*`."""
-    expected = vggt_shapes(config)
-    problems = find_problems(index, expected, where=where, name_on_disk=lambda name: disk_prefix + name)
+    expected, index = vggt_shapes(config), source.tensors
+    problems = find_problems(index, expected, where=source.path, name_on_disk=lambda name: source.prefix + name)
     if problems:
-        raise UsageError.of_many([f"{key}: {p}" for p in problems], hint="VGGT-1B: facebook/VGGT-1B, aggregator.*")
-    spare = sum(is_unneeded_block(name, config) for name in index)
-    ignored = len(index) - len(expected)
-    return f"vggt: {where}: {len(expected)} tensors taken, {ignored} ignored ({spare} of the last blocks)"
-
-
-def vggt_inside(index: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The aggregator's tensors that a JanusVLN checkpoint carries (`vggt.aggregator.*`), under VGGT-1B's names."""
-    return {
-        name.removeprefix(VGGT_IN_JANUS_PREFIX): tensor
-        for name, tensor in index.items()
-        if name.startswith(VGGT_IN_JANUS_PREFIX + VGGT_PREFIX)
-    }
-
-
-def holds_vggt(folder: Path) -> bool:
-    """Whether a model's folder holds VGGT's weights too, in its own files or in one beside them."""
-    if (folder / VGGT_FILE).is_file():
-        return True
-    try:
-        return bool(vggt_inside(read_safetensors_index(folder)))
-    except CheckpointProblem:
-        return False
-
-
-def no_vggt(folder: Path) -> UsageError:
-    """The error for a job that says nowhere where VGGT lies."""
-    return UsageError(
-        f"model.vggt_path is not set, and {folder} holds neither vggt.aggregator.* nor {VGGT_FILE}",
-        hint="--set model.vggt_path=/path/to/VGGT-1B",
-    )
-
-
-def _check_vggt(model: Model, index: Mapping[str, StoredTensor], config: VggtConfig) -> str | None:
-    """VGGT from model.vggt_path, else from the checkpoint itself, else from the file beside it; as loading does."""
-    if model.vggt_path is not None:
-        return _check_vggt_file(Path(model.vggt_path), config, key="model.vggt_path")
-    if model.path is None:
-        return None
-    folder = Path(model.path)
-    inside = vggt_inside(index)
-    if inside:
-        return judge_vggt_weights(inside, config, where=folder, key="model.path", disk_prefix=VGGT_IN_JANUS_PREFIX)
-    if (folder / VGGT_FILE).is_file():
-        return _check_vggt_file(folder / VGGT_FILE, config, key="model.path")
-    raise no_vggt(folder)
-
-
-def _check_vggt_file(path: Path, config: VggtConfig, *, key: str) -> str:
-    try:
-        files = find_weight_files(path)
-        if files[0].suffix not in TORCH_SUFFIXES:
-            return judge_vggt_weights(read_safetensors_index(path), config, where=path, key=key)
-        count, size = read_torch_directory(files[0])
-    except CheckpointProblem as error:
-        raise UsageError(f"{key}: {error}") from error
-    needed = 2 * sum(_product(shape) for shape in vggt_shapes(config).values())
-    if size < needed:
-        raise UsageError(
-            f"{key}: {files[0]}: {size:,} bytes of weights, the aggregator has {needed:,} in 16 bits",
-            hint="is the download complete, and VGGT-1B?",
+        raise UsageError.of_many(
+            [f"{source.key}: {p}" for p in problems], hint="VGGT-1B: facebook/VGGT-1B, aggregator.*"
         )
+    spare = sum(is_unneeded_block(name, config) for name in index)
+    unwrapped = f", named {source.prefix}* there" if source.prefix not in ("", VGGT_IN_JANUS_PREFIX) else ""
     return (
-        f"vggt: {files[0]}: {count} storages, {size / 1e9:.2f} GB; its names stand in a pickle, which is not opened "
-        "here: they are checked when training starts"
+        f"vggt: {source.path}: {len(expected)} tensors taken, {len(index) - len(expected)} ignored "
+        f"({spare} of the last blocks){unwrapped}"
     )
 
 
-def _index_of(path: Path, *, key: str) -> dict[str, StoredTensor]:
+def read_model_index(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of model.path. Raises: UsageError."""
     try:
-        return read_safetensors_index(path)
+        return read_safetensors_index(folder)
     except CheckpointProblem as error:
-        raise UsageError(f"{key}: {error}") from error
+        raise UsageError(f"model.path: {error}") from error
 
 
 def _expected_shapes(values: Mapping[str, Any], folder: Path) -> Shapes:
@@ -245,10 +187,3 @@ def _expected_shapes(values: Mapping[str, Any], folder: Path) -> Shapes:
         return janus_shapes(values)
     except (KeyError, TypeError) as error:
         raise UsageError(f"model.path: {folder}/config.json: {error} is missing or no number") from error
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total

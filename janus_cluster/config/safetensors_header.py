@@ -1,7 +1,7 @@
 """Checkpoint files on disk, as far as they can be read without torch: names and shapes from safetensors headers.
 
 A safetensors file begins with 8 bytes (length of the header, little endian) and a JSON header; the data follows without
-gaps. A `.pt` is a zip around a pickle: only its directory is read here.
+gaps. A `.pt` is a pickle: torch_header.py.
 Source: the safetensors format, https://github.com/huggingface/safetensors#format
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import struct
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +36,10 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-def find_weight_files(path: Path) -> list[Path]:
+def find_weight_files(path: Path, *, any_name: bool = False) -> list[Path]:
     """The files that hold the weights of `path`: a file itself, or a folder's shards or whole file.
 
+    any_name: without a file of a usual name, the only file of weights in the folder is the one.
     Raises: CheckpointProblem if there are none, or the index names a shard that is not there.
     """
     if path.is_file():
@@ -49,11 +49,24 @@ def find_weight_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise CheckpointProblem(f"{path}: no such file or folder")
     chosen = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+    if chosen is None and any_name:
+        chosen = _only_weight_file(path)
     if chosen is None:
         raise CheckpointProblem(f"{path}: holds none of {', '.join(WEIGHT_FILES)}")
     if chosen.name == SAFETENSORS_INDEX:
         return [path / shard for shard in sorted(set(read_weight_map(chosen).values()))]
     return [chosen]
+
+
+def _only_weight_file(folder: Path) -> Path | None:
+    """None where there is no file of weights. Raises: CheckpointProblem naming them where there are several."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", *TORCH_SUFFIXES) and p.is_file())
+    if len(files) > 1:
+        raise CheckpointProblem(
+            f"{folder}: holds none of {', '.join(WEIGHT_FILES)} but {len(files)} other files of weights "
+            f"({render_names([p.name for p in files])}): give the path of the one that is meant"
+        )
+    return files[0] if files else None
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -81,7 +94,7 @@ def read_safetensors_index(path: Path) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for file in find_weight_files(path):
         if file.suffix in TORCH_SUFFIXES:
-            raise CheckpointProblem(f"{file}: names and shapes of a {file.suffix} cannot be read without torch")
+            raise CheckpointProblem(f"{file}: a model is loaded from .safetensors only")
         found |= {name: StoredTensor(file=file, shape=shape) for name, shape in read_header(file).items()}
     check_against_index(path, found)
     return found
@@ -177,24 +190,6 @@ def is_lfs_pointer(file: Path) -> bool:
         return opened.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def read_torch_directory(file: Path) -> tuple[int, int]:
-    """How many storages a `.pt` holds, and their bytes; the pickle inside is not opened.
-
-    Raises: CheckpointProblem if it is no zip of torch's (a truncated one has lost its directory, which is at the end).
-    """
-    try:
-        if is_lfs_pointer(file):
-            raise CheckpointProblem(f"{file}: {IS_LFS_POINTER}")
-        with zipfile.ZipFile(file) as opened:
-            entries = opened.infolist()
-    except (OSError, zipfile.BadZipFile) as error:
-        raise CheckpointProblem(f"{file}: cannot be read as weights: {error}") from error
-    if not any(entry.filename.endswith("/data.pkl") for entry in entries):
-        raise CheckpointProblem(f"{file}: cannot be read as weights: a zip without data.pkl")
-    storages = [entry for entry in entries if "/data/" in entry.filename]
-    return len(storages), sum(entry.file_size for entry in storages)
-
-
 def find_problems(
     index: Mapping[str, StoredTensor],
     expected: Mapping[str, tuple[int, ...]],
@@ -209,7 +204,10 @@ def find_problems(
     problems = []
     missing = [name_on_disk(name) for name in expected if name not in index]
     if missing:
-        problems.append(f"{where}: {len(missing)} of {len(expected)} tensors are missing: {render_names(missing)}")
+        there = f"; its names are {render_names(list(index))}" if len(missing) == len(expected) and index else ""
+        problems.append(
+            f"{where}: {len(missing)} of {len(expected)} tensors are missing: {render_names(missing)}{there}"
+        )
     wrong = [
         f"{name_on_disk(name)} in {index[name].file.name} is {list(index[name].shape)}, not {list(shape)}"
         for name, shape in expected.items()

@@ -18,9 +18,9 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from janus_cluster.config.check_weights import VGGT_FILE
 from janus_cluster.config.safetensors_header import CheckpointProblem, find_weight_files
 from janus_cluster.config.schema import ResolvedJob
+from janus_cluster.config.vggt_source import VGGT_FILE
 
 _CHUNK_BYTES = 16 << 20
 # A network file system gives one reader a part of what it has.
@@ -51,15 +51,15 @@ def select_files(resolved: ResolvedJob, *, node_rank: int) -> list[Path]:
     if model.path is not None and (stage != 3 or node_rank == 0):
         found += _files_of(Path(model.path))
     if model.vggt_path is not None:
-        found += _files_of(Path(model.vggt_path))
+        found += _files_of(Path(model.vggt_path), any_name=True)
     elif model.path is not None and Path(model.path, VGGT_FILE).is_file():
         found.append(Path(model.path, VGGT_FILE))
     return found
 
 
-def _files_of(path: Path) -> list[Path]:
+def _files_of(path: Path, *, any_name: bool = False) -> list[Path]:
     try:
-        return find_weight_files(path)
+        return find_weight_files(path, any_name=any_name)
     except (CheckpointProblem, OSError):
         return []
 

@@ -7,16 +7,9 @@ from typing import Any
 
 from janus_cluster.config.check_weights import check_weights, judge_vggt_weights, load_config_values
 from janus_cluster.config.networks import PRESETS, VggtConfig
-from janus_cluster.config.safetensors_header import (
-    IS_LFS_POINTER,
-    TORCH_SUFFIXES,
-    CheckpointProblem,
-    find_weight_files,
-    is_lfs_pointer,
-    read_safetensors_index,
-    read_torch_directory,
-)
+from janus_cluster.config.safetensors_header import IS_LFS_POINTER, is_lfs_pointer
 from janus_cluster.config.schema import Model
+from janus_cluster.config.vggt_source import find_vggt
 from janus_cluster.errors import UsageError
 
 # One of each line; without a tokenizer no sample can be encoded.
@@ -41,18 +34,9 @@ def scan_model(model: Model) -> dict[str, Any]:
 
 
 def scan_vggt(model: Model) -> dict[str, Any]:
-    """`told` and `problems` of VGGT's own file; a .pt shows its directory only, because its names stand in a pickle."""
-    path = Path(str(model.vggt_path))
+    """`told` and `problems` of VGGT's own file."""
     try:
-        config = _vggt_config(model)
-        files = find_weight_files(path)
-        if files[0].suffix in TORCH_SUFFIXES:
-            count, size = read_torch_directory(files[0])
-            told = f"{files[0].name}: {count} storages, {size / 1e9:.2f} GB"
-        else:
-            told = judge_vggt_weights(read_safetensors_index(path), config, where=path, key="model.vggt_path")
-    except CheckpointProblem as e:
-        return {"told": "", "problems": [_flat(str(e))], "doubts": []}
+        told = judge_vggt_weights(find_vggt(Path(str(model.vggt_path)), key="model.vggt_path"), _vggt_config(model))
     except UsageError as e:
         return {"told": "", "problems": [_flat(e.message)], "doubts": []}
     return {"told": told, "problems": [], "doubts": []}

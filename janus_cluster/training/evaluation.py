@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
     scores, predictions = predict_actions(
         model, dataset, pad_token_id=tokenizer.pad_token_id, num_workers=subject.data.num_workers, say=_say
     )
-    _say(render_score_line(scores))
+    not_scored = None
+    if not subject.has_action_head:
+        not_scored = f"{subject.model} holds no action_head.*: loading draws one at random, so it is not scored"
+        scores, predictions = leave_out_head(scores, predictions)
+        _say(f"action head: {not_scored}")
+    else:
+        _say(render_score_line(scores))
     _say(render_score_table(scores))
     asked = draw_indices(len(samples), arguments.generate)
     answered = generate_answers(
@@ -88,6 +95,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "held_out_only": subject.held_out_only,
         "num_samples": len(samples),
         "num_episodes": len({prediction.episode for prediction in predictions}),
+        "head_not_scored": not_scored,
         **_render_scores(scores, words),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -113,6 +121,12 @@ def score_answers(predictions: Sequence[Prediction]) -> ActionScores:
     truth = [ACTIONS.index(p.action) for p in predictions]
     given = [None if p.generated_action is None else ACTIONS.index(p.generated_action) for p in predictions]
     return score_actions(count_confusion(truth, given))
+
+
+def leave_out_head(scores: HeldOutScores, predictions: Sequence[Prediction]) -> tuple[HeldOutScores, list[Prediction]]:
+    """The same without anything that the action head said: no sample counts for it."""
+    silent = [replace(prediction, head_action=None, head_probabilities=None) for prediction in predictions]
+    return replace(scores, head=score_actions(count_confusion([], []))), silent
 
 
 def _load_model(subject: Subject, device: torch.device) -> JanusModel:
@@ -150,8 +164,12 @@ def _build_page(
     summary = [
         f"{evaluation['num_samples']} samples of {evaluation['num_episodes']} episodes under "
         f"{', '.join(evaluation['data'])}; {len(samples)} of them here.",
-        f"Action head: accuracy {head['accuracy']:.3f}, macro F1 {head['macro_f1']:.3f}; "
-        f"always {majority['action']}: {majority['accuracy']:.3f}.",
+        (
+            f"Action head: {not_scored}"
+            if (not_scored := evaluation["head_not_scored"]) is not None
+            else f"Action head: accuracy {head['accuracy']:.3f}, macro F1 {head['macro_f1']:.3f}"
+        )
+        + f"; always {majority['action']}: {majority['accuracy']:.3f}.",
     ]
     if words is not None:
         summary.append(
@@ -169,7 +187,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m janus_cluster.training.evaluation", description=__doc__)
     parser.add_argument("target", type=Path, metavar="MODEL_OR_RUN", help="run folder, or exported folder")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data", action="append", default=[], metavar="ROOT")
+    parser.add_argument("--data", action="append", default=[], metavar="ROOT", help="path, or {path: …, images: …}")
     parser.add_argument("--samples", type=int)
     parser.add_argument("--generate", type=int, default=GENERATED_BY_DEFAULT)
     parser.add_argument("--max-new-tokens", type=int, default=NEW_TOKENS_BY_DEFAULT)

@@ -29,6 +29,7 @@ Say = Callable[[str], None]
 class Prediction:
     """One sample, what was right, and what the model said. Without `generated` it was not asked in words.
 
+    `head_action` is None where the model's action head was not trained: what it says is random.
     `stopped` is False where the answer was longer than allowed; `generated_action` None: it names no action.
     """
 
@@ -38,8 +39,8 @@ class Prediction:
     frames: tuple[str, ...]
     action: str
     target: str
-    head_action: str
-    head_probabilities: Mapping[str, float]
+    head_action: str | None
+    head_probabilities: Mapping[str, float] | None
     generated: str | None = None
     generated_action: str | None = None
     stopped: bool | None = None

@@ -19,16 +19,16 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from janus_cluster.config.check_weights import VGGT_IN_JANUS_PREFIX, judge_vggt_weights
+from janus_cluster.config.check_weights import judge_vggt_weights
 from janus_cluster.config.safetensors_header import render_names
 from janus_cluster.config.schema import Data
+from janus_cluster.config.vggt_source import VGGT_IN_JANUS_PREFIX, VggtSource, find_vggt, read_tensor_index
 from janus_cluster.config.weight_names import VGGT_PREFIX, janus_shapes, name_in_model, name_on_disk
 from janus_cluster.errors import JanusError, UsageError
 from janus_cluster.rundir import write_json_atomically
 from janus_cluster.training.data.tokenizer import build_image_processor, load_tokenizer
-from janus_cluster.training.model.checkpoint_files import read_tensor_index, read_tensors
+from janus_cluster.training.model.checkpoint_files import read_tensors
 from janus_cluster.training.model.janus import JanusConfig
-from janus_cluster.training.model.load import find_vggt
 from janus_cluster.training.model.write import require_readable, write_weights
 from janus_cluster.training.new_folder import new_folder
 from janus_cluster.training.subject import RECORD_NAME, choose_vggt, load_record
@@ -48,9 +48,9 @@ def write_published(model: Path, out: Path, *, vggt_path: str | None = None) -> 
     written cannot be read back.
     """
     record = load_record(model)
-    given = choose_vggt(model, vggt_path, record["vggt_path"])
+    vggt = find_vggt(choose_vggt(model, vggt_path, record["vggt_path"]), key="VGGT")
     config = JanusConfig.from_pretrained(model, local_files_only=True)
-    tensors = _model_tensors(model, config) | _vggt_tensors(model, given, config)
+    tensors = _model_tensors(model, config) | _vggt_tensors(vggt, config)
     with new_folder(out) as new:
         write_weights(new, tensors)
         write_json_atomically(new / "config.json", flat_config(config))
@@ -123,12 +123,15 @@ def _model_tensors(model: Path, config: JanusConfig) -> dict[str, Tensor]:
     return {name_on_disk(name): read[names[name]] for name in wanted}
 
 
-def _vggt_tensors(model: Path, given: Path | None, config: JanusConfig) -> dict[str, Tensor]:
+def _vggt_tensors(source: VggtSource, config: JanusConfig) -> dict[str, Tensor]:
     """All of VGGT's aggregator that its file holds, in the model's type, as training had it."""
-    source = find_vggt(model, given)
-    judge_vggt_weights(source.index, config.vggt, where=source.where, key=source.key, disk_prefix=source.disk_prefix)
-    read = source.read([name for name in source.index if name.startswith(VGGT_PREFIX)])
-    return {VGGT_IN_JANUS_PREFIX + name: tensor.to(config.dtype or tensor.dtype) for name, tensor in read.items()}
+    judge_vggt_weights(source, config.vggt)
+    names = [name for name in source.tensors if name.startswith(VGGT_PREFIX)]
+    on_disk = {source.prefix + name: source.tensors[name] for name in names}
+    return {
+        VGGT_IN_JANUS_PREFIX + name.removeprefix(source.prefix): tensor.to(config.dtype or tensor.dtype)
+        for name, tensor in read_tensors(on_disk, on_disk).items()
+    }
 
 
 def _write_tokenizer(tokenizer: Any, out: Path) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from janus_cluster.config.check_weights import VGGT_FILE, holds_vggt
+from pydantic import ValidationError
+from yaml import YAMLError
+
+from janus_cluster.config.check_weights import find_new_modules, read_model_index
 from janus_cluster.config.home import index_cache
 from janus_cluster.config.schema import Data, JobConfig, ResolvedJob
+from janus_cluster.config.vggt_source import find_vggt
+from janus_cluster.config.yamlfile import parse_value
 from janus_cluster.errors import UsageError
 from janus_cluster.rundir import RunDir, read_json, write_json_atomically
 from janus_cluster.training.data.index import load_samples
@@ -27,13 +33,15 @@ _PREPARATION_KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model folder and its data. `vggt_path` is None where VGGT lies in the folder itself.
+    """A model folder and its data. `vggt_path` is where VGGT's weights are: the folder itself, or another place.
 
+    has_action_head: False where the folder holds none, so that a loaded model has a random one.
     `index_dir` is where the run keeps its index of the data: what training has read need not be read again.
     """
 
     model: Path
-    vggt_path: Path | None
+    vggt_path: Path
+    has_action_head: bool
     data: Data
     pad_history: bool
     held_out_only: bool
@@ -46,14 +54,17 @@ class Subject:
 
         Raises: UsageError if there are none.
         """
-        split = load_samples(
-            self.data,
-            seed=self.seed,
-            pad_history=self.pad_history,
-            index_dir=_choose_index_dir(self.index_dir),
-            report=_say,
-            earlier=self.earlier,
-        )
+        try:
+            split = load_samples(
+                self.data,
+                seed=self.seed,
+                pad_history=self.pad_history,
+                index_dir=_choose_index_dir(self.index_dir),
+                report=_say,
+                earlier=self.earlier,
+            )
+        except UsageError as error:
+            raise error if self.held_out_only else _in_terms_of_eval(error) from error
         for line in split.absent:
             _say(line)
         if self.held_out_only:
@@ -83,6 +94,8 @@ def write_record(folder: Path, job: JobConfig) -> None:
 def load_subject(target: Path, *, roots: Sequence[str] = (), vggt_path: str | None = None) -> Subject:
     """The model of a run folder with its held-out episodes, or an exported folder with the episodes under `roots`.
 
+    A root is a path, or `{path: …, images: …}` as data.roots has it.
+
     Raises: UsageError naming what is missing.
     """
     run = RunDir(target)
@@ -96,6 +109,7 @@ def load_subject(target: Path, *, roots: Sequence[str] = (), vggt_path: str | No
         return Subject(
             model=run.export,
             vggt_path=choose_vggt(run.export, vggt_path, job.model.vggt_path),
+            has_action_head=_has_action_head(run.export),
             data=_with_roots(job.data, roots),
             pad_history=job.compat == "predecessor",
             held_out_only=not roots,
@@ -117,6 +131,7 @@ def load_subject(target: Path, *, roots: Sequence[str] = (), vggt_path: str | No
     return Subject(
         model=target,
         vggt_path=choose_vggt(target, vggt_path, record["vggt_path"]),
+        has_action_head=_has_action_head(target),
         data=_with_roots(Data.model_validate(record["data"]), roots),
         pad_history=record["compat"] == "predecessor",
         held_out_only=False,
@@ -130,6 +145,14 @@ def draw_indices(count: int, wanted: int) -> list[int]:
     Drawn, not evenly spaced: a stride that fits the length of the episodes would meet the same step of each.
     """
     return sorted(random.Random(0).sample(range(count), min(count, wanted)))
+
+
+def _in_terms_of_eval(error: UsageError) -> UsageError:
+    """The same error with --data, where it speaks of the job's data.roots."""
+    message = re.sub(r"^data\.roots\b", "--data", error.message)
+    hint = re.sub(r"--set 'data\.roots=\[(.*?)\]'", r"--data '\1'", error.hint or "")
+    hint = hint.replace("{path: …, images: …} in data.roots", "--data '{path: …, images: …}'")
+    return UsageError(message, hint=hint.replace("data.roots", "--data") or None)
 
 
 def _say(line: str) -> None:
@@ -153,26 +176,48 @@ def _choose_index_dir(of_the_run: Path | None) -> Path | None:
 
 
 def _with_roots(data: Data, roots: Sequence[str]) -> Data:
-    """`data` of other roots, nothing of them held out; the same data where no root is given."""
+    """`data` of other roots, nothing of them held out; the same data where no root is given.
+
+    Of named data, all that was rendered is evaluated; how much was not is printed.
+    """
     if not roots:
         return data
-    return Data.model_validate(data.model_dump() | {"roots": list(roots), "validation_fraction": 0.0})
-
-
-def choose_vggt(folder: Path, given: str | None, recorded: str | None) -> Path | None:
-    """Where VGGT's weights lie: what the user says, else the folder's own, else where training took them from."""
-    if given is None and holds_vggt(folder):
-        return None
-    source = given or recorded
-    if source is None:
-        raise UsageError(
-            f"{folder} holds no VGGT weights (vggt.aggregator.* or {VGGT_FILE}), and nothing says where they are",
-            hint="--vggt-path /path/to/VGGT-1B",
+    try:
+        values = [parse_value(root) if root.lstrip().startswith("{") else root for root in roots]
+        return Data.model_validate(
+            data.model_dump() | {"roots": values, "validation_fraction": 0.0, "max_absent_fraction": 1.0}
         )
-    if not Path(source).exists():
-        origin = "--vggt-path" if given else "the VGGT weights that the model was trained with"
-        raise UsageError(f"{origin}: {source} does not exist", hint="--vggt-path /path/to/VGGT-1B")
-    return Path(source)
+    except (YAMLError, ValidationError, UsageError) as error:
+        found = error.errors() if isinstance(error, ValidationError) else []
+        what = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in found) or str(error)
+        raise UsageError(f"--data {' '.join(roots)}: {what}", hint="--data '{path: FILE, images: FOLDER}'") from error
+
+
+def choose_vggt(folder: Path, given: str | None, recorded: str | None) -> Path:
+    """Where VGGT's weights lie: what the user says, else the folder's own, else where training took them from."""
+    hint = "--vggt-path /path/to/VGGT-1B"
+    if given is not None:
+        return find_vggt(Path(given), key="--vggt-path").path
+    try:
+        return find_vggt(folder, key="model").path
+    except UsageError as inside:
+        if recorded is None:
+            raise UsageError(f"{inside.message}; and nothing says where they are", hint=hint) from inside
+    try:
+        return find_vggt(Path(recorded), key="the VGGT weights that the model was trained with").path
+    except UsageError as error:
+        raise UsageError(error.message, hint=hint) from error
+
+
+def _has_action_head(folder: Path) -> bool:
+    """Raises: UsageError where the folder lacks what every answer depends on, and loading would draw it at random."""
+    new = find_new_modules(read_model_index(folder))
+    if "merger." in new:
+        raise UsageError(
+            f"{folder} holds no merger.*: it was not trained with a spatial memory, and a random one would answer",
+            hint="evaluate an export, or a published JanusVLN checkpoint",
+        )
+    return "action_head." not in new
 
 
 def load_record(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -195,17 +196,111 @@ def test_vggt_that_is_not_whole_is_named(tmp_path: Path, vggt: Path) -> None:
     assert "1 of 1174 tensors are missing: aggregator.camera_token" in refusal(folder, vggt)
 
 
-def test_a_pt_file_is_judged_by_its_size_and_its_names_are_left_to_training(tmp_path: Path) -> None:
-    folder, file = write_qwen(tmp_path / "qwen"), tmp_path / "model.pt"
+def text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+def whole(numbers: Iterable[int]) -> bytes:
+    return b"(" + b"".join(b"J" + n.to_bytes(4, "little") for n in numbers) + b"t"
+
+
+def pickled(shapes: Shapes, *wrapped: str, more: bytes = b"") -> bytes:
+    """data.pkl as torch.save writes it for bf16 tensors that share storage 0, inside dictionaries of these keys."""
+    storage = b"(" + text("storage") + b"ctorch\nBFloat16Storage\n" + text("0") + text("cpu") + b"J\x02\0\0\0tQ"
+    rows = [
+        text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0" + whole(shape) + whole(shape)
+        + b"\x89ccollections\nOrderedDict\n)RtR"
+        for name, shape in shapes.items()
+    ]  # fmt: skip
+    opened = b"".join(b"}(" + text(key) for key in wrapped)
+    return b"\x80\x02" + opened + b"}(" + b"".join(rows) + b"u" + b"u" * len(wrapped) + more + b"."
+
+
+def write_pt(file: Path, data: bytes, *, storage: bytes = b"\0" * 4) -> Path:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as out:
-        out.writestr("model/data.pkl", b"not opened")
-        out.writestr("model/data/0", b"\0" * 1000)
-    message = refusal(folder, file)
-    assert f"{file}: 1,000 bytes of weights, the aggregator has " in message
-    whole = file.read_bytes()
-    for broken in (b"", b"not weights", whole[:-30]):
+        out.writestr("model/data.pkl", data)
+        out.writestr("model/data/0", storage)
+    return file
+
+
+def prefixed(prefix: str, shapes: Shapes) -> Shapes:
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+VGGT_1B = vggt_shapes(VggtConfig())
+
+
+@pytest.mark.parametrize(
+    ("data", "prefix"),
+    [
+        (pickled(VGGT_1B), ""),
+        (pickled(VGGT_1B, "model"), "model."),
+        (pickled(VGGT_1B, "state_dict"), "state_dict."),
+        (pickled(prefixed("module.", VGGT_1B)), "module."),
+        (pickled(prefixed("module.", VGGT_1B), "checkpoint", "model"), "checkpoint.model.module."),
+    ],
+)
+def test_names_in_a_pickle_are_read_and_unwrapped_at_the_desk(data: bytes, prefix: str, tmp_path: Path) -> None:
+    file = write_pt(tmp_path / "model.pt", data)
+    line = check(write_qwen(tmp_path / "qwen"), file)[1]
+    assert line.startswith(f"vggt: {file}: 1174 tensors taken, 0 ignored")
+    assert line.endswith(f"named {prefix}* there" if prefix else "last blocks)")
+
+
+def test_what_a_pickle_lacks_or_holds_besides_is_named(tmp_path: Path) -> None:
+    folder, file = write_qwen(tmp_path / "qwen"), tmp_path / "model.pt"
+    lost = {name: shape for name, shape in VGGT_1B.items() if name != "aggregator.camera_token"}
+    write_pt(file, pickled(prefixed("module.", lost)))
+    assert "1 of 1174 tensors are missing: module.aggregator.camera_token" in refusal(folder, file)
+    write_pt(file, pickled({"encoder.weight": (3, 2)}, "net"))
+    assert f"{file}: holds no aggregator.* of VGGT's; its 1 tensors are: net.encoder.weight" in refusal(folder, file)
+    write_pt(file, pickled(VGGT_1B | prefixed("ema.", VGGT_1B)))
+    assert "more than one network of VGGT's (aggregator.*, ema.aggregator.*)" in refusal(folder, file)
+    write_pt(file, b"\x80\x02cvggt.models.vggt\nVGGT\n)R.")
+    assert "a whole pickled module (vggt.models.vggt.VGGT)" in refusal(folder, file)
+    write_pt(file, b"\x80\x02cposix\nsystem\n(" + text(f"touch {tmp_path}/ran") + b"tR.")
+    assert "posix.system" in refusal(folder, file)
+    assert not list(tmp_path.glob("**/ran"))
+
+
+def test_a_pt_file_that_is_cut_or_no_checkpoint_is_named(tmp_path: Path) -> None:
+    folder = write_qwen(tmp_path / "qwen")
+    file = write_pt(tmp_path / "model.pt", pickled(VGGT_1B))
+    complete = file.read_bytes()
+    for broken in (b"", b"not weights", complete[:-30]):
         file.write_bytes(broken)
         assert f"model.vggt_path: {file}: cannot be read as weights" in refusal(folder, file)
+    write_pt(file, pickled(VGGT_1B)[:-100])
+    assert "cannot be read as weights" in refusal(folder, file)
+    write_pt(file, pickled(VGGT_1B), storage=b"\0\0")
+    assert "1 of 1 storages are missing or cut" in refusal(folder, file)
+
+
+def test_a_folder_with_one_file_of_weights_under_another_name_is_taken(tmp_path: Path) -> None:
+    folder, vggt = write_qwen(tmp_path / "qwen"), tmp_path / "VGGT-1B-Commercial"
+    vggt.mkdir()
+    (vggt / "README.md").write_text("license")
+    assert "holds none of model.safetensors" in refusal(folder, vggt)
+    write_pt(vggt / "vggt_1B_commercial.pt", pickled(VGGT_1B))
+    assert f"vggt: {vggt}: 1174 tensors taken" in check(folder, vggt)[1]
+    write_safetensors(vggt / "vggt-bf16.safetensors", prefixed("module.", VGGT_1B))
+    assert "2 other files of weights (vggt-bf16.safetensors, vggt_1B_commercial.pt)" in refusal(folder, vggt)
+    (vggt / "vggt_1B_commercial.pt").unlink()
+    assert "named module.* there" in check(folder, vggt)[1]
+
+
+def test_vggt_may_be_named_by_the_janusvln_checkpoint_that_holds_it(tmp_path: Path) -> None:
+    folder, other = write_qwen(tmp_path / "qwen"), tmp_path / "other"
+    write_qwen(other, prefixed("vggt.", VGGT_1B) | {"model.norm.weight": (3584,)})
+    assert f"vggt: {other}: 1174 tensors taken" in check(folder, other)[1]
+    write_safetensors(folder / "vggt.safetensors", VGGT_1B)
+    assert f"vggt: {folder}/vggt.safetensors: 1174 tensors taken" in check(folder, None)[1]
+
+
+def test_a_model_of_wrapped_names_is_refused_with_the_names_that_it_has(tmp_path: Path, vggt: Path) -> None:
+    shapes = prefixed("module.", qwen_shapes(config_values()))
+    assert "729 of 729 tensors are missing" in (message := refusal(write_qwen(tmp_path / "q", shapes), vggt))
+    assert "its names are module." in message
 
 
 def test_config_check_prints_the_lines_and_ends_with_2_where_weights_are_missing(tmp_path: Path, vggt: Path) -> None:

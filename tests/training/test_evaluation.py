@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from training_run import resolve, write_run_folder
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -237,13 +240,80 @@ def test_an_export_needs_data_and_vggt(exported: Path, tiny: Tiny, tmp_path: Pat
         load_subject(exported)
     assert "--data ROOT" in str(missing.value.hint)
     bare = tmp_path / "bare"
-    bare.mkdir()
-    (bare / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"vggt\.safetensors") as nowhere:
+    shutil.copytree(exported, bare)
+    (bare / "vggt.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"no vggt\.safetensors beside it") as nowhere:
         load_subject(bare, roots=[str(tiny.episodes)])
     assert "--vggt-path" in str(nowhere.value.hint)
-    with pytest.raises(UsageError, match="does not exist"):
+    with pytest.raises(UsageError, match=r"--vggt-path: .*no such file or folder"):
         load_subject(bare, roots=[str(tiny.episodes)], vggt_path=str(tmp_path / "no"))
+    assert load_subject(bare, roots=[str(tiny.episodes)], vggt_path=str(exported)).has_action_head
+
+
+def write_published(exported: Path, folder: Path, *, without: tuple[str, ...] = ("action_head.",)) -> Path:
+    """The export as JanusVLN_Base is published: VGGT among the tensors, no action head."""
+    shutil.copytree(exported, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(without)}
+    tensors |= {f"vggt.{name}": tensor for name, tensor in load_file(folder / "vggt.safetensors").items()}
+    (folder / "vggt.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_head_that_the_folder_does_not_hold_is_not_scored_and_vggt_is_taken_from_inside(
+    tiny: Tiny, exported: Path, tmp_path: Path
+) -> None:
+    published = write_published(exported, tmp_path / "published")
+    options = ("--samples", "3", "--generate", "1", "--max-new-tokens", "4", "--device", "cpu")
+    done = run_eval(str(published), "--data", str(tiny.episodes), *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"action head: {published} holds no action_head.*" in done.stdout and "not scored" in done.stdout
+    assert "action head: true action by row" not in done.stdout
+    evaluation = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert "not scored" in evaluation["head_not_scored"]
+    assert (evaluation["head"]["accuracy"], evaluation["head"]["num_samples"]) == (None, 0)
+    assert evaluation["generated"]["num_samples"] == 1 and evaluation["majority"]["accuracy"] > 0
+    chosen = tuple(tiny.samples[i] for i in draw_indices(len(tiny.samples), 3))
+    expected = judge(tiny, chosen, rows=1, world_size=1).perplexity_by_segment
+    assert evaluation["perplexity_by_segment"] == pytest.approx(dict(expected), rel=1e-4)
+    for line in (tmp_path / "evaluation" / "predictions.jsonl").read_text().splitlines():
+        assert json.loads(line)["head_action"] is json.loads(line)["head_probabilities"] is None
+    assert "head <b" not in (tmp_path / "evaluation" / "predictions.html").read_text()
+
+
+def test_a_model_without_a_merger_is_not_evaluated(tiny: Tiny, exported: Path, tmp_path: Path) -> None:
+    plain = write_published(exported, tmp_path / "plain", without=("action_head.", "merger."))
+    with pytest.raises(UsageError, match=r"holds no merger\.\*"):
+        load_subject(plain, roots=[str(tiny.episodes)])
+
+
+def write_trajectories(tmp_path: Path) -> tuple[Path, Path]:
+    """R2R's file, and its frames elsewhere."""
+    file, frames = tmp_path / "r2r" / "train.json.gz", tmp_path / "frames"
+    episodes = [{"episode_id": 7, "instruction": {"instruction_text": "Go."}, "scene_id": "s"}]
+    file.parent.mkdir()
+    file.write_bytes(gzip.compress(json.dumps({"episodes": episodes}).encode()))
+    (frames / "7").mkdir(parents=True)
+    for number, action in enumerate(("MOVE_FORWARD", "STOP")):
+        Image.new("RGB", (160, 120), (number, 9, 9)).save(frames / "7" / f"step_{number}_{action}.png")
+    return file, frames
+
+
+def test_the_folder_of_frames_can_be_named(exported: Path, tmp_path: Path) -> None:
+    file, frames = write_trajectories(tmp_path)
+    with pytest.raises(UsageError) as unnamed:
+        load_subject(exported, roots=[str(file)]).load_samples()
+    assert "--data '{path: …, images: …}'" in str(unnamed.value.hint) and "data.roots" not in str(unnamed.value)
+    subject = load_subject(exported, roots=[f"{{path: {file}, images: {frames}}}"])
+    assert [sample.action for sample in subject.load_samples()] == [
+        ACTIONS.index("MOVE_FORWARD"),
+        ACTIONS.index("STOP"),
+    ]
+    for wrong in ("{path: /x, image: /y}", "{path: /x", "{images: /y}"):
+        with pytest.raises(UsageError, match="--data ") as refused:
+            load_subject(exported, roots=[wrong])
+        assert "images: FOLDER" in str(refused.value.hint)
 
 
 def test_an_export_is_prepared_as_it_was_for_training(exported: Path, tiny: Tiny) -> None:

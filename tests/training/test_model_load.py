@@ -184,7 +184,8 @@ def test_every_tensor_of_a_checkpoint_in_the_hubs_full_layout_arrives(
 READER = """
 import re, sys
 from pathlib import Path
-from janus_cluster.training.model.checkpoint_files import read_tensor_index, read_tensors
+from janus_cluster.config.vggt_source import read_tensor_index
+from janus_cluster.training.model.checkpoint_files import read_tensors
 def counters():
     return [int(n) for n in re.findall(r"^(?:rchar|read_bytes): (\\d+)$", open("/proc/self/io").read(), re.M)]
 print("ready", flush=True)
@@ -361,3 +362,35 @@ def test_a_configuration_that_transformers_refuses_is_named(
     key: str, value: str, tmp_path: Path, stored: Tensors
 ) -> None:
     assert f"{tmp_path / 'q'}/config.json: " in refusal(write_folder(tmp_path / "q", stored, **{key: value}))
+
+
+def wrapped(kind: str, tensors: Tensors) -> Any:
+    return {
+        "model": {"model": tensors, "epoch": 3},
+        "state_dict": {"state_dict": tensors, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}},
+        "module": {f"module.{name}": tensor for name, tensor in tensors.items()},
+        "legacy": tensors,
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["model", "state_dict", "module", "legacy"])
+def test_vggt_is_unwrapped_from_what_training_scripts_save(kind: str, stored: Tensors, tmp_path: Path) -> None:
+    folder, vggt = write_folder(tmp_path / "qwen", qwen_only(stored)), tmp_path / "vggt"
+    vggt.mkdir()
+    torch.save(wrapped(kind, vggt_only(stored)), vggt / "vggt_1B.pt", _use_new_zipfile_serialization=kind != "legacy")
+    assert "146 tensors taken" in check_weights(Model(preset="tiny", path=str(folder), vggt_path=str(vggt)))[1]
+    model = build(folder, vggt_path=str(vggt))
+    assert torch.equal(model.vggt.camera_token, stored["vggt.aggregator.camera_token"])
+
+
+@pytest.mark.parametrize("name", ["vggt.aggregator.camera_token", "model.norm.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named_before_training(
+    name: str, value: float, stored: Tensors, tmp_path: Path
+) -> None:
+    spoilt = stored[name].clone()
+    spoilt.view(-1)[0] = value
+    message = refusal(folder := write_folder(tmp_path / "m", stored | {name: spoilt}))
+    assert f"model.path: {folder}: 1 tensors hold values that are not finite" in message
+    assert ("camera_token" if "camera" in name else "norm.weight") in message
+    assert "download them again" in message

@@ -190,5 +190,5 @@ def test_nothing_is_overwritten_and_a_missing_vggt_is_named(published: RunDir, t
     record = json.loads((tmp_path / "export" / "janus_data.json").read_text(encoding="utf-8"))
     (tmp_path / "export" / "janus_data.json").write_text(json.dumps(record | {"vggt_path": None}), encoding="utf-8")
     done = janus_cluster("export", str(tmp_path / "export"), cwd=tmp_path)
-    assert done.returncode == 2 and "holds no VGGT weights" in done.stderr and "--vggt-path" in done.stderr
+    assert done.returncode == 2 and "holds no aggregator.*" in done.stderr and "--vggt-path" in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "taken"], "and nothing is left behind"

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint on disk: names and shapes first, from the headers; weights only when they are wanted.
+"""Tensors of a checkpoint on disk, once their names and shapes are known from the headers (config/vggt_source.py).
 
 Who reads what: safetensors and .pt files are memory-mapped, so the ranks of a node share one copy in the page cache and
 each file crosses the network once per node, whatever the number of ranks. Under ZeRO-3 only rank 0 reads Qwen's
@@ -8,6 +8,7 @@ weights, the other ranks only headers, and DeepSpeed broadcasts them (transforme
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,28 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from janus_cluster.config.safetensors_header import (
-    TORCH_SUFFIXES,
-    CheckpointProblem,
-    StoredTensor,
-    check_against_index,
-    find_weight_files,
-    read_header,
-)
-
-
-def read_tensor_index(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor's name, file and shape, without reading weights from safetensors files.
-
-    `path` is a file (*.safetensors, *.pt, *.bin), or a folder with model.safetensors, its shards or model.pt.
-    Raises: CheckpointProblem if there is no such file, or it is broken.
-    """
-    found: dict[str, StoredTensor] = {}
-    for file in find_weight_files(path):
-        shapes = _torch_shapes(file) if file.suffix in TORCH_SUFFIXES else read_header(file)
-        found |= {name: StoredTensor(file=file, shape=shape) for name, shape in shapes.items()}
-    check_against_index(path, found)
-    return found
+from janus_cluster.config.safetensors_header import TORCH_SUFFIXES, CheckpointProblem, StoredTensor
+from janus_cluster.config.torch_header import flatten
 
 
 def read_tensors(index: Mapping[str, StoredTensor], names: Iterable[str]) -> dict[str, Tensor]:
@@ -55,16 +36,12 @@ def read_tensors(index: Mapping[str, StoredTensor], names: Iterable[str]) -> dic
     return tensors
 
 
-def _torch_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in _load_torch(file).items()}
-
-
 def _load_torch(file: Path) -> dict[str, Tensor]:
+    """Under the names that read_torch_header gives them."""
     try:
-        # weights_only: a .pt is a pickle, and must not run what it holds; mmap: a second reading costs nothing.
-        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # weights_only: a .pt is a pickle, and must not run what it holds; mmap: a second reading costs nothing, but
+        # torch's form before 1.6 has none.
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise CheckpointProblem(f"{file}: cannot be read as weights: {str(error).splitlines()[0]}") from error
-    if not isinstance(stored, dict):
-        raise CheckpointProblem(f"{file}: holds {type(stored).__name__}, not a state dict")
-    return {name: value for name, value in stored.items() if isinstance(value, Tensor)}
+    return dict(flatten(stored, lambda value: isinstance(value, Tensor)))

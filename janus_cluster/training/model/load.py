@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,23 +14,21 @@ from transformers.modeling_utils import set_zero3_state
 from transformers.utils import is_flash_attn_2_available
 
 from janus_cluster.config.check_weights import (
-    VGGT_FILE,
-    VGGT_IN_JANUS_PREFIX,
     check_family,
     judge_model_weights,
     judge_vggt_weights,
     load_config_values,
-    no_vggt,
     note_on_head,
-    vggt_inside,
+    read_model_index,
 )
 from janus_cluster.config.networks import PRESETS, VggtConfig
-from janus_cluster.config.safetensors_header import CheckpointProblem, StoredTensor
+from janus_cluster.config.safetensors_header import render_names
 from janus_cluster.config.schema import Model
+from janus_cluster.config.vggt_source import VGGT_FILE, VggtSource, find_vggt, find_vggt_of
 from janus_cluster.config.weight_names import Shapes, vggt_shapes
 from janus_cluster.errors import UsageError
 from janus_cluster.training.model.attention import use_kernels_of_any_length
-from janus_cluster.training.model.checkpoint_files import read_tensor_index, read_tensors
+from janus_cluster.training.model.checkpoint_files import read_tensors
 from janus_cluster.training.model.janus import JanusConfig, JanusModel
 from janus_cluster.training.model.presets import TokenizerIds
 from janus_cluster.training.model.vggt import Aggregator
@@ -47,7 +44,7 @@ def load_model(
     """
     folder = Path(str(model_cfg.path))
     config = _load_config(model_cfg, folder, tokenizer_ids)
-    index = _index_of(folder, key="model.path")
+    index = read_model_index(folder)
     report = judge_model_weights(index, model_shapes(config), where=folder)
     with torch.random.fork_rng(devices=[]):
         # New modules (merger, action head) are drawn here; under ZeRO rank 0's values are broadcast.
@@ -59,8 +56,10 @@ def load_model(
             attn_implementation=_attention_kind(device, dtype),
             local_files_only=True,
         )
-    source = find_vggt(folder, model_cfg.vggt_path)
-    aggregator = _aggregator_from(source, config.vggt, device=device, dtype=dtype)
+    require_finite(model.named_parameters(), where=f"model.path: {folder}")
+    vggt = find_vggt_of(model_cfg, index)
+    assert vggt is not None
+    aggregator = _aggregator_from(vggt, config.vggt, device=device, dtype=dtype)
     print("\n".join([f"model: {folder}: {report}", *note_on_head(folder)]), flush=True)
     return model, aggregator
 
@@ -75,11 +74,11 @@ def model_shapes(config: JanusConfig) -> Shapes:
 
 
 def load_vggt(path: Path, config: VggtConfig, *, device: torch.device | str, dtype: torch.dtype) -> Aggregator:
-    """The frozen aggregator on `device`, with the weights of `path` (VGGT-1B's names; its other heads are ignored).
+    """The frozen aggregator on `device`, with VGGT's weights in `path`; its other heads are ignored.
 
     Raises: UsageError on missing or misshapen `aggregator.*`, naming file and key.
     """
-    return _aggregator_from(_vggt_of(path, key="model.vggt_path"), config, device=device, dtype=dtype)
+    return _aggregator_from(find_vggt(path, key="model.vggt_path"), config, device=device, dtype=dtype)
 
 
 def load_exported(
@@ -91,46 +90,11 @@ def load_exported(
     """
     use_kernels_of_any_length()
     model = JanusModel.from_pretrained(folder, dtype=dtype, attn_implementation=_attention_kind(device, dtype))
-    source = find_vggt(Path(folder), vggt_path)
+    require_finite(model.named_parameters(), where=str(folder))
+    source = find_vggt(Path(folder if vggt_path is None else vggt_path), key="model" if vggt_path is None else "VGGT")
     model.attach_vggt(_aggregator_from(source, model.config.vggt, device=device, dtype=dtype))
     model.to(device)
     return model.eval()  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VggtSource:
-    """VGGT's tensors on disk by VGGT-1B's names; in the files `disk_prefix` stands before them.
-
-    `key` is the one of a job file that says where they are.
-    """
-
-    where: Path
-    index: Mapping[str, StoredTensor]
-    key: str
-    disk_prefix: str = ""
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, on the CPU."""
-        on_disk = {self.disk_prefix + name: self.index[name] for name in names}
-        return {name.removeprefix(self.disk_prefix): t for name, t in read_tensors(on_disk, on_disk).items()}
-
-
-def find_vggt(folder: Path, vggt_path: str | Path | None) -> VggtSource:
-    """VGGT from `vggt_path`, else from the checkpoint in `folder` itself (`vggt.*`), else from the file beside it.
-
-    Raises: UsageError if it is nowhere, or a file cannot be read.
-    """
-    if vggt_path is not None:
-        return _vggt_of(Path(vggt_path), key="model.vggt_path")
-    if inside := vggt_inside(_index_of(folder, key="model.path")):
-        return VggtSource(where=folder, index=inside, key="model.path", disk_prefix=VGGT_IN_JANUS_PREFIX)
-    if (folder / VGGT_FILE).is_file():
-        return _vggt_of(folder / VGGT_FILE, key="model.path")
-    raise no_vggt(folder)
-
-
-def _vggt_of(path: Path, *, key: str) -> VggtSource:
-    return VggtSource(where=path, index=_index_of(path, key=key), key=key)
 
 
 def write_vggt(model: JanusModel, folder: str | Path) -> Path:
@@ -190,21 +154,32 @@ def _load_config(model_cfg: Model, folder: Path, ids: TokenizerIds) -> JanusConf
     return config
 
 
-def _index_of(path: Path, *, key: str) -> dict[str, StoredTensor]:
-    try:
-        return read_tensor_index(path)
-    except CheckpointProblem as error:
-        raise UsageError(f"{key}: {error}") from error
+def require_finite(tensors: Iterable[tuple[str, torch.Tensor]], *, where: str) -> None:
+    """Nothing, where every value that this rank has of the tensors is a number. Raises: UsageError naming the others.
+
+    Found before the first step: in a loss that is no number, nothing tells such weights from a learning rate too large.
+    """
+    # Under ZeRO-3 a rank has its own part of a parameter.
+    own = ((name, getattr(tensor, "ds_tensor", tensor).detach()) for name, tensor in tensors)
+    spoilt = [name for name, t in own if t.device.type != "meta" and not bool(torch.isfinite(t).all())]
+    if spoilt:
+        raise UsageError(
+            f"{where}: {len(spoilt)} tensors hold values that are not finite (NaN or infinite): {render_names(spoilt)}",
+            hint="the weights themselves are spoilt: copy or download them again",
+        )
 
 
 def _aggregator_from(
     source: VggtSource, config: VggtConfig, *, device: torch.device | str, dtype: torch.dtype
 ) -> Aggregator:
-    report = judge_vggt_weights(
-        source.index, config, where=source.where, key=source.key, disk_prefix=source.disk_prefix
-    )
+    report = judge_vggt_weights(source, config)
+    on_disk = {source.prefix + name: source.tensors[name] for name in vggt_shapes(config)}
     # One by one to the device: the host holds one converted tensor at a time, not all of every rank's.
-    tensors = {name: t.to(device=device, dtype=dtype) for name, t in source.read(vggt_shapes(config)).items()}
+    tensors = {
+        name.removeprefix(source.prefix): t.to(device=device, dtype=dtype)
+        for name, t in read_tensors(on_disk, on_disk).items()
+    }
+    require_finite(tensors.items(), where=f"{source.key}: {source.path}")
     with torch.device("meta"):
         aggregator = Aggregator(config)
     load_vggt_state(aggregator, tensors)
