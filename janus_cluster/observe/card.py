@@ -141,6 +141,8 @@ def next_steps(
         ],
         "disk_full": [f"df -h {shlex.quote(str(run.path))}   # make room first", resume],
         "bad_data": _mend_data(failure, resume=resume, submit=submit),
+        "loader": _mend_loader(failure, job, resume=f"janus-cluster resume {ref}", at=at, look=look),
+        "bad_weights": [look, f"{submit} --set model.path=… --set model.vggt_path=…   # weights that are whole"],
         "diverged": [f"{submit} --set training.learning_rate=…   # a smaller one", look],
         "environment": [f"less {shlex.quote(str(run.batch_log))}", resume],
     }
@@ -157,6 +159,19 @@ def _mend_data(failure: Failure, *, resume: str, submit: str) -> list[str]:
         return [f"mend or take away {failure.path or 'the sample'}, then: {resume}"]
     options = " ".join(_SET_OPTION.findall(failure.hint))
     return [*([f"{submit} {options}"] if options else []), failure.hint]
+
+
+def _mend_loader(failure: Failure, job: Mapping[str, Any], *, resume: str, at: str, look: str) -> list[str]:
+    """What takes away the cause: resumed as it is, the run would meet it again."""
+    words, node = failure.message or "", failure.node or "the node"
+    alone = f"{resume} --set data.num_workers=0   # the ranks read their frames themselves; {at}"
+    if "AF_UNIX path too long" in words or "temporary directory" in words:
+        return [f"{resume} --set environment.variables.TMPDIR=/tmp   # $TMPDIR cannot be used there; {at}", alone]
+    if re.search(r"shared memory|No space left|bus error", words, re.IGNORECASE):
+        return [f"df -h /dev/shm; ls -l /dev/shm   # on {node}: more room (in a container: --shm-size=64g)", alone]
+    if "Killed" in words:
+        return [f"{resume} {_with_less_host_memory(job)}", alone]
+    return [alone, look]
 
 
 def _with_less_host_memory(job: Mapping[str, Any]) -> str:

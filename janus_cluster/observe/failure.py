@@ -16,7 +16,8 @@ from janus_cluster.observe.evidence import Evidence, RankError, RankExit
 
 Kind = Literal[
     "preflight", "preflight_undetermined", "environment", "walltime", "preempted", "node_lost", "cancelled",
-    "host_out_of_memory", "gpu_out_of_memory", "xid", "disk_full", "bad_data", "diverged", "nccl_timeout", "hang",
+    "host_out_of_memory", "gpu_out_of_memory", "xid", "disk_full", "bad_data", "loader", "bad_weights", "diverged",
+    "nccl_timeout", "hang",
     "network", "signal", "exception", "unknown",
 ]  # fmt: skip
 
@@ -33,6 +34,8 @@ TITLES: Mapping[str, str] = {
     "xid": "a GPU failed (Xid)",
     "disk_full": "the disk is full",
     "bad_data": "a sample that cannot be used",
+    "loader": "a data loader's worker could not go on",
+    "bad_weights": "the weights or the data give no finite loss",
     "diverged": "the loss is no number any more",
     "nccl_timeout": "a collective timed out",
     "hang": "a rank stood still",
@@ -68,23 +71,33 @@ _WORDS: tuple[tuple[re.Pattern[str], Kind], ...] = (
         "gpu_out_of_memory",
     ),
     (
+        re.compile(r"^data loader worker: |\bDataLoader worker \(pid|unable to \w+ (?:a )?shared memory"
+                   r"|AF_UNIX path too long|insufficient shared memory|Pin memory thread"),
+        "loader",
+    ),
+    (
         re.compile(r"No space left on device|\[Errno 28\]|os error 28|Disk quota exceeded|\[Errno 122\]"
                    r"|PytorchStreamWriter failed|inline_container\.cc.*unexpected pos|file write failed"),
         "disk_full",
     ),
     (
         re.compile(r"^MemoryError\b|DefaultCPUAllocator: can't allocate memory|Cannot allocate memory|\[Errno 12\]"
-                   r"|insufficient shared memory|\bstd::bad_alloc\b|Unable to allocate [\d.]+ \w+ for an array"
+                   r"|\bstd::bad_alloc\b|Unable to allocate [\d.]+ \w+ for an array"
                    r"|memory allocation of \d+ bytes failed"),
         "host_out_of_memory",
     ),
+    (re.compile(r"hold values that are not finite|before any weight was changed"), "bad_weights"),
     (re.compile(r"\bloss\b[^\n]{0,60}\b(?:nan|inf|not (?:a )?(?:finite|number))\b", re.IGNORECASE), "diverged"),
     (
         re.compile(r"collective operation timeout|before timing out|Timed out waiting \d+ ?ms for (?:send|recv)"
                    r"|Wait timeout|Socket Timeout|wait timeout after \d+"),
         "nccl_timeout",
     ),
-    (re.compile(r"no (?:step|heartbeat|progress)\b[^\n]{0,60}\b(?:in|for|since)\b", re.IGNORECASE), "hang"),
+    (
+        re.compile(r"no (?:step|heartbeat|progress)\b[^\n]{0,60}\b(?:in|for|since)\b|DataLoader timed out",
+                   re.IGNORECASE),
+        "hang",
+    ),
     (re.compile(r"IBV_WC_\w+|ncclSystemError|ibv_\w+ failed|unhandled system error|No route to host"), "network"),
 )  # fmt: skip
 # What a rank says when another one has gone: true, and never the cause.
@@ -97,6 +110,7 @@ _DATA_FRAME = re.compile(r"/training/data/|datasets?/.*dataset\.py")
 _SAMPLE_PATH = re.compile(r"(?<![\w.])(/[^\n:*?\"'<>|]+\.\w{1,5})(?=[:'\" ,)]|$)")
 _SCRIPT_SAID = re.compile(r"^(?:job\.sbatch on (?P<node>[^:\s]+): (?P<text>.+))$", re.MULTILINE)
 _HINT = "hint: "
+_WORKER = re.compile(r"^data loader worker: |Unexpected bus error encountered in worker")
 _CANNOT_START = re.compile(
     r"ModuleNotFoundError|ImportError|command not found|No module named|Permission denied|No such file or directory"
 )
@@ -219,6 +233,12 @@ def _of_error(error: RankError, evidence: Evidence) -> Failure:
         path = next(iter(_SAMPLE_PATH.findall(error.message)), None)
         kind = "bad_data"
         hint = _hint_of(error, evidence)
+    message = error.message
+    if kind == "disk_full" and any("/multiprocessing/" in frame for frame in error.frames):
+        # A semaphore of the loader's could not be made: /dev/shm is full, not the disk.
+        kind = "loader"
+    if kind == "loader" and (said := _words_of_worker(error, evidence)):
+        message = said
     # CUDA's own words are often no more than "unspecified launch failure"; the log of that rank may name the Xid.
     if kind is None and "CUDA error" in error.message and (xid := _xid_line(evidence, error.node)):
         return Failure(kind="xid", rank=error.rank, node=error.node, message=xid, frames=error.frames)
@@ -226,7 +246,7 @@ def _of_error(error: RankError, evidence: Evidence) -> Failure:
         kind=kind or "exception",
         rank=error.rank,
         node=error.node,
-        message=error.message,
+        message=message,
         frames=error.frames,
         path=path,
         hint=hint,
@@ -237,6 +257,14 @@ def _hint_of(error: RankError, evidence: Evidence) -> str | None:
     """What the rank's log says of what to do, behind the traceback."""
     lines = dict(evidence.logs).get(f"{error.node}:{error.rank}", "").split("\n")
     return next((line.removeprefix(_HINT) for line in reversed(lines) if line.startswith(_HINT)), None)
+
+
+def _words_of_worker(error: RankError, evidence: Evidence) -> str | None:
+    """The loader worker's own last line, from the rank's log or the end of a traceback that the rank passed on."""
+    log = dict(evidence.logs).get(f"{error.node}:{error.rank}", "").split("\n")
+    said = [line.strip() for line in log if _WORKER.search(line)]
+    passed_on = [line.strip() for line in error.message.split("\n")[1:] if kind_of_words(line.strip()) == "loader"]
+    return next(reversed(said + passed_on), None)
 
 
 def _first_killed(exits: Iterable[RankExit]) -> RankExit | None:

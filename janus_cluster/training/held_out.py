@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from janus_cluster.training.data.loader import build_loader
 from janus_cluster.training.data.samples import ACTIONS
 from janus_cluster.training.loss import SEGMENT_NAMES
 from janus_cluster.training.scores import ActionScores, Majority, perplexities, score_actions, score_majority
@@ -64,13 +65,19 @@ def predict_batches(
     device: torch.device,
     rows: int,
     num_workers: int,
+    timeout_s: float = 0,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[BatchResult]:
     """This rank's share, one batch at a time, with `model` in evaluation mode and no gradients."""
     batches, num_counted = share_batches(num_samples, rank=rank, world_size=world_size, rows=rows)
-    loader = DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, pin_memory=device.type == "cuda"
+    loader = build_loader(
+        dataset,
+        batches=batches,
+        collate=collate,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        timeout_s=timeout_s,
     )
     was_training = model.training
     model.eval()

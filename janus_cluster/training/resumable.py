@@ -68,6 +68,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self._metrics = metrics
         self._saves_in: Path | None = None
         self._has_warned_of_saves = False
+        self._began_at_step = 0
         self.is_stopping = False
         super().__init__(model=model, args=args, callbacks=[metrics, _StopAtBoundary(self)], **of_trainer)
         self.remove_callback(PrinterCallback)
@@ -85,12 +86,25 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         if not self._num_not_finite.item():
             # Not a cause of its own: a card must name the rank whose loss it was.
             raise TrainingFailed(f"a remote process ended the run at step {step}: see its log")
+        if not self._has_changed_weights():
+            raise TrainingFailed(
+                f"the loss is not finite at step {step} on rank {self._world.rank}, before any weight was changed: the "
+                "weights or the data give it, not the learning rate",
+                hint="are model.path and model.vggt_path whole, and are the samples of this step usual ones?",
+            )
         raise TrainingFailed(
             f"the loss is not finite at step {step} on rank {self._world.rank}: nothing was saved after the checkpoint "
             "before it",
             hint="a smaller training.learning_rate or training.max_grad_norm, or precision fp32; resuming unchanged "
             "would meet it again",
         )
+
+    def _has_changed_weights(self) -> bool:
+        """Whether this attempt had made an update, with a learning rate above 0, when the last loss was computed."""
+        schedule = self.lr_scheduler
+        rates = list(zip(schedule.base_lrs, schedule.lr_lambdas, strict=True))
+        updates = range(self._began_at_step, self.state.global_step - 1)
+        return any(base * factor(step) > 0 for step in updates for base, factor in rates)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The checkpoint of this step is whole and has its name, or the ones before it are as they were.
@@ -175,6 +189,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         if resume_from_checkpoint is None:
             return super()._prepare_for_training(max_steps, train_dataloader, None)
         checkpoint = Path(resume_from_checkpoint)
+        self._began_at_step = int(checkpoint.name.removeprefix("checkpoint-"))
         mine = written = None
         if self.is_deepspeed_enabled:
             written = written_cut(checkpoint)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from janus_cluster.config.schema import JobConfig
+from janus_cluster.training.data.loader import build_loader
 from janus_cluster.training.data.sampler import RankBatches
 from janus_cluster.training.held_out import HeldOutScores, ScoreSums, move_to, predict_batches
 from janus_cluster.training.kernels import skip_unused_kernels
@@ -132,12 +133,13 @@ class JanusTrainer(ResumableTrainer):
 
         The Trainer skips lists of indices on resume (accelerate's SkipBatchSampler), so nothing is decoded in vain.
         """
-        return DataLoader(
+        return build_loader(
             self.train_dataset,
-            batch_sampler=self._batches,
-            collate_fn=self.data_collator,
+            batches=self._batches,
+            collate=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            timeout_s=self._job.training.hang_timeout_s,
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -233,6 +235,7 @@ class JanusTrainer(ResumableTrainer):
             device=self.args.device,
             rows=self.args.per_device_eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
+            timeout_s=self._job.training.hang_timeout_s,
             rank=self._world.rank,
             world_size=self._world.world_size,
         ):

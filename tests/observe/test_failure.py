@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from janus_cluster.node.training import TRANSIENT
 from janus_cluster.observe.card import load_card, next_steps, render_card
 from janus_cluster.observe.evidence import Evidence, RankError, RankExit, load_evidence, parse_exits
 from janus_cluster.observe.failure import Failure, Kind, classify, is_follow_up, kind_of_words
@@ -340,6 +341,60 @@ def test_too_little_gpu_memory_suggests_a_smaller_batch_of_the_same_effective_si
     first = next_steps(failure, run=RunDir(tmp_path), ref="7", checkpoint=None, job=job)[0]
     options = "--set training.per_device_batch_size=3 --set training.gradient_accumulation_steps=4"
     assert first.startswith(f"janus-cluster resume 7 {options}   # "), "a new run would lose what this one has learnt"
+
+
+GONE = "RuntimeError: DataLoader worker (pid(s) 11604) exited unexpectedly"
+SHM = "RuntimeError: unable to allocate shared memory(shm) for file </torch_12_27_0>: No space left on device (28)"
+IN_COLLATE = f"RuntimeError: Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n  x\n{SHM}\n"
+KILLED = "RuntimeError: DataLoader worker (pid 5) is killed by signal: Killed. "
+BUS = "ERROR: Unexpected bus error encountered in worker. This might be caused by insufficient shared memory (shm)."
+SEMAPHORE = ('File "/usr/lib/python3.11/multiprocessing/synchronize.py", line 57, in __init__: sl = SemLock(',)
+
+
+@pytest.mark.parametrize(
+    ("message", "frames", "log", "shown", "first"),
+    [
+        (GONE, (), f"data loader worker: {SHM}", SHM, "df -h /dev/shm"),
+        (IN_COLLATE, (), "", SHM, "df -h /dev/shm"),
+        (GONE, (), BUS, BUS, "df -h /dev/shm"),
+        ("OSError: [Errno 28] No space left on device", SEMAPHORE, "", "Errno 28", "df -h /dev/shm"),
+        (GONE, (), "data loader worker: OSError: AF_UNIX path too long", "AF_UNIX path too long",
+         "janus-cluster resume 7 --set environment.variables.TMPDIR=/tmp "),
+        (KILLED, (), "", "killed by signal", "janus-cluster resume 7 --set data.num_workers=2 "),
+        (GONE, (), "data loader worker: OSError: [Errno 24] Too many open files", "Too many open files",
+         "janus-cluster resume 7 --set data.num_workers=0 "),
+    ],
+)  # fmt: skip
+def test_a_loader_that_cannot_go_on_is_named_with_its_workers_words_and_not_resumed_as_it_is(
+    *, tmp_path: Path, message: str, frames: tuple[str, ...], log: str, shown: str, first: str
+) -> None:
+    found = classify(evidence(errors=(error(2, message, frames=frames),), logs=(("b:2", f"step 1\n{log}\n"),)))
+    assert found is not None
+    assert (found.kind, found.rank, found.node) == ("loader", 2, "b")
+    assert shown in (found.message or "").split("\n")[0]
+    assert found.kind not in TRANSIENT, "the same allocation would meet it again"
+    steps = next_steps(found, run=RunDir(tmp_path), ref="7", checkpoint=None, job={"data": {"num_workers": 4}})
+    assert steps[0].startswith(first)
+    assert not any(step.startswith("janus-cluster resume 7   #") for step in steps)
+
+
+def test_a_loader_that_only_stands_still_is_a_hang() -> None:
+    assert kind_of_words("RuntimeError: DataLoader timed out after 1800 seconds") == "hang"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "UsageError: model.vggt_path: /v: 1 tensors hold values that are not finite (NaN or infinite): a.b",
+        "TrainingFailed: the loss is not finite at step 1 on rank 0, before any weight was changed: the weights or the "
+        "data give it, not the learning rate",
+    ],
+)
+def test_spoilt_weights_are_not_blamed_on_the_learning_rate(tmp_path: Path, message: str) -> None:
+    found = classify(evidence(errors=(error(0, message),)))
+    assert found is not None and found.kind == "bad_weights"
+    steps = next_steps(found, run=RunDir(tmp_path), ref="7", checkpoint=None, job={})
+    assert "model.vggt_path=" in steps[1] and not any("learning_rate" in step for step in steps)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from training_run import resolve
 
+from janus_cluster.errors import TrainingFailed
 from janus_cluster.rundir import RunDir
 from janus_cluster.training.batches import build_batches
 from janus_cluster.training.checkpoint import find_newest_complete
@@ -212,6 +213,26 @@ def test_a_run_that_has_become_longer_follows_the_longer_schedule_at_once(episod
     assert used == [rates(whole)[2]], "not the short schedule's last rate, 0"
     longer.train(resume_from_checkpoint=checkpoint)
     assert rates(longer)[2:] == rates(whole)[2:]
+
+
+def test_a_first_loss_that_is_no_number_is_not_blamed_on_the_learning_rate(episodes: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(episodes, tmp_path / "a", max_steps=2)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(TrainingFailed, match="before any weight was changed") as at_once:
+        trainer.train()
+    assert "learning_rate" not in str(at_once.value.hint)
+
+
+def test_a_loss_is_blamed_on_the_learning_rate_once_that_was_above_0(episodes: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(episodes, tmp_path, max_steps=4, lr_scheduler="linear", warmup_ratio=0.5)
+    trainer.create_optimizer_and_scheduler(4)
+    trainer.state.global_step = 2
+    assert not trainer._has_changed_weights(), "the first step of a warm-up has a learning rate of 0"
+    trainer.state.global_step = 3
+    assert trainer._has_changed_weights()
+    trainer._began_at_step = 2
+    assert not trainer._has_changed_weights(), "the first step after a resume"
 
 
 def test_loader_processes_do_not_change_the_batches(episodes: Path, tmp_path: Path) -> None:
