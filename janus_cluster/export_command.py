@@ -19,9 +19,9 @@ MODULE = "janus_cluster.training.published"
     "export",
     epilog="""\b
 Examples:
-  janus-cluster export demo                              its newest run, into <run>/export-janusvln
+  janus-cluster export demo                     its newest run, into <run>/export-janusvln
   janus-cluster export 4711 --out /models/mine
-  janus-cluster export /models/export --layout janusvln --out /models/mine --vggt-path /models/VGGT-1B
+  janus-cluster export /models/export --out /models/mine --vggt-path /models/VGGT-1B
 
 \b
 See also: docs/evaluation.md
