@@ -77,7 +77,7 @@ def check_weights(model: Model) -> list[str]:
         values = load_config_values(folder)
         check_family(values, model, folder)
         index = _index_of(folder, key="model.path")
-        report = judge_model_weights(index, _expected_shapes(values, folder), where=folder)
+        report = judge_model_weights(index, expected_shapes(values, folder), where=folder)
         lines = [f"model: {folder}: {report}", *note_on_head(folder)]
         # A file that names no vggt_config was published with VGGT-1B; the preset says the same, or tiny's numbers.
         config = VggtConfig.from_dict(values.get("vggt_config") or PRESETS[model.preset].vggt.to_dict())
@@ -240,7 +240,8 @@ def _index_of(path: Path, *, key: str) -> dict[str, StoredTensor]:
         raise UsageError(f"{key}: {error}") from error
 
 
-def _expected_shapes(values: Mapping[str, Any], folder: Path) -> Shapes:
+def expected_shapes(values: Mapping[str, Any], folder: Path) -> Shapes:
+    """Every weight but VGGT's that folder/config.json wants. Raises: UsageError naming a number that it lacks."""
     try:
         return janus_shapes(values)
     except (KeyError, TypeError) as error:

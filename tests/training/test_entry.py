@@ -16,6 +16,7 @@ import torch
 from training_run import NODES, everything_said, run_on_nodes, write_run_folder
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+from janus_cluster.config.safetensors_header import read_header
 from janus_cluster.config.schema import Data, Training
 from janus_cluster.rundir import RunDir
 from janus_cluster.training.checkpoint import find_newest_complete
@@ -43,7 +44,7 @@ def job(episodes: Path, *, max_steps: int, profile: str = "zero3", precision: st
             "evaluate_every_steps": 2,
         },
         "deepspeed": {"profile": profile},
-        "checkpoint": {"every_steps": 2, "keep_last": 2},
+        "checkpoint": {"every_steps": 2, "keep_last": 2, "export_layout": "janusvln"},
     }  # fmt: skip
 
 
@@ -156,6 +157,12 @@ def test_export_loads_with_and_without_our_class(trained: RunDir) -> None:
     exports = [m for m in trained.read_metrics() if m["kind"] == "export"]
     assert [m["step"] for m in exports] == [5, 5]
     assert not [p for p in trained.path.iterdir() if p.name.startswith(".export")], "no temporary folder is left"
+
+
+def test_the_published_layout_lies_beside_the_export_where_the_job_asks_for_it(trained: RunDir) -> None:
+    names, own = (read_header(folder / "model.safetensors") for folder in (trained.published_export, trained.export))
+    assert {name for name in names if not name.startswith("vggt.")} == own.keys()
+    assert "vggt.aggregator.camera_token" in names
 
 
 def test_exported_weights_are_the_trained_ones(trained: RunDir) -> None:

@@ -14,15 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from published_reader import TEXT
 from safetensors.torch import load_file, save_file
 from training_run import resolve
 
+from janus_cluster.cli import cli
 from janus_cluster.config.check_weights import check_weights
 from janus_cluster.config.networks import PRESETS
 from janus_cluster.config.safetensors_header import read_header
 from janus_cluster.config.schema import Model
+from janus_cluster.errors import UsageError
 from janus_cluster.rundir import RunDir
 from janus_cluster.training.data.demo import write_demo_episodes
 from janus_cluster.training.data.index import load_samples
@@ -31,7 +34,8 @@ from janus_cluster.training.entry import build_job_model, load_job_tokenizer
 from janus_cluster.training.export import write_model
 from janus_cluster.training.model.janus import JanusModel
 from janus_cluster.training.model.load import load_exported, write_vggt
-from janus_cluster.training.subject import write_record
+from janus_cluster.training.published import write_published
+from janus_cluster.training.subject import load_subject, write_record
 from janus_cluster.training.world import World
 from tests.conftest import not_tested
 
@@ -91,22 +95,22 @@ def write_run(path: Path, episodes: Path, *, tied: bool, monkeypatch: pytest.Mon
     return run
 
 
-def janus_cluster(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"JANUS_HOME": str(cwd), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "janus_cluster.cli", *words]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200, check=False)
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def published(request: pytest.FixtureRequest, episodes: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run, and what `export` made of it."""
+    """A run and its published layout: of the untied network as training writes it, of the tied one by the command."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as monkeypatch:
         run = write_run(home / "runs" / "mine-20261121-aaaa", episodes, tied=request.param, monkeypatch=monkeypatch)
-    done = janus_cluster("export", str(run.path), "--layout", "janusvln", "--json", cwd=home)
+    if not request.param:
+        write_published(run.export, run.published_export)
+        return run
+    command = [sys.executable, "-m", "janus_cluster.cli", "export", run.path.name, "--layout", "janusvln", "--json"]
+    environment = os.environ | {"JANUS_HOME": str(home), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["path"] == str(run.published_export) and "model.safetensors" in told["files_bytes"]
+    assert told["path"] == str(run.published_export) and told["layout"] == "janusvln"
+    assert told["files_bytes"].keys() == {path.name for path in run.published_export.iterdir()}
     return run
 
 
@@ -173,22 +177,31 @@ def test_we_read_it_as_the_export_itself(published: RunDir) -> None:
     assert load_tokenizer(folder).chat_template == load_tokenizer(published.export).chat_template
 
 
-def test_eval_takes_vggt_from_inside_the_folder(published: RunDir, episodes: Path, tmp_path: Path) -> None:
-    options = ("--data", str(episodes), "--samples", "1", "--generate", "0", "--device", "cpu", "--json")
-    done = janus_cluster("eval", str(published.published_export), *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["num_samples"] == 1
+def test_eval_takes_vggt_from_inside_the_folder(published: RunDir, episodes: Path) -> None:
+    subject = load_subject(published.published_export, roots=[str(episodes)])
+    assert subject.vggt_path is None and subject.data.history == 1 and len(subject.load_samples())
+    assert load_subject(published.export, roots=[str(episodes)]).vggt_path == published.path / "VGGT-1B"
 
 
-def test_nothing_is_overwritten_and_a_missing_vggt_is_named(published: RunDir, tmp_path: Path) -> None:
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    (taken / "notes.txt").write_text("mine", encoding="utf-8")
-    done = janus_cluster("export", str(published.path), "--out", str(taken), cwd=tmp_path)
-    assert done.returncode == 2 and "is not empty" in done.stderr
+def test_the_command_overwrites_nothing(published: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    done = CliRunner().invoke(cli, ["export", str(published.path), "--out", str(tmp_path)])
+    assert isinstance(done.exception, UsageError) and "is not empty" in done.exception.message
+
+
+def test_a_missing_vggt_is_named_and_nothing_is_left_behind(published: RunDir, tmp_path: Path) -> None:
     shutil.copytree(published.export, tmp_path / "export")
     record = json.loads((tmp_path / "export" / "janus_data.json").read_text(encoding="utf-8"))
     (tmp_path / "export" / "janus_data.json").write_text(json.dumps(record | {"vggt_path": None}), encoding="utf-8")
-    done = janus_cluster("export", str(tmp_path / "export"), cwd=tmp_path)
-    assert done.returncode == 2 and "holds no VGGT weights" in done.stderr and "--vggt-path" in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "taken"], "and nothing is left behind"
+    with pytest.raises(UsageError, match="holds no VGGT weights") as refused:
+        write_published(tmp_path / "export", tmp_path / "out")
+    assert "--vggt-path" in str(refused.value.hint)
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_folder_that_is_no_trained_model_is_refused(published: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(published.export, tmp_path / "export")
+    file = tmp_path / "export" / "model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if not name.startswith("merger.")}, file)
+    with pytest.raises(UsageError, match=r"weights are not there: merger\.ln_q\.weight"):
+        write_published(tmp_path / "export", tmp_path / "out")
