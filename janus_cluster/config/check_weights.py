@@ -72,7 +72,7 @@ def check_weights(model: Model) -> list[str]:
         values = load_config_values(folder)
         check_family(values, model, folder)
         index = read_model_index(folder)
-        report = judge_model_weights(index, _expected_shapes(values, folder), where=folder)
+        report = judge_model_weights(index, expected_shapes(values, folder), where=folder)
         lines = [f"model: {folder}: {report}", *note_on_head(folder)]
         # A file that names no vggt_config was published with VGGT-1B; the preset says the same, or tiny's numbers.
         config = VggtConfig.from_dict(values.get("vggt_config") or PRESETS[model.preset].vggt.to_dict())
@@ -182,7 +182,8 @@ def read_model_index(folder: Path) -> dict[str, StoredTensor]:
         raise UsageError(f"model.path: {error}") from error
 
 
-def _expected_shapes(values: Mapping[str, Any], folder: Path) -> Shapes:
+def expected_shapes(values: Mapping[str, Any], folder: Path) -> Shapes:
+    """Every weight but VGGT's that folder/config.json wants. Raises: UsageError naming a number that it lacks."""
     try:
         return janus_shapes(values)
     except (KeyError, TypeError) as error:

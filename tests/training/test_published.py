@@ -95,7 +95,7 @@ def write_run(path: Path, episodes: Path, *, tied: bool, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def published(request: pytest.FixtureRequest, episodes: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run, and what `export` made of it."""
+    """A run and its published layout: of the untied network as training writes it, of the tied one by the command."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as monkeypatch:
         run = write_run(home / "runs" / "mine-20261121-aaaa", episodes, tied=request.param, monkeypatch=monkeypatch)

@@ -18,7 +18,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from janus_cluster.config.check_weights import judge_model_weights, load_config_values
+from janus_cluster.config.check_weights import expected_shapes, judge_model_weights, load_config_values
 from janus_cluster.config.safetensors_header import (
     SAFETENSORS_INDEX,
     CheckpointProblem,
@@ -87,7 +87,7 @@ def require_readable(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     require_same(folder, tensors)
     try:
         values = load_config_values(folder)
-        report = judge_model_weights(read_safetensors_index(folder), janus_shapes(values), where=folder)
+        report = judge_model_weights(read_safetensors_index(folder), expected_shapes(values, folder), where=folder)
     except (CheckpointProblem, UsageError) as error:
         raise _unreadable([str(error)]) from error
     problems = [f"{folder}: {module}* would be drawn anew" for module in report.new_modules]
