@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Sequence
@@ -159,7 +160,9 @@ class Follower:
         paths = [self.run.batch_log] if self.run.batch_log not in self._files else []
         for attempt in attempts:
             if attempt >= self._newest_attempt or self._num_looks % _OLD_EVERY == 0:
-                paths += [p for p in self.run.attempt_logs(attempt).glob("*.log") if p not in self._files]
+                # The folder may be removed between the two looks; the next look finds the run gone.
+                with contextlib.suppress(FileNotFoundError):
+                    paths += [p for p in self.run.attempt_logs(attempt).glob("*.log") if p not in self._files]
         self._newest_attempt = newest
         found = {}
         for path in paths:
