@@ -21,7 +21,7 @@ MODULE = "janus_cluster.training.published"
 Examples:
   janus-cluster export demo                              its newest run, into <run>/export-janusvln
   janus-cluster export 4711 --out /models/mine
-  janus-cluster export /models/export --layout janusvln --out /models/mine --vggt-path /models/VGGT-1B
+  janus-cluster export /models/export --layout janusvln --vggt-path /models/VGGT-1B
 
 \b
 See also: docs/evaluation.md
