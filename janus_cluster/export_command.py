@@ -19,7 +19,7 @@ MODULE = "janus_cluster.training.published"
     "export",
     epilog="""\b
 Examples:
-  janus-cluster export demo                              its newest run, into <run>/export-janusvln
+  janus-cluster export demo                              its newest run
   janus-cluster export 4711 --out /models/mine
   janus-cluster export /models/export --layout janusvln --vggt-path /models/VGGT-1B
 
