@@ -30,14 +30,13 @@ from janus_cluster.training.data.lengths import load_token_counts
 from janus_cluster.training.data.prompt import sample_texts
 from janus_cluster.training.data.split import load_earlier_split, warn_of_leak
 from janus_cluster.training.data.tokenizer import build_tiny_tokenizer, image_token_ids, load_tokenizer
-from janus_cluster.training.export import write_export
+from janus_cluster.training.export import write_exports
 from janus_cluster.training.held_out import render_score_table
 from janus_cluster.training.memory import MemoryWatch
 from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.model.build import build_model, parameter_groups, render_parameter_groups
 from janus_cluster.training.model.janus import JanusModel
 from janus_cluster.training.model.presets import TokenizerIds
-from janus_cluster.training.published import write_published
 from janus_cluster.training.pulse import Pulse, take_signals
 from janus_cluster.training.start import StartClock, TellStart
 from janus_cluster.training.trainer import JanusTrainer, build_training_arguments
@@ -127,13 +126,9 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pul
     _evaluate_at_the_end(trainer, metrics)
     if job.checkpoint.export:
         pulse.beat("export", step)
-        write_export(run.export, trainer=trainer, tokenizer=tokenizer, job=job, world=world)
+        for folder in write_exports(run, trainer=trainer, tokenizer=tokenizer, job=job, world=world):
+            metrics.say(f"export {folder}")
         metrics.append("export", step, path=str(run.export))
-        metrics.say(f"export {run.export}")
-        if world.is_main and job.checkpoint.export_layout == "janusvln":
-            pulse.beat("export", step)
-            write_published(run.export, run.published_export)
-            metrics.say(f"export {run.published_export}")
 
 
 def _find_checkpoint(run: RunDir, job: JobConfig, world: World, metrics: MetricsLog) -> Path | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from janus_cluster.config.schema import JobConfig
 from janus_cluster.errors import TrainingFailed
+from janus_cluster.rundir import RunDir
 from janus_cluster.training.checkpoint import from_main
 from janus_cluster.training.data.tokenizer import load_tokenizer, write_processing_files
 from janus_cluster.training.model.janus import JanusModel
@@ -23,34 +24,40 @@ from janus_cluster.training.model.write import (
     write_weights,
 )
 from janus_cluster.training.new_folder import new_folder
+from janus_cluster.training.published import write_published
 from janus_cluster.training.subject import write_record
 from janus_cluster.training.trainer import JanusTrainer
 from janus_cluster.training.world import World
 
 
-def write_export(folder: Path, *, trainer: JanusTrainer, tokenizer: Any, job: JobConfig, world: World) -> None:
-    """`folder` holds weights, tokenizer, chat template and image processor, or what it held before.
+def write_exports(run: RunDir, *, trainer: JanusTrainer, tokenizer: Any, job: JobConfig, world: World) -> list[Path]:
+    """run.export holds weights, tokenizer, chat template and image processor, or what it held before.
 
+    With checkpoint.export_layout: janusvln, run.published_export holds the published layout.
     Every rank calls this: under ZeRO-3 the weights are gathered from all of them. Adapters are merged. VGGT is frozen,
     so its weights are added only where no file has them (the tiny preset's are random).
-    Raises: TrainingFailed if what was written cannot be read back as the live weights.
+    Returns: the folders. Raises: TrainingFailed if what was written cannot be read back as the live weights.
     """
+    folders = [run.export, *([run.published_export] if job.checkpoint.export_layout == "janusvln" else [])]
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     failure: Exception | None = None
     if world.is_main:
         try:
-            with new_folder(folder) as new:
+            with new_folder(run.export) as new:
                 write_model(new, trainer.model, merge_adapters(state_dict, job.training.lora))
                 if job.model.vggt_path is None:
                     require_same(write_vggt(trainer.model, new), vggt_tensors(trainer.model))
                 write_processing_files(new, tokenizer=tokenizer, data=job.data)
                 load_tokenizer(new)
                 write_record(new, job)
+            for published in folders[1:]:
+                write_published(run.export, published)
         except Exception as error:
             failure = error
     if from_main(world, lambda: failure is not None):
         # Not a cause of its own: a card must name the rank that wrote.
         raise failure or TrainingFailed("a remote process could not write the export: see its log")
+    return folders
 
 
 def write_model(folder: Path, model: JanusModel, state_dict: Mapping[str, Tensor]) -> None:

@@ -32,7 +32,7 @@ from janus_cluster.training.batches import build_batches
 from janus_cluster.training.data.dataset import NavigationDataset, collate
 from janus_cluster.training.data.index import load_samples
 from janus_cluster.training.entry import build_job_model, load_job_tokenizer
-from janus_cluster.training.export import write_export
+from janus_cluster.training.export import write_exports
 from janus_cluster.training.held_out import move_to
 from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.model.janus import JanusModel
@@ -124,7 +124,7 @@ def train_and_export(run: RunDir, job: JobConfig, *, tied: bool) -> None:
     trainer.model_wrapped.eval()
     save_file(logits_of(trainer.model_wrapped, trainer.model, batch), run.path / "live.safetensors")
     torch.save(batch, run.path.parent / "batch.pt")
-    write_export(run.export, trainer=trainer, tokenizer=tokenizer, job=job, world=WORLD)
+    write_exports(run, trainer=trainer, tokenizer=tokenizer, job=job, world=WORLD)
 
 
 def main(episodes: Path, out: Path) -> None:
