@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from janus_cluster import __version__
-from janus_cluster.errors import EXIT_CODES, PREFLIGHT_EXIT_CODES, JanusError
+from janus_cluster.errors import EXIT_CODES, PREFLIGHT_EXIT_CODES, JanusError, print_error
 from janus_cluster.streams import run_program
 
 if TYPE_CHECKING:
@@ -175,10 +175,7 @@ def _run() -> int:
         e.show()
         return e.exit_code
     except JanusError as e:
-        click.echo(f"error: {e.message}", err=True)
-        if e.hint:
-            click.echo(f"next:  {e.hint}", err=True)
-        return e.exit_code
+        return print_error(e)
     except OSError as e:
         if e.errno == errno.ENOENT and e.filename is None:
             # What os.getcwd says.

@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 # Of every command; `--help` and README show it. 3 is preflight's alone, where 1 and 2 have a meaning of their own.
@@ -100,3 +101,11 @@ class JobNotFound(JanusError):
 
 class SandboxFailed(JanusError):
     exit_code = 23
+
+
+def print_error(error: JanusError) -> int:
+    """The error and what to type next are on stderr. Returns: the exit code."""
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"next:  {error.hint}", file=sys.stderr)
+    return error.exit_code

@@ -20,7 +20,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from janus_cluster.config.schema import SegmentWeights
-from janus_cluster.errors import JanusError, UsageError
+from janus_cluster.errors import JanusError, UsageError, print_error
 from janus_cluster.streams import run_program
 from janus_cluster.training.data.dataset import NavigationDataset
 from janus_cluster.training.data.samples import ACTIONS
@@ -45,10 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         evaluate(arguments)
     except JanusError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"next:  {error.hint}", file=sys.stderr)
-        return error.exit_code
+        return print_error(error)
     except KeyboardInterrupt:
         return 130
     return 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from janus_cluster.config.safetensors_header import render_names
 from janus_cluster.config.schema import Data
 from janus_cluster.config.vggt_source import VGGT_IN_JANUS_PREFIX, VggtSource, find_vggt, read_tensor_index
 from janus_cluster.config.weight_names import VGGT_PREFIX, janus_shapes, name_in_model, name_on_disk
-from janus_cluster.errors import JanusError, UsageError
+from janus_cluster.errors import JanusError, UsageError, print_error
 from janus_cluster.rundir import write_json_atomically
+from janus_cluster.streams import run_program
 from janus_cluster.training.data.tokenizer import build_image_processor, load_tokenizer
 from janus_cluster.training.model.checkpoint_files import read_tensors
 from janus_cluster.training.model.janus import JanusConfig
@@ -167,14 +167,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         write_published(arguments.model, arguments.out, vggt_path=arguments.vggt_path)
     except JanusError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"next:  {error.hint}", file=sys.stderr)
-        return error.exit_code
+        return print_error(error)
     except KeyboardInterrupt:
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

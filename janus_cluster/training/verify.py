@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from janus_cluster.errors import JanusError, UsageError
+from janus_cluster.errors import JanusError, UsageError, print_error
 from janus_cluster.streams import run_program
 from janus_cluster.training.verify_case import Comparison, Setup
 from janus_cluster.training.verify_data import compare_data_pipeline
@@ -41,10 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {arguments.folder}: a sidecar or its tensors lack {error}", file=sys.stderr)
         return UsageError.exit_code
     except JanusError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"next:  {error.hint}", file=sys.stderr)
-        return error.exit_code
+        return print_error(error)
     failed = [c for c in results if not c.holds]
     if arguments.json:
         print(json.dumps(_to_json(arguments, setup, results), indent=2))

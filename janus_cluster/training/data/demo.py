@@ -20,7 +20,7 @@ import click
 import numpy as np
 from PIL import Image
 
-from janus_cluster.errors import JanusError, UsageError
+from janus_cluster.errors import JanusError, UsageError, print_error
 from janus_cluster.streams import run_program
 from janus_cluster.training.data.world.layout import LEVELS
 from janus_cluster.training.data.world.render import render_view
@@ -205,10 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except JanusError as error:
-        click.echo(f"error: {error.message}", err=True)
-        if error.hint:
-            click.echo(f"next:  {error.hint}", err=True)
-        return error.exit_code
+        return print_error(error)
     return 0
 
 
