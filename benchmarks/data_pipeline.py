@@ -33,7 +33,7 @@ from PIL import Image
 
 from janus_cluster.config.schema import Data, SegmentWeights
 from janus_cluster.training.data.index import load_samples
-from janus_cluster.training.data.indexing import Share
+from janus_cluster.training.data.indexing import Share, Told
 
 VARIANTS = ("ours, crop", "ours, pad", "predecessor")
 QWEN_VOCABULARY = 151_643
@@ -214,11 +214,11 @@ def measure_index(folder: Path, root: Path, episodes: int) -> list[str]:
     if not root.is_dir():
         write_tiny_episodes(root, episodes)
     data = Data(roots=[str(root)])
-    told: list[str] = []
+    lines: list[str] = []
     times = []
     for _ in range(2):
         begun = time.perf_counter()
-        split = load_samples(data, seed=0, index_dir=folder / "index", report=told.append)
+        split = load_samples(data, seed=0, index_dir=folder / "index", told=Told(report=lines.append))
         times.append(time.perf_counter() - begun)
     size = sum(file.stat().st_size for file in (folder / "index").rglob("*") if file.is_file())
     rank = ask_child("rank", folder, 0)

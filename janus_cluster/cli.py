@@ -58,6 +58,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "render",
         "Print the script, environment or ZeRO JSON of a job; write nothing.",
     ),
+    "data": (
+        "janus_cluster.data_command",
+        "data",
+        "Make a job's index of data before its GPUs are asked for.",
+    ),
     "plan": (
         "janus_cluster.plan.cli",
         "plan",

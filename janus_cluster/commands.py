@@ -111,11 +111,11 @@ def submit(
     else:
         click.echo(describe(done))
     if follow and not dry_run:
-        return _follow(done, out_is_stderr=as_json)
+        return follow_submission(done, out_is_stderr=as_json)
     return 0
 
 
-def _follow(done: Submission, *, out_is_stderr: bool) -> int:
+def follow_submission(done: Submission, *, out_is_stderr: bool) -> int:
     """The run has ended; its log went by, and its last state is printed. Returns: the job's exit code."""
     from janus_cluster.config.home import site_dir
     from janus_cluster.observe.cli import print_status

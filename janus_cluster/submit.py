@@ -101,7 +101,7 @@ def submit(request: Request, *, environ: Mapping[str, str], cwd: Path) -> Submis
     loaded = planned.loaded
     slurm_conf = sandbox_conf(environ) if request.cluster == "sandbox" and not request.dry_run else None
     _require_cluster(request, slurm_conf)
-    run_path = _new_run_path(loaded.config, environ, cwd)
+    run_path = new_run_path(loaded.config, environ, cwd)
     if request.cluster != "local" and not request.dry_run and loaded.config.preflight.use_node_memory:
         from janus_cluster.observe.harvest import remember_recent
 
@@ -259,7 +259,7 @@ def check_paths(resolved: ResolvedJob, *, source: str, origins: Mapping[str, str
         raise UsageError.of_many(problems, hint="mend the path in the job file, or give it with --set")
 
 
-def _new_run_path(job: JobConfig, environ: Mapping[str, str], cwd: Path) -> Path:
+def new_run_path(job: JobConfig, environ: Mapping[str, str], cwd: Path) -> Path:
     """runs/<name>-<utc time>-<short id>; `runs_dir` of the job wins over JANUS_HOME."""
     base = cwd / Path(job.runs_dir).expanduser() if job.runs_dir else runs_dir(environ, cwd)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

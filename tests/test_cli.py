@@ -77,6 +77,7 @@ def test_the_command_surface_is_frozen() -> None:
         "resume": ["--follow", "--json", "--nodes", "--runs-dir", "--set"],
         "nodes": ["--all", "--json"],
         "render": ["--nodes", "--part", "--set"],
+        "data": [],
         "plan": ["--gpu", "--json", "--nodes", "--samples", "--set"],
         "config": [],
         "demo-data": ["--episodes", "--json", "--level", "--seed", "--size"],

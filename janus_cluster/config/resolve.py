@@ -235,7 +235,9 @@ def _absolute_paths(job: JobConfig, cwd: Path) -> JobConfig:
                     "roots": [
                         r.model_copy(update={"path": absolute(r.path), "images": optional(r.images)})
                         for r in job.data.roots
-                    ]
+                    ],
+                    "index_dir": optional(job.data.index_dir),
+                    "image_roots": {place: absolute(here) for place, here in job.data.image_roots.items()},
                 }
             ),
             "preflight": job.preflight.model_copy(

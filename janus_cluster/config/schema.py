@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
@@ -142,6 +142,20 @@ class Model(Section):
     )
 
 
+ActionName = Literal["STOP", "MOVE_FORWARD", "TURN_LEFT", "TURN_RIGHT"]
+
+
+def _one_meaning_each(value: dict[str, ActionName]) -> dict[str, ActionName]:
+    meanings: dict[str, ActionName] = {}
+    for spelling, action in value.items():
+        if meanings.setdefault(spelling.strip().upper(), action) != action:
+            raise ValueError(f"{spelling!r} is given two meanings: the case of letters does not count")
+    return meanings
+
+
+Actions = Annotated[dict[str, ActionName], AfterValidator(_one_meaning_each)]
+
+
 def _roots(value: object) -> object:
     """A path alone means a root of weight 1; an unset ${VAR:-} leaves nothing."""
     if isinstance(value, str):
@@ -160,6 +174,8 @@ class Root(Section):
         "auto", description="auto: told from what lies there"
     )
     images: OptionalPath = Field(None, description="Root of relative image paths; default: the data set's own folder")
+    fraction: float = Field(1.0, gt=0, le=1, description="Share of its samples that is used, drawn with training.seed")
+    actions: Actions = Field({}, description="Spellings of actions in this data set alone; before data.actions")
 
 
 class Data(Section):
@@ -167,6 +183,13 @@ class Data(Section):
 
     roots: Annotated[list[Root], BeforeValidator(_roots)] = Field(
         [], description="Data sets: paths, or {path, weight, …}"
+    )
+    image_roots: dict[str, str] = Field(
+        {},
+        description="Where the frames of another machine lie here, {/theirs: /ours}; for paths in files of records",
+    )
+    actions: Actions = Field(
+        {}, description='Other spellings of actions: {FORWARD: MOVE_FORWARD, "4": TURN_LEFT}; in any case of letters'
     )
     on_bad: Literal["fail", "skip"] = Field(
         "skip", description="A sample that cannot be used: fail ends the run, skip lists it and goes on"
@@ -343,7 +366,9 @@ class JobConfig(Section):
     """One job file."""
 
     name: Slot = Field(description="Run folders, Slurm's job name and `tail NAME` use it")
-    kind: Literal["train", "preflight"] = Field("train", description="preflight: the gate alone, nothing is trained")
+    kind: Literal["train", "preflight", "index"] = Field(
+        "train", description="preflight: the gate alone; index: the index of the data alone, nothing is trained"
+    )
     nodes: Literal[1, 2] = Field(1, description="Number of nodes; --nodes wins over it")
     compat: Literal["none", "predecessor"] = Field(
         "none", description="predecessor: pad, reference_frame last and padded history, for comparison only"

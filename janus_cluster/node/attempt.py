@@ -20,6 +20,7 @@ from janus_cluster.errors import GateFailed, JanusError, StoppedOnPurpose, Train
 from janus_cluster.node.batch_log import say
 from janus_cluster.node.code import check_code
 from janus_cluster.node.gate import queue_again_without_bad_nodes, run_gate
+from janus_cluster.node.index import run_index
 from janus_cluster.node.ledger import newest_step
 from janus_cluster.node.lock import run_folder_held
 from janus_cluster.node.memory import (
@@ -76,6 +77,8 @@ def run_attempt(attempt: Attempt) -> int | None:
             say("preflight: skipped, because the job says preflight.enabled: false")
         if resolved.job.kind == "train":
             run_training(attempt)
+        elif resolved.job.kind == "index":
+            run_index(attempt)
     except Superseded as e:
         # status.json is the other attempt's.
         attempt.ledger.end("FAILED", e.exit_code, e.message)

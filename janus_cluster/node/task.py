@@ -1,10 +1,10 @@
 """One phase on one node. srun (or the local launcher) starts it once per node:
 
-    python -m janus_cluster.node.task RUN_DIR --attempt 1 --phase facts|connect|all_reduce|train
+    python -m janus_cluster.node.task RUN_DIR --attempt 1 --phase facts|connect|index|all_reduce|train
                                       --master-addr A --master-port P
 
-`facts` writes what this node is, `connect` tries the master port; the other phases become torchrun, with the network
-variables that follow from this node's hardware. Everything printed goes to this node's log.
+`facts` writes what this node is, `connect` tries the master port, `index` reads the data; the other phases become
+torchrun, with the network variables that follow from this node's hardware. Everything printed goes to this node's log.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from janus_cluster.rundir import RunDir, write_json_atomically
 from janus_cluster.stamped import stamp_output
 
 _PR_SET_PDEATHSIG = 1
+_INDEX_MODULE = "janus_cluster.training.data.build"
 _MODULES = {"all_reduce": "janus_cluster.training.probe", "train": "janus_cluster.training.entry"}
 
 
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.phase == "connect":
         _write_connection(run, identity, args)
         return
+    if args.phase == "index":
+        os.execve(sys.executable, [sys.executable, "-u", "-m", _INDEX_MODULE, str(run.path)], os.environ)
     command = _torchrun(run, resolved, identity, args)
     print(
         f"{args.phase}: torchrun, node {identity.node_rank + 1} of {identity.num_nodes}, "
@@ -134,7 +137,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m janus_cluster.node.task", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--attempt", type=int, required=True)
-    parser.add_argument("--phase", choices=["facts", "connect", *_MODULES], required=True)
+    parser.add_argument("--phase", choices=["facts", "connect", "index", *_MODULES], required=True)
     parser.add_argument("--config-hash", help="the configuration that the attempt means")
     parser.add_argument("--master-addr", default="127.0.0.1")
     parser.add_argument("--master-port", type=int, default=0)

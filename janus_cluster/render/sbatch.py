@@ -68,9 +68,9 @@ def render_sbatch(resolved: ResolvedJob, *, templates: Mapping[str, str] | None 
 
 
 def template_name(resolved: ResolvedJob) -> str:
-    """The template of this job: the gate alone, or training on one or two nodes."""
-    if resolved.job.kind == "preflight":
-        return "preflight.sbatch.j2"
+    """The template of this job: the gate or the index of the data alone, or training on one or two nodes."""
+    if resolved.job.kind != "train":
+        return f"{resolved.job.kind}.sbatch.j2"
     return f"train_{resolved.job.nodes}node.sbatch.j2"
 
 

@@ -26,6 +26,7 @@ from janus_cluster.training.batches import build_batches, note_samples
 from janus_cluster.training.checkpoint import agree_on_resume
 from janus_cluster.training.data.dataset import NavigationDataset, collate
 from janus_cluster.training.data.index import SampleSplit, load_samples
+from janus_cluster.training.data.indexing import Told
 from janus_cluster.training.data.lengths import load_token_counts
 from janus_cluster.training.data.prompt import sample_texts
 from janus_cluster.training.data.split import load_earlier_split, warn_of_leak
@@ -152,7 +153,7 @@ def _load_split(run: RunDir, job: JobConfig, world: World, metrics: MetricsLog, 
         index_dir=Path(job.data.index_dir) if job.data.index_dir else run.data_index,
         share=share_among(world),
         bad_data=run.bad_data_jsonl,
-        report=metrics.say,
+        told=Told(report=metrics.say),
         # Rank 0 splits for all, and is the one that writes this file anew.
         earlier=load_earlier_split(run) if resumes and world.is_main else None,
     )

@@ -21,6 +21,7 @@ from janus_cluster.config.yamlfile import parse_value
 from janus_cluster.errors import UsageError
 from janus_cluster.rundir import RunDir, read_json, write_json_atomically
 from janus_cluster.training.data.index import load_samples
+from janus_cluster.training.data.indexing import Told
 from janus_cluster.training.data.samples import Sample
 from janus_cluster.training.data.split import EarlierSplit, load_earlier_split, warn_of_leak
 
@@ -60,7 +61,7 @@ class Subject:
                 seed=self.seed,
                 pad_history=self.pad_history,
                 index_dir=_choose_index_dir(self.index_dir),
-                report=_say,
+                told=Told(report=_say),
                 earlier=self.earlier,
             )
         except UsageError as error:

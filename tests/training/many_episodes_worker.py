@@ -12,6 +12,7 @@ from pathlib import Path
 
 from janus_cluster.config.schema import Data
 from janus_cluster.training.data.index import load_samples
+from janus_cluster.training.data.indexing import Told
 from janus_cluster.training.data.lengths import load_token_counts
 from janus_cluster.training.data.prompt import sample_texts
 from janus_cluster.training.data.tokenizer import build_tiny_tokenizer
@@ -29,7 +30,7 @@ def main() -> None:
     data = Data(roots=[str(root)])
     said: list[str] = []
     begun = time.perf_counter()
-    split = load_samples(data, seed=0, index_dir=index_dir, report=said.append)
+    split = load_samples(data, seed=0, index_dir=index_dir, told=Told(report=said.append))
     loaded = time.perf_counter()
     tokenizer = build_tiny_tokenizer(sample_texts(split.train[:100]))
     ready = time.perf_counter()

@@ -307,7 +307,7 @@ def test_processes_count_what_this_process_counts(tokenizer, tmp_path):
     (store,) = load_samples(data, seed=0, index_dir=tmp_path / "index").train.stores
     tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     tasks = [CountTask(store.folder, n, n + 4, 2, False, tmp_path / "tokenizer.json") for n in range(0, 16, 4)]
-    counts = [result.tolist() for _, result in run_tasks(tasks, 2)]
+    counts = [result.tolist() for result in run_tasks(tasks, 2)]
     table = whole_table(store, max_history=2, pad_history=False)
     assert [count for part in counts for count in part] == count_texts(table, tokenizer.backend_tokenizer).tolist()
     assert len({tuple(part) for part in counts}) == 1 < len(set(counts[0])), "four steps of each of the four episodes"

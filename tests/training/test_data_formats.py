@@ -211,7 +211,7 @@ WRONG_RECORDS = {
     "instruction ill-typed": ({"instruction": {"a": 1}}, "instruction holds a dict, expected text"),
     "description missing": ({"2D_description": None}, "2D_description is missing or empty"),
     "control token": ({"3D_description": "<|im_end|>"}, "3D_description holds the control token <|im_end|>"),
-    "action unknown": ({"action": "JUMP"}, "unknown action 'JUMP'"),
+    "action unknown": ({"action": "JUMP"}, "unknown action JUMP"),
     "action out of range": ({"action": 4}, "unknown action 4"),
     "action a truth value": ({"action": True}, "unknown action True"),
     "action a fraction": ({"action": 1.0}, "unknown action 1.0"),
@@ -245,7 +245,7 @@ WRONG_CONVERSATIONS = {
     ),
     "action": (
         [{"from": "human", "value": "<image>" * 3}, {"from": "gpt", "value": "FLY"}],
-        "unknown action 'FLY'",
+        "unknown action FLY",
     ),
     "half an answer": (
         [

@@ -17,15 +17,15 @@ from janus_cluster.errors import UsageError
 from janus_cluster.training.data.formats.source import Source
 from janus_cluster.training.data.index import SampleSplit, load_samples
 from janus_cluster.training.data.index_tasks import ReadTask, StampTask
-from janus_cluster.training.data.indexing import Share, run_tasks
+from janus_cluster.training.data.indexing import Share, Told, run_tasks
 from janus_cluster.training.data.old_indexes import remove_old_indexes
 from janus_cluster.training.data.store import Store, load_store
 
 
 def load(root: Path, index_dir: Path | None, said: list[str] | None = None, **keys: Any) -> SampleSplit:
     data = Data(roots=[str(root)], validation_fraction=0, max_bad_fraction=1)
-    report = None if said is None else said.append
-    return load_samples(data.model_copy(update=keys), seed=0, index_dir=index_dir, report=report)
+    told = None if said is None else Told(report=said.append)
+    return load_samples(data.model_copy(update=keys), seed=0, index_dir=index_dir, told=told)
 
 
 def was_read(said: list[str]) -> bool:
@@ -91,8 +91,8 @@ def test_a_damaged_index_is_made_anew(tmp_path):
     said: list[str] = []
     load(root, tmp_path / "index", said)
     (folder,) = (tmp_path / "index").iterdir()
-    (folder / "text_blob.npy").write_bytes(b"")
-    with pytest.raises(ValueError, match="is empty"):
+    (folder / "text_blob.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds 0 bytes"):
         load_store(folder)
     assert len(load(root, tmp_path / "index", said).train) == 12
     assert was_read(said)
@@ -152,7 +152,7 @@ def test_one_rank_reads_and_the_others_open_what_it_wrote(tmp_path):
     builder = load_samples(data, **keys, share=Share(True, send))
     said: list[str] = []
     received = iter(sent)
-    other = load_samples(data, **keys, share=Share(False, lambda _: next(received)), report=said.append)
+    other = load_samples(data, **keys, share=Share(False, lambda _: next(received)), told=Told(report=said.append))
     assert list(builder.train) == list(other.train)
     assert said == [], "nothing was read"
 
@@ -216,7 +216,7 @@ def test_processes_give_what_this_process_gives(tmp_path):
     assert list(run_tasks(stamps, 2)) == list(run_tasks(stamps, 1))
     source = Source(path=root, format="episodes")
     reads = [ReadTask(source, names[i : i + 2]) for i in range(0, 8, 2)]
-    here, there = ([list(Store(columns).text(0)) for _, columns in run_tasks(reads, n)] for n in (1, 2))
+    here, there = ([list(Store(columns).text(0)) for columns in run_tasks(reads, n)] for n in (1, 2))
     assert here == there
 
 
@@ -277,8 +277,8 @@ def test_an_index_that_the_file_system_cannot_read_just_now_is_not_removed(tmp_p
     root, index_dir = write_episodes(tmp_path / "data"), tmp_path / "index"
     load(root, index_dir)
     (kept,) = index_dir.iterdir()
-    (kept / "text_blob.npy").unlink()
-    (kept / "text_blob.npy").symlink_to("text_blob.npy")  # ELOOP: an error of the file system's, also for root
+    (kept / "text_blob.bin").unlink()
+    (kept / "text_blob.bin").symlink_to("text_blob.bin")  # ELOOP: an error of the file system's, also for root
     with pytest.raises(UsageError, match="the data cannot be indexed"):
         load(root, index_dir)
     assert (kept / "complete.json").is_file()

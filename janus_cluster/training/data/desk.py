@@ -10,7 +10,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from janus_cluster.training.data.formats.records import kind_of
 from janus_cluster.training.data.formats.registry import FORMATS, resolve_source
 from janus_cluster.training.data.formats.source import BadUnitError, Source
 from janus_cluster.training.data.index import judge_absent, nothing_usable, problem_lines
+from janus_cluster.training.data.remedies import find_remedies
 from janus_cluster.training.data.samples import Problem
 from janus_cluster.training.data.store import Collector, Store
 from janus_cluster.training.data.usable import judge_samples
@@ -48,12 +49,12 @@ def look_at_data(data: Data) -> Look:
 
 
 def _look_at_root(root: Root, data: Data, look: Look) -> None:
-    source = resolve_source(root, decode_images=False)
-    units = FORMATS[source.format].list_units(source, Collector())
-    absent, present = ([], units) if source.format == "episodes" else _part_absent(source, units)
-    if line := judge_absent(source, absent, num_present=len(present), data=data):
+    source = resolve_source(root, data)
+    absent: list[Problem] = []
+    units = FORMATS[source.format].list_units(source)
+    read, num_present = _draw(units if source.format == "episodes" else _present(source, units, absent))
+    if line := judge_absent(source, absent, num_present=num_present, data=data):
         look.warnings.append(f"data: {line}")
-    read = random.Random(0).sample(present, min(len(present), UNITS_READ))
     collector = Collector(decode_images=data.verify_images == "decode")
     for unit in read:
         FORMATS[source.format].read_unit(source, unit, collector)
@@ -61,7 +62,7 @@ def _look_at_root(root: Root, data: Data, look: Look) -> None:
     good, unusable = judge_samples(store, data, pad_history=False)
     problems = [*store.problems, *unusable]
     if not good.any():
-        refusal = nothing_usable(root.path, problems)
+        refusal = nothing_usable(source, problems)
         if source.format != "episodes" or len(store.column("image_name")):
             raise refusal
         # The demo data may be written after the job; the nodes' gate fails a root that is still empty by then.
@@ -69,13 +70,12 @@ def _look_at_root(root: Root, data: Data, look: Look) -> None:
         return
     num_bad = sum(problem.lost for problem in problems)
     what = "episodes" if source.format == "episodes" else "records"
-    few = f"{len(read)} of {len(present):,} {what}" if len(read) < len(present) else f"all {len(read)} {what}"
+    few = f"{len(read)} of {num_present:,} {what}" if len(read) < num_present else f"all {len(read)} {what}"
     look.lines.append(f"data: {source.path}: {int(good.sum()):,} samples of {few} read, {num_bad:,} cannot be used")
     if num_bad:
         share = num_bad / (num_bad + int(good.sum()))
-        look.warnings.append(
-            "\n".join([f"data: {source.path}: {_policy(share, data)}", *problem_lines(problems, num_bad)])
-        )
+        listed = [*problem_lines(problems, num_bad), *find_remedies(problems, [source.frames])]
+        look.warnings.append("\n".join([f"data: {source.path}: {_policy(share, data)}", *listed]))
 
 
 def _policy(share: float, data: Data) -> str:
@@ -92,10 +92,25 @@ def _policy(share: float, data: Data) -> str:
     )
 
 
-def _part_absent(source: Source, units: Sequence[Any]) -> tuple[list[Problem], Sequence[Any]]:
-    """Trajectories without a folder of frames, and all other records. A folder is listed once, not asked for each."""
+def _draw(units: Iterable[Any]) -> tuple[list[Any], int]:
+    """UNITS_READ units, each as likely as any other and the same every time, and how many there are."""
+    drawn: list[Any] = []
+    generator = random.Random(0)
+    count = 0
+    for count, unit in enumerate(units, 1):
+        if len(drawn) < UNITS_READ:
+            drawn.append(unit)
+        elif (place := generator.randrange(count)) < UNITS_READ:
+            drawn[place] = unit
+    return drawn, count
+
+
+def _present(source: Source, units: Iterable[Any], absent: list[Problem]) -> Iterator[Any]:
+    """All records but trajectories without a folder of frames, which are put to `absent`.
+
+    A folder is listed once, not asked for each.
+    """
     listings: dict[Path, frozenset[str] | None] = {}
-    absent, present = [], []
     for unit in units:
         _, record = unit
         folders: tuple[Path, ...] = ()
@@ -104,10 +119,9 @@ def _part_absent(source: Source, units: Sequence[Any]) -> tuple[list[Problem], S
             if isinstance(record, Mapping) and kind_of(record, source.format).name == "trajectories":
                 folders = trajectories.folders_of(source, record)
         if folders and not any(_is_listed(folder, listings) for folder in folders):
-            absent.append(Problem(folders[0], "is absent", absent=True, language=trajectories.language_of(record)))
+            absent.append(Problem(folders[0], "is absent", kind="absent", detail=trajectories.language_of(record)))
         else:
-            present.append(unit)
-    return absent, present
+            yield unit
 
 
 def _is_listed(folder: Path, listings: dict[Path, frozenset[str] | None]) -> bool:

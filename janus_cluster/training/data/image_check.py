@@ -28,6 +28,7 @@ TAIL_BYTES = 4096
 MAX_PIXELS = 89_478_485  # from here on Pillow warns of a decompression bomb
 # Modes that RGB can hold. Of those with an alpha channel, transparent pixels are shown on white, as VGGT's loader does.
 OPAQUE_MODES = frozenset({"1", "L", "P", "RGB"})
+IS_MISSING = "is missing"
 ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 
 
@@ -46,6 +47,11 @@ class ImageFacts:
     reason: str = ""
     remark: str = ""
     fingerprint: int = 0
+
+    @property
+    def is_missing(self) -> bool:
+        """Is there no file at all?"""
+        return self.reason == IS_MISSING
 
 
 class _Header(NamedTuple):
@@ -82,7 +88,7 @@ def check_image(path: Path, *, decode: bool) -> ImageFacts:
     except FrameError as error:
         return ImageFacts(width, height, reason=str(error), fingerprint=fingerprint)
     except FileNotFoundError:
-        return ImageFacts(0, 0, reason="is missing")
+        return ImageFacts(0, 0, reason=IS_MISSING)
     except OSError as error:
         return ImageFacts(0, 0, reason=f"cannot be read as an image ({type(error).__name__}: {error})")
     return ImageFacts(width, height, remark=remark, fingerprint=fingerprint)

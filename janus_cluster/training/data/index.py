@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ import numpy as np
 from janus_cluster.config.schema import Data
 from janus_cluster.errors import UsageError
 from janus_cluster.rundir import write_text_atomically
-from janus_cluster.training.data.formats.registry import resolve_source
+from janus_cluster.training.data.formats.registry import resolve_sources
 from janus_cluster.training.data.formats.source import Source
-from janus_cluster.training.data.indexing import Share, load_stores
+from janus_cluster.training.data.indexing import Share, Told, load_stores
+from janus_cluster.training.data.remedies import find_remedies
 from janus_cluster.training.data.samples import Problem
 from janus_cluster.training.data.split import EarlierSplit, HeldOut, hold_out
 from janus_cluster.training.data.store import Store
@@ -57,7 +58,7 @@ def load_samples(
     index_dir: Path | None = None,
     share: Share | None = None,
     bad_data: Path | None = None,
-    report: Callable[[str], None] | None = None,
+    told: Told | None = None,
     earlier: EarlierSplit | None = None,
 ) -> SampleSplit:
     """Every usable sample under `data.roots`, split by walk or as `earlier` says; the same on every rank.
@@ -70,10 +71,11 @@ def load_samples(
     """
     if not data.roots:
         raise UsageError("data.roots is empty", hint="name one or more data sets in data.roots")
-    sources = [resolve_source(root, decode_images=data.verify_images == "decode") for root in data.roots]
+    sources = resolve_sources(data)
+    told = told or Told()
     if index_dir is None and data.index_dir is not None:
         index_dir = Path(data.index_dir)
-    stores = load_stores(sources, index_dir=index_dir, share=share, report=report or (lambda _: None))
+    stores = load_stores(sources, index_dir=index_dir, share=share, told=told)
     absent = [
         judge_absent(
             source,
@@ -83,11 +85,11 @@ def load_samples(
         )
         for source, store in zip(sources, stores, strict=True)
     ]
-    table, problems = _usable_table(stores, data, pad_history=pad_history)
+    table, problems = _usable_table(sources, stores, data, seed=seed, pad_history=pad_history)
     num_bad = sum(problem.lost for problem in problems)
     if bad_data is not None and (share is None or share.is_builder):
         write_bad_data(bad_data, problems)
-    _apply_policy(table, problems, num_bad, data, listed=bad_data)
+    _apply_policy(table, problems, num_bad, data, sources, listed=bad_data)
     outcome: Any = None
     if share is None or share.is_builder:
         outcome = hold_out(table, fraction=data.validation_fraction, seed=seed, earlier=earlier)
@@ -124,11 +126,11 @@ def judge_absent(source: Source, absent: Sequence[Problem], *, num_present: int,
     if not absent:
         return ""
     total = len(absent) + num_present
-    languages = Counter(problem.language for problem in absent if problem.language)
+    languages = Counter(problem.detail for problem in absent if problem.detail)
     of_languages = ", ".join(f"{name} {count:,}" for name, count in languages.most_common())
     line = (
         f"{source.path}: {len(absent):,} of {total:,} trajectories ({len(absent) / total:.1%}) have no folder of "
-        f"frames under {source.images or source.path.parent}{f' ({of_languages})' if languages else ''}"
+        f"frames under {source.frames}{f' ({of_languages})' if languages else ''}"
     )
     if num_present and len(absent) <= data.max_absent_fraction * total:
         return f"{line}: not rendered, left out"
@@ -140,16 +142,18 @@ def judge_absent(source: Source, absent: Sequence[Problem], *, num_present: int,
     raise UsageError(f"{line}\n  the first of them: {absent[0].path}", hint=hint)
 
 
-def _usable_table(stores: Sequence[Store], data: Data, *, pad_history: bool) -> tuple[SampleTable, list[Problem]]:
+def _usable_table(
+    sources: Sequence[Source], stores: Sequence[Store], data: Data, *, seed: int, pad_history: bool
+) -> tuple[SampleTable, list[Problem]]:
     roots: list[Indices] = []
     rows: list[Indices] = []
     problems: list[Problem] = []
-    for number, (root, store) in enumerate(zip(data.roots, stores, strict=True)):
+    for number, (root, source, store) in enumerate(zip(data.roots, sources, stores, strict=True)):
         good, unusable = judge_samples(store, data, pad_history=pad_history)
         own = [*store.problems, *unusable]
         if not good.any():
-            raise nothing_usable(root.path, own)
-        rows.append(np.flatnonzero(good))
+            raise nothing_usable(source, own)
+        rows.append(draw_part(np.flatnonzero(good), root.fraction, seed=seed, root=number))
         roots.append(np.full(len(rows[-1]), number, dtype=np.int64))
         problems += own
     table = SampleTable(
@@ -162,6 +166,14 @@ def _usable_table(stores: Sequence[Store], data: Data, *, pad_history: bool) -> 
     return table, problems
 
 
+def draw_part(rows: Indices, fraction: float, *, seed: int, root: int) -> Indices:
+    """A share of the rows, one at least, the same for the same seed. Shapes: [N] -> [max(1, round(N * fraction))]."""
+    if fraction == 1 or not len(rows):
+        return rows
+    wanted = max(1, round(len(rows) * fraction))
+    return np.sort(np.random.default_rng([seed, root]).choice(rows, wanted, replace=False))
+
+
 def _count_episodes(table: SampleTable) -> int:
     """Episodes of one name in one root are one: a record may be a single sample."""
     numbers: list[int] = np.unique(table.episode_numbers()).tolist()
@@ -170,7 +182,13 @@ def _count_episodes(table: SampleTable) -> int:
 
 
 def _apply_policy(
-    table: SampleTable, problems: Sequence[Problem], num_bad: int, data: Data, *, listed: Path | None
+    table: SampleTable,
+    problems: Sequence[Problem],
+    num_bad: int,
+    data: Data,
+    sources: Sequence[Source],
+    *,
+    listed: Path | None,
 ) -> None:
     total = num_bad + len(table)
     where = "" if listed is None else f"; all are listed in {listed}"
@@ -184,7 +202,8 @@ def _apply_policy(
     else:
         return
     lines = [f"{num_bad} of {total} samples cannot be used ({num_bad / total:.2%}), and {policy}"]
-    raise UsageError("\n".join([*lines, *problem_lines(problems, num_bad)]), hint=hint)
+    remedies = find_remedies(problems, [source.frames for source in sources])
+    raise UsageError("\n".join([*lines, *problem_lines(problems, num_bad), *remedies]), hint=hint)
 
 
 def problem_lines(problems: Sequence[Problem], num_bad: int) -> list[str]:
@@ -199,10 +218,11 @@ def problem_lines(problems: Sequence[Problem], num_bad: int) -> list[str]:
     return lines
 
 
-def nothing_usable(root: str, problems: Sequence[Problem]) -> UsageError:
+def nothing_usable(source: Source, problems: Sequence[Problem]) -> UsageError:
     """The error for a root of which no sample can be used."""
-    lines = [f"no usable sample under {root}"]
+    lines = [f"no usable sample under {source.path}"]
     lines += problem_lines(problems, sum(p.lost for p in problems)) or ["there is nothing in it"]
+    lines += find_remedies(problems, [source.frames])
     return UsageError(
         "\n".join(lines),
         hint="docs/data.md shows every format; an episode folder holds milestones_result.json, step_0000_ACTION.png "

@@ -102,7 +102,7 @@ def _count_texts(store: Store, table: SampleTable, tokenizer: Any) -> Indices:
         path = Path(name, "tokenizer.json")
         tokenizer.backend_tokenizer.save(str(path))
         tasks = [CountTask(store.folder, *pair, table.max_history, table.pad_history, path) for pair in bounds]
-        return np.concatenate([result for _, result in run_tasks(tasks, processes)])
+        return np.concatenate(list(run_tasks(tasks, processes)))
 
 
 def _shortened_count(sample: Sample, count: int, tokenizer: Any, data: Data) -> int:

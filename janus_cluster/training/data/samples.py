@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 ACTIONS: tuple[str, ...] = ("STOP", "MOVE_FORWARD", "TURN_LEFT", "TURN_RIGHT")
 
@@ -49,23 +51,34 @@ class Sample:
 class Problem:
     """A file, folder or record that could not be used, why, and how many samples were lost by it.
 
-    `absent`: a trajectory that was never rendered. It is no fault of the data, and nothing is lost by it. `language` is
-    that of its instruction, where the data set names it.
+    `kind` is of those that are counted together: "absent", a trajectory that was never rendered (no fault of the data,
+    nothing is lost by it), with the language of its instruction as `detail`; "action", with the spelling that is
+    unknown; "missing", a frame that is not there.
     """
 
     path: Path
     reason: str
     lost: int = 0
-    absent: bool = False
-    language: str = ""
+    kind: Literal["", "absent", "action", "missing"] = ""
+    detail: str = ""
+
+    @property
+    def absent(self) -> bool:
+        """Is it a trajectory that was never rendered?"""
+        return self.kind == "absent"
 
     def __str__(self) -> str:
         # Names on disk may be bytes of any encoding, which a log in UTF-8 would refuse to print.
         return f"{self.path}: {self.reason}".encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def parse_action(value: object) -> int | None:
-    """Return the label of an action's name in any case or of a number 0..3, None for what is no action."""
+def parse_action(value: object, spellings: Mapping[str, str] | None = None) -> int | None:
+    """Return the label of an action's name in any case or of a number 0..3, None for what is no action.
+
+    `spellings`: other names, in capitals, and the action that each means; numbers too, as text.
+    """
+    if spellings and isinstance(value, (str, int)) and (name := spellings.get(str(value).strip().upper())):
+        return ACTIONS.index(name)
     if isinstance(value, str):
         name = value.strip().upper()
         return ACTIONS.index(name) if name in ACTIONS else None

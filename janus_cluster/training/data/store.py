@@ -1,4 +1,4 @@
-"""The index of one data set: columns of numbers and one blob of text, memory-mapped from a folder of .npy files.
+"""The index of one data set: columns of numbers and one blob of text, memory-mapped from a folder of raw arrays.
 
 Samples point into sequences of frames, so the index holds no history: how much of it a sample shows is decided when it
 is asked for. 600,000 samples are about 300 MB on disk, shared by all processes of a node.
@@ -16,9 +16,8 @@ samples   sample_id, sample_instruction, sample_subinstruction, sample_2d, sampl
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from janus_cluster.rundir import write_json_atomically
+from janus_cluster.rundir import read_json, write_json_atomically
 from janus_cluster.training.data.image_check import check_image
-from janus_cluster.training.data.samples import Problem
+from janus_cluster.training.data.samples import ACTIONS, Problem
 
 Array = NDArray[np.int64]
 NO_TEXT = -1
@@ -56,11 +55,27 @@ POINTS_TO = {
     "sample_action": None,
     "watched": "text",
 }
-OFFSETS = ("text_offsets", "sequence_offsets")
-WIDE = frozenset({"image_fingerprint"})  # 64 bits; the others are 32
+TEXT = "text_blob"
+# Where each text and each sequence ends: a row of another column.
+OFFSETS = {"text_offsets": TEXT, "sequence_offsets": "sequence_images"}
+COLUMNS = (*POINTS_TO, *OFFSETS, TEXT)
+# How long a table, or what offsets point into, is.
+ROWS_OF = {
+    "text": "text_offsets",
+    "image": "image_name",
+    "sequence": "sequence_offsets",
+    "episode": "episode_name",
+    TEXT: TEXT,
+    "sequence_images": "sequence_images",
+}
+WIDE = frozenset({"image_fingerprint", *OFFSETS})  # 64 bits; the others are 32
+PROBLEMS_NAME = "problems.jsonl"
+COMPLETE_NAME = "complete.json"
 
 
-def _number_type(column: str) -> type[np.int32] | type[np.int64]:
+def _type_of(column: str) -> type[np.int32] | type[np.int64] | type[np.uint8]:
+    if column == TEXT:
+        return np.uint8
     return np.int64 if column in WIDE else np.int32
 
 
@@ -90,9 +105,15 @@ class Collector:
         """Something that cannot be used, and the number of samples that are lost by it, is listed."""
         self.problems.append(Problem(path, reason, lost))
 
+    def unknown_action(self, path: Path, spelling: object, where: str = "") -> None:
+        """A sample of an action that nobody knows is listed."""
+        shown = str(spelling).strip()[:60]
+        reason = f"{where}unknown action {shown}, expected one of {', '.join(ACTIONS)} or 0..3"
+        self.problems.append(Problem(path, reason, lost=1, kind="action", detail=shown))
+
     def absent(self, folder: Path, reason: str, *, language: str = "") -> None:
         """A trajectory that has no folder is listed; no sample is lost by it."""
-        self.problems.append(Problem(folder, reason, absent=True, language=language))
+        self.problems.append(Problem(folder, reason, kind="absent", detail=language))
 
     def watch(self, path: Path) -> None:
         """A change of this folder or file is a change of the data set, whether it is there now or not."""
@@ -137,7 +158,7 @@ class Collector:
         """Everything that was collected."""
         blobs = [text.encode("utf-8", "surrogateescape") for text in self._texts]
         arrays: dict[str, NDArray[np.generic]] = {
-            name: np.array(values, dtype=_number_type(name)) for name, values in self._columns.items()
+            name: np.array(values, dtype=_type_of(name)) for name, values in self._columns.items()
         }
         arrays["text_offsets"] = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
         arrays["text_blob"] = np.frombuffer(b"".join(blobs), dtype=np.uint8)
@@ -162,7 +183,7 @@ class Collector:
             return known
         facts = check_image(path, decode=self.decode_images)
         if facts.reason:
-            self.problem(path, facts.reason)
+            self.problems.append(Problem(path, facts.reason, kind="missing" if facts.is_missing else ""))
             self.watch(path)  # mended in place or made readable, it leaves its folder's time as it was
         elif facts.remark:
             first, count = self._remarks.get((path.parent, facts.remark), (path, 0))
@@ -177,29 +198,46 @@ class Collector:
         return self._images[name]
 
 
-def merge_columns(parts: Sequence[Columns]) -> Columns:
-    """One set of columns that holds the parts one after the other."""
-    merged: dict[str, list[NDArray[np.generic]]] = {name: [] for name in (*POINTS_TO, *OFFSETS, "text_blob")}
-    bases = dict.fromkeys(("text", "image", "sequence", "episode", "sequence_images", "text_blob"), 0)
-    for part in parts:
-        arrays = part.arrays
+class StoreWriter:
+    """Appends columns to the files of a new index, so that no more than one part is held in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = ExitStack()
+        self._files = {name: self._stack.enter_context(_column_file(folder, name).open("wb")) for name in COLUMNS}
+        self._problems = self._stack.enter_context((folder / PROBLEMS_NAME).open("w", encoding="utf-8"))
+        self._rows = dict.fromkeys(COLUMNS, 0)
+
+    def append(self, part: Columns) -> None:
+        """The part's rows stand behind those that are there, and point to each other as before."""
+        bases = {table: self._rows[column] for table, column in ROWS_OF.items()}
         for name, table in POINTS_TO.items():
-            values: NDArray[np.integer[Any]] = arrays[name].astype(_number_type(name), copy=False)
-            shift = bases[table] if table else 0
-            merged[name].append(np.where(values >= 0, values + shift, values).astype(values.dtype) if shift else values)
-        merged["text_blob"].append(arrays["text_blob"])
-        for name, table in (("text_offsets", "text_blob"), ("sequence_offsets", "sequence_images")):
-            merged[name].append(arrays[name][:-1].astype(np.int64) + bases[table])
-        bases["text"] += len(arrays["text_offsets"]) - 1
-        bases["sequence"] += len(arrays["sequence_offsets"]) - 1
-        bases["image"] += len(arrays["image_name"])
-        bases["episode"] += len(arrays["episode_name"])
-        bases["sequence_images"] += len(arrays["sequence_images"])
-        bases["text_blob"] += len(arrays["text_blob"])
-    merged["text_offsets"].append(np.array([bases["text_blob"]], dtype=np.int64))
-    merged["sequence_offsets"].append(np.array([bases["sequence_images"]], dtype=np.int64))
-    arrays = {name: np.concatenate(values) if values else np.zeros(0, np.int32) for name, values in merged.items()}
-    return Columns(arrays, [problem for part in parts for problem in part.problems])
+            values: NDArray[Any] = part.arrays[name]
+            self._write(name, np.where(values >= 0, values + bases[table], values) if table else values)
+        for name, column in OFFSETS.items():
+            self._write(name, part.arrays[name][:-1] + bases[column])
+        self._write(TEXT, part.arrays[TEXT])
+        self._problems.writelines(
+            json.dumps([str(p.path), p.reason, p.lost, p.kind, p.detail]) + "\n" for p in part.problems
+        )
+
+    def close(self) -> None:
+        """The index is whole. All who share data.index_dir may read it, whatever the umask of who came first."""
+        for name, column in OFFSETS.items():
+            self._write(name, np.array([self._rows[column]]))
+        self._stack.close()
+        write_json_atomically(self._folder / COMPLETE_NAME, {"rows": self._rows})
+        for path in self._folder.iterdir():
+            path.chmod(0o644)
+        self._folder.chmod(0o755)
+
+    def abandon(self) -> None:
+        """The files are closed; what is in them is of no use."""
+        self._stack.close()
+
+    def _write(self, name: str, values: NDArray[np.generic]) -> None:
+        values.astype(_type_of(name), copy=False).tofile(self._files[name])
+        self._rows[name] += len(values)
 
 
 class Store:
@@ -239,6 +277,10 @@ class Store:
         """Where a frame lies."""
         return Path(self.text(self.value("image_folder", image)), self.text(self.value("image_name", image)))
 
+    def in_memory(self) -> Store:
+        """The same, of arrays that no file stands for."""
+        return Store(Columns({name: np.array(values) for name, values in self._arrays.items()}, self.problems))
+
     def watched(self) -> list[str]:
         """The folders and broken frames whose change is a change of the data set, each once."""
         return sorted({self.text(int(number)) for number in self._arrays["watched"]})
@@ -253,43 +295,40 @@ class Store:
         return [text.split("\n") if text else [] for text in texts]
 
 
-def write_store(columns: Columns, folder: Path) -> None:
-    """`folder` holds the columns, whole or not at all; one that another process wrote meanwhile is as good."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+def write_store(parts: Iterable[Columns], folder: Path) -> Store:
+    """An index of the parts, one behind the other, in a folder that is there and empty."""
+    writer = StoreWriter(folder)
     try:
-        for name, values in columns.arrays.items():
-            np.save(building / f"{name}.npy", values, allow_pickle=False)
-        lines = (json.dumps([str(p.path), p.reason, p.lost, p.absent, p.language]) for p in columns.problems)
-        (building / "problems.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        write_json_atomically(building / "complete.json", {"samples": len(columns.arrays["sample_id"])})
-        # Whoever shares data.index_dir may read it, whatever the umask of the one who came first.
-        for path in building.iterdir():
-            path.chmod(0o644)
-        building.chmod(0o755)
-        try:
-            building.rename(folder)
-        except OSError:
-            if not (folder / "complete.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        for part in parts:
+            writer.append(part)
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.close()
+    return load_store(folder)
 
 
 def load_store(folder: Path) -> Store:
     """The columns of a folder, memory-mapped. Raises: OSError, ValueError if it holds no whole index."""
-    arrays: dict[str, NDArray[np.generic]] = {}
-    for name in (*POINTS_TO, *OFFSETS, "text_blob"):
-        arrays[name] = _map_array(folder / f"{name}.npy")
-    with (folder / "problems.jsonl").open(encoding="utf-8") as lines:
+    facts = read_json(folder / COMPLETE_NAME)
+    rows = facts.get("rows") if isinstance(facts, dict) else None
+    if not isinstance(rows, dict) or not all(isinstance(rows.get(name), int) for name in COLUMNS):
+        raise ValueError(f"{folder / COMPLETE_NAME} does not say how long the columns are")
+    arrays = {name: _map_column(_column_file(folder, name), _type_of(name), rows[name]) for name in COLUMNS}
+    with (folder / PROBLEMS_NAME).open(encoding="utf-8") as lines:
         problems = [Problem(Path(path), *facts) for path, *facts in map(json.loads, lines)]
     return Store(Columns(arrays, problems), folder=folder)
 
 
-def _map_array(path: Path) -> NDArray[np.generic]:
-    try:
-        mapped: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except EOFError as error:
-        raise ValueError(f"{path} is empty") from error
+def _map_column(path: Path, kind: type[np.generic], rows: int) -> NDArray[np.generic]:
+    wanted = rows * np.dtype(kind).itemsize
+    if (found := path.stat().st_size) != wanted:
+        raise ValueError(f"{path} holds {found} bytes, not {wanted}")
+    if not rows:
+        return np.zeros(0, dtype=kind)
     # A plain view: indexing a np.memmap costs three times as much, and pickling one copies it.
-    return mapped.view(np.ndarray)
+    return np.memmap(path, dtype=kind, mode="r").view(np.ndarray)
+
+
+def _column_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.bin"

@@ -13,7 +13,7 @@ import re
 
 from janus_cluster.training.data.formats.json_samples import record_episode, record_images, record_name
 from janus_cluster.training.data.formats.source import BadUnitError, Record, Source
-from janus_cluster.training.data.samples import ACTIONS, judge_text, parse_action
+from janus_cluster.training.data.samples import judge_text
 from janus_cluster.training.data.store import Collector
 
 IMAGE_TAG = "<image>"
@@ -29,13 +29,13 @@ def claims(record: Record) -> bool:
 
 
 def read_record(source: Source, record: Record, label: str, collector: Collector) -> None:
-    """The record is one sample. Raises: BadUnitError."""
+    """The record is one sample. Raises: BadUnitError, UnknownActionError."""
     question, answer = _turns(record["conversations"])
     images = record_images(source, record)
     tags = question.count(IMAGE_TAG)
     if tags != len(images):
         raise BadUnitError(f"{tags} {IMAGE_TAG} in the conversation but {len(images)} images")
-    texts, action = _parse_answer(answer)
+    texts, action = _parse_answer(source, answer)
     name = record_name(record, label)
     collector.sample(
         id=name,
@@ -65,14 +65,10 @@ def _turns(raw: object) -> tuple[str, str]:
     return texts[0], texts[1]
 
 
-def _parse_answer(answer: str) -> tuple[tuple[str, str, str], int]:
+def _parse_answer(source: Source, answer: str) -> tuple[tuple[str, str, str], int]:
     """The three texts (empty where the answer is the action alone) and the action."""
     match = FOUR_PARTS.fullmatch(answer)
     texts = ("", "", "") if match is None else (match[1].strip(), match[2].strip(), match[3].strip())
     if match is not None and not all(texts[1:]):
         raise BadUnitError("the answer leaves a description empty")
-    action = parse_action(answer if match is None else match[4])
-    if action is None:
-        shown = (answer if match is None else match[4]).strip()[:60]
-        raise BadUnitError(f"unknown action {shown!r}, expected one of {', '.join(ACTIONS)}")
-    return texts, action
+    return texts, source.parse_action(answer if match is None else match[4])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,11 +24,12 @@ from janus_cluster.training.data.formats.source import (
     BadUnitError,
     Record,
     Source,
+    UnknownActionError,
     has_odd_suffix,
     load_json_object,
 )
 from janus_cluster.training.data.formats.walks import walk_keys
-from janus_cluster.training.data.samples import ACTIONS, judge_text, parse_action
+from janus_cluster.training.data.samples import judge_text
 from janus_cluster.training.data.store import Collector
 
 MILESTONES_NAME = "milestones_result.json"
@@ -53,10 +54,27 @@ class Milestones:
         return self.subinstructions[min(bisect_left(self.checkpoints, step_number), len(self.subinstructions) - 1)]
 
 
+class FolderNames:
+    """The names of all episodes' folders."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self._num_read = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for name in self.names:
+            self._num_read += 1
+            yield name
+
+    def share_read(self) -> float:
+        """How much has been iterated over, 0 to 1."""
+        return min(1.0, self._num_read / max(1, len(self.names)))
+
+
 class EpisodeFolders:
     """A unit is the name of an episode's folder."""
 
-    def list_units(self, source: Source, collector: Collector) -> Sequence[str]:
+    def list_units(self, source: Source) -> FolderNames:
         """The folders under the root by name; hidden ones are none."""
         root = source.path
         if (root / MILESTONES_NAME).is_file():
@@ -65,7 +83,7 @@ class EpisodeFolders:
                 hint=f"give its parent: {root.parent}",
             )
         with os.scandir(root) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+            return FolderNames(sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".")))
 
     def read_unit(self, source: Source, unit: str, collector: Collector) -> None:
         """The episode's usable steps are samples."""
@@ -82,23 +100,26 @@ class EpisodeFolders:
         except (BadUnitError, OSError) as error:
             collector.problem(folder, str(error), lost=1)
             return
-        _add_steps(unit, frames, milestones, collector)
+        _add_steps(source, unit, frames, milestones, collector)
 
 
 def _add_steps(
-    name: str, frames: Sequence[tuple[int, Path, str]], milestones: Milestones, collector: Collector
+    source: Source,
+    name: str,
+    frames: Sequence[tuple[int, Path, str]],
+    milestones: Milestones,
+    collector: Collector,
 ) -> None:
     episode = collector.episode(name, milestones.walk_keys)
     sequence = collector.sequence([image for _, image, _ in frames])
     for position, (number, image, action_name) in enumerate(frames):
         described = image.with_suffix(".json")
-        action = parse_action(action_name)
-        if action is None:
-            reason = f"unknown action {action_name}, expected one of {', '.join(ACTIONS)}"
-            collector.problem(image, reason, lost=1)
-            continue
         try:
+            action = source.parse_action(action_name)
             texts = _descriptions(load_json_object(described))
+        except UnknownActionError as error:
+            collector.unknown_action(image, error.spelling)
+            continue
         except BadUnitError as error:
             collector.problem(described, str(error), lost=1)
             continue

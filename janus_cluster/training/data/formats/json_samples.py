@@ -19,7 +19,6 @@ from janus_cluster.training.data.formats.source import (
     parse_name,
 )
 from janus_cluster.training.data.formats.walks import folder_names, walk_keys
-from janus_cluster.training.data.samples import ACTIONS, parse_action
 from janus_cluster.training.data.store import Collector
 
 INSTRUCTION_NAMES = ("instruction", "instruction_text", "full_instruction", "instructions")
@@ -37,11 +36,11 @@ def claims(record: Record) -> bool:
 
 
 def read_record(source: Source, record: Record, label: str, collector: Collector) -> None:
-    """The record is one sample. Raises: BadUnitError."""
+    """The record is one sample. Raises: BadUnitError, UnknownActionError."""
     images = record_images(source, record)
     instruction = first_text(record, *INSTRUCTION_NAMES)
     texts = [_subinstruction(record), first_text(record, *NAMES_2D), first_text(record, *NAMES_3D)]
-    action = _parse_record_action(record)
+    action = _parse_record_action(source, record)
     name = record_name(record, label)
     collector.sample(
         id=name,
@@ -56,18 +55,18 @@ def read_record(source: Source, record: Record, label: str, collector: Collector
 
 def record_images(source: Source, record: Record) -> list[Path]:
     """The frames of a record. Relative paths lie under the root's `images`, the record's data_path, or the file."""
-    root = source.images or source.path.parent
+    root = source.frames
     own = record.get("data_path")
     if source.images is None and own is not None:
-        root = parse_image_paths(own, root)[0]
+        root = parse_image_paths(own, root, source)[0]
     for name in ("images", "image"):
         if record.get(name) is not None:
-            return parse_image_paths(record[name], root)
+            return parse_image_paths(record[name], root, source)
     if record.get("current_image") is None:
         raise BadUnitError("images is missing")
     history = record.get("history_images") or []
-    earlier = parse_image_paths(history, root) if history else []
-    return [*earlier, *parse_image_paths(record["current_image"], root)]
+    earlier = parse_image_paths(history, root, source) if history else []
+    return [*earlier, *parse_image_paths(record["current_image"], root, source)]
 
 
 def record_name(record: Record, label: str) -> str:
@@ -97,12 +96,8 @@ def _subinstruction(record: Record) -> str:
     )
 
 
-def _parse_record_action(record: Record) -> int:
+def _parse_record_action(source: Source, record: Record) -> int:
     value = next((record[name] for name in ACTION_NAMES if record.get(name) is not None), None)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    action = parse_action(value)
-    if action is None:
-        shown = repr(value)[:60]
-        raise BadUnitError(f"unknown action {shown}, expected one of {', '.join(ACTIONS)} or 0..3")
-    return action
+    return source.parse_action(value)

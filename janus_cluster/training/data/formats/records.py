@@ -6,11 +6,7 @@ under "episodes".
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from janus_cluster.errors import UsageError
@@ -20,8 +16,9 @@ from janus_cluster.training.data.formats.source import (
     BadUnitError,
     Record,
     Source,
-    load_json,
+    UnknownActionError,
 )
+from janus_cluster.training.data.formats.stream import BrokenLine, RecordStream
 from janus_cluster.training.data.store import Collector
 
 ReadRecord = Callable[[Source, Record, str, Collector], None]
@@ -46,22 +43,9 @@ KINDS = (
 class RecordFile:
     """A unit is (number of the record, the record as parsed, or the text of a broken line)."""
 
-    def list_units(self, source: Source, collector: Collector) -> Sequence[tuple[int, Any]]:
+    def list_units(self, source: Source) -> RecordUnits:
         """Every record of the file."""
-        try:
-            if ".jsonl" in source.path.suffixes:
-                return _load_lines(source.path)
-            value = load_json(source.path)
-            if isinstance(value, dict) and isinstance(value.get("episodes"), list):
-                value = value["episodes"]
-            if not isinstance(value, list):
-                raise BadUnitError(f"holds a {type(value).__name__}, expected a list of records")
-        except BadUnitError as error:
-            raise UsageError(
-                f"data.roots: {source.path} {error}",
-                hint="a data set that cannot be read at all is refused; mend it, or take it out of data.roots",
-            ) from error
-        return list(enumerate(value))
+        return RecordUnits(source)
 
     def read_unit(self, source: Source, unit: tuple[int, Any], collector: Collector) -> None:
         """The record's samples are kept."""
@@ -79,14 +63,31 @@ class RecordFile:
                 f"is absent: record {number} of {source.path} has no folder of frames",
                 language=trajectories.language_of(record),
             )
+        except UnknownActionError as error:
+            collector.unknown_action(source.path, error.spelling, f"record {number}: ")
         except (BadUnitError, OSError) as error:
             collector.problem(source.path, f"record {number}: {error}", lost=1)
 
 
-class BrokenLine(NamedTuple):
-    """A line of a .jsonl file that is no JSON."""
+class RecordUnits:
+    """The records of a root's file, read as they are asked for."""
 
-    reason: str
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._stream = RecordStream(source.path)
+
+    def share_read(self) -> float:
+        """How much of the file has been read, 0 to 1."""
+        return self._stream.share_read()
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        try:
+            yield from self._stream
+        except BadUnitError as error:
+            raise UsageError(
+                f"data.roots: {self._source.path} {error}",
+                hint="a data set that cannot be read at all is refused; mend it, or take it out of data.roots",
+            ) from error
 
 
 def kind_of(record: Record, wanted: str) -> Kind:
@@ -99,22 +100,3 @@ def kind_of(record: Record, wanted: str) -> Kind:
     raise BadUnitError(
         f"is no record{asked}: expected {known}, found {', '.join(map(str, list(record)[:12])) or 'nothing'}"
     )
-
-
-def _load_lines(path: Path) -> list[tuple[int, Any]]:
-    """Lines with something in them, each parsed by itself."""
-    try:
-        raw = path.read_bytes()
-        text = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise BadUnitError(f"cannot be read ({error})") from error
-    units: list[tuple[int, Any]] = []
-    for number, line in enumerate(text.split(b"\n")):
-        if line.strip():
-            try:
-                units.append((number, json.loads(line.decode("utf-8-sig"))))
-            except (ValueError, RecursionError) as error:
-                units.append((number, BrokenLine(f"cannot be read as JSON ({error})")))
-    if not units:
-        raise BadUnitError("holds no line")
-    return units

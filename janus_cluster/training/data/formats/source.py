@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
 import re
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from janus_cluster.training.data.samples import judge_text
+from janus_cluster.training.data.samples import judge_text, parse_action
 from janus_cluster.training.data.store import Collector
 
 Record = Mapping[str, Any]
@@ -24,19 +22,54 @@ ODD_SUFFIX = "has an odd suffix: frames end in .png, .jpg or .jpeg, in small let
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One data set: where it lies, the format's name, the root of relative image paths, how images are checked."""
+    """One data set: where it lies, the format's name, the root of relative image paths, how images are checked.
+
+    `image_roots`: where the frames of another machine lie here. `actions`: other spellings, in capitals.
+    """
 
     path: Path
     format: str
     images: Path | None = None
     decode_images: bool = False
+    image_roots: Mapping[str, str] = field(default_factory=dict)
+    actions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def frames(self) -> Path:
+        """The folder under which relative paths of frames lie."""
+        return self.images or (self.path if self.format == "episodes" else self.path.parent)
+
+    def parse_action(self, value: object) -> int:
+        """The label of an action as this data set spells it. Raises: UnknownActionError."""
+        label = parse_action(value, self.actions)
+        if label is None:
+            raise UnknownActionError(value)
+        return label
+
+    def moved(self, path: str) -> str:
+        """A path of the machine where the data set was made, as it is here; the longest matching place counts."""
+        places = [place for place in self.image_roots if path == place or path.startswith(f"{place.rstrip('/')}/")]
+        if not places:
+            return path
+        place = max(places, key=len)
+        return str(Path(self.image_roots[place], path[len(place) :].lstrip("/")))
+
+
+class Units(Protocol):
+    """What a data set holds, in order. Iterating raises UsageError where it cannot be read to its end."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Each unit."""
+
+    def share_read(self) -> float:
+        """How much has been iterated over, 0 to 1."""
 
 
 class Format(Protocol):
     """One kind of data set. A unit is what is read at one go (an episode, a record); units are sent to processes."""
 
-    def list_units(self, source: Source, collector: Collector) -> Sequence[Any]:
-        """Everything to be read, in order. Raises: UsageError if the data set cannot be read at all."""
+    def list_units(self, source: Source) -> Units:
+        """Everything to be read. Raises: UsageError if the data set cannot be read at all."""
 
     def read_unit(self, source: Source, unit: Any, collector: Collector) -> None:
         """The unit's samples and problems are in the collector."""
@@ -44,6 +77,14 @@ class Format(Protocol):
 
 class BadUnitError(Exception):
     """A unit of which nothing can be used, and why. It never leaves the formats: it becomes a listed problem."""
+
+
+class UnknownActionError(Exception):
+    """A sample's action is none that is known. It never leaves the formats."""
+
+    def __init__(self, spelling: object) -> None:
+        super().__init__(f"unknown action {spelling!r}")
+        self.spelling = spelling
 
 
 class AbsentError(Exception):
@@ -54,22 +95,14 @@ class AbsentError(Exception):
         self.folder = folder
 
 
-def load_json(path: Path) -> Any:
-    """The JSON value of a file, gzipped or not. Raises: BadUnitError saying why there is none."""
-    try:
-        raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
-        return json.loads(raw.decode("utf-8-sig"))
-    except FileNotFoundError as error:
-        raise BadUnitError("is missing") from error
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise BadUnitError(f"cannot be read as JSON ({error})") from error
-
-
 def load_json_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file. Raises: BadUnitError saying why there is none."""
-    value = load_json(path)
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError as error:
+        raise BadUnitError("is missing") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadUnitError(f"cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise BadUnitError(f"holds a {type(value).__name__}, expected an object")
     return value
@@ -108,15 +141,15 @@ def parse_name(value: object) -> str | None:
     return None
 
 
-def parse_image_paths(value: object, root: Path) -> list[Path]:
-    """Paths of frames, relative ones under `root`. Raises: BadUnitError if they are none."""
+def parse_image_paths(value: object, root: Path, source: Source) -> list[Path]:
+    """Paths of frames as they are here, relative ones under `root`. Raises: BadUnitError if they are none."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not names:
         raise BadUnitError("images must be a list of one or more paths")
     for position, name in enumerate(names):
         if not isinstance(name, str) or not name.strip() or "\0" in name or judge_text(name):
             raise BadUnitError(f"images[{position}] is no path")
-    return [root / name for name in names]
+    return [root / source.moved(name) for name in names]
 
 
 def has_odd_suffix(name: str, pattern: re.Pattern[str]) -> bool:

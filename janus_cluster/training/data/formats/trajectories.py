@@ -23,12 +23,13 @@ from janus_cluster.training.data.formats.source import (
     BadUnitError,
     Record,
     Source,
+    UnknownActionError,
     first_text,
     has_odd_suffix,
     parse_name,
 )
 from janus_cluster.training.data.formats.walks import dataset_of, walk_keys
-from janus_cluster.training.data.samples import ACTIONS, judge_text, parse_action
+from janus_cluster.training.data.samples import ACTIONS, judge_text
 from janus_cluster.training.data.store import Collector
 
 # "step_0006_TURN_LEFT.png", "6_TURN_LEFT.png": a number and then the action
@@ -62,7 +63,7 @@ def _read_video(source: Source, record: Record, label: str, collector: Collector
     video = str(record["video"])
     # One video may have several annotations with ids of their own; for the split they are one episode.
     number = collector.episode(video, walk_keys(record, names=(PurePosixPath(video).name,)))
-    _add_frames(collector, name=name, episode=number, instruction=instruction, frames=frames, actions=taken)
+    _add_frames(source, collector, name=name, episode=number, instruction=instruction, frames=frames, actions=taken)
 
 
 def _actions_of_frames(actions: object, frames: Sequence[Path]) -> list[object]:
@@ -109,12 +110,12 @@ def _read_named_frames(source: Source, record: Record, collector: Collector) -> 
         collector.problem(folder, f"frame {gap} is missing between {frames[0].name} and {frames[-1].name}")
     actions = [match[2] for match in map(NAMED_FRAME.match, (frame.name for frame in frames)) if match]
     keys = walk_keys(record, names=(name,), dataset=dataset_of(source.path, record))
-    _add_frames(
-        collector, name=name, episode=collector.episode(name, keys), instruction=text, frames=frames, actions=actions
-    )
+    episode = collector.episode(name, keys)
+    _add_frames(source, collector, name=name, episode=episode, instruction=text, frames=frames, actions=actions)
 
 
 def _add_frames(
+    source: Source,
     collector: Collector,
     *,
     name: str,
@@ -125,9 +126,10 @@ def _add_frames(
 ) -> None:
     sequence = collector.sequence(frames)
     for position, (frame, raw) in enumerate(zip(frames, actions, strict=True)):
-        action = parse_action(raw)
-        if action is None:
-            collector.problem(frame, f"unknown action {raw}, expected one of {', '.join(ACTIONS)} or 0..3", lost=1)
+        try:
+            action = source.parse_action(raw)
+        except UnknownActionError as error:
+            collector.unknown_action(frame, error.spelling)
             continue
         collector.sample(
             id=f"{name}/{frame.name}",
@@ -169,8 +171,7 @@ def video_places(source: Source, record: Record) -> tuple[Path, ...]:
     video = record["video"]
     if not isinstance(video, str) or not PurePosixPath(video).name or "\0" in video or judge_text(video):
         raise BadUnitError("video is no path")
-    root = source.images or source.path.parent
-    return root / video, root / PurePosixPath(video).name
+    return source.frames / source.moved(video), source.frames / PurePosixPath(video).name
 
 
 def language_of(record: Record) -> str:
@@ -190,7 +191,7 @@ def episode_folder(source: Source, record: Record) -> tuple[str, Path]:
     name = parse_name(record.get("episode_id"))
     if name is None or "/" in name or "\0" in name or name in (".", ".."):
         raise BadUnitError("episode_id is no name")
-    return name, (source.images or source.path.parent) / name
+    return name, source.frames / name
 
 
 def _is_there(folder: Path) -> bool:

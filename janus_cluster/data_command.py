@@ -1,0 +1,122 @@
+"""janus-cluster data: a job's data, made ready before any GPU is asked for."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from janus_cluster.commands import CLUSTERS, job_options
+
+if TYPE_CHECKING:
+    from janus_cluster.send import Cluster
+    from janus_cluster.submit import Request
+
+# A job on one node without GPUs. The user's own --set comes behind these.
+INDEX_JOB = (
+    "kind=index",
+    "nodes=1",
+    "hardware.device=cpu",
+    "hardware.gpus_per_node=0",
+    "hardware.processes_per_node=1",
+    "environment.profile=cpu",
+    "preflight.enabled=false",
+    "training.memory=manual",
+    "slurm.exclusive=false",
+    "slurm.cpus-per-task=8",
+    "slurm.time=04:00:00",
+)
+
+
+@click.group(
+    epilog="""\b
+Examples:
+  janus-cluster data index my.yaml            make the index here, with a progress bar
+  janus-cluster data index my.yaml --submit   as a job without GPUs
+
+\b
+See also: docs/data.md
+"""
+)
+def data() -> None:
+    """Make a job's index of data before its GPUs are asked for."""
+
+
+@data.command(
+    "index",
+    epilog="""\b
+Examples:
+  janus-cluster data index my.yaml
+  janus-cluster data index my.yaml --submit --set slurm.partition=cpu --follow
+  janus-cluster data index my.yaml --submit --cluster local
+
+\b
+Exit codes: 0 the index is there, 2 training would refuse the data.
+With --submit those of submit.
+
+\b
+See also: docs/data.md
+""",
+)
+@job_options
+@click.option("--submit", is_flag=True, help="As a job of its own: one node, 8 CPUs, no GPU.")
+@click.option("--cluster", type=CLUSTERS, default="slurm", show_default=True, help="With --submit: where it runs.")
+@click.option("--follow", is_flag=True, help="With --submit: follow the log to the end.")
+def index(
+    *, job: str | None, nodes: int | None, sets: tuple[str, ...], submit: bool, cluster: Cluster, follow: bool
+) -> int:
+    """Read JOB's data once and keep the index where training looks for it: its first attempt only checks it.
+
+    What training would refuse is refused here: bad samples, absent trajectories, samples of too many tokens (counted
+    where model.path has a tokenizer). The index lies in data.index_dir, by default beside the run folders.
+    """
+    from janus_cluster.submit import Request
+
+    if not submit:
+        return _index_here(Request(job=job, nodes=nodes, sets=sets))
+    request = Request(job=job, nodes=1, sets=(*INDEX_JOB, *sets), cluster=cluster)
+    return _submit_index(request, follow=follow)
+
+
+def _index_here(request: Request) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from janus_cluster.config.resolve import resolve_job
+    from janus_cluster.rundir import RunDir
+    from janus_cluster.submit import load_request, new_run_path
+    from janus_cluster.training.data.build import build_index
+    from janus_cluster.training.data.indexing import Told
+
+    loaded = load_request(request, os.environ)
+    # The run is none: training's own would lie there, and the index beside it.
+    run = RunDir(new_run_path(loaded.config, os.environ, Path.cwd()))
+    job = resolve_job(
+        loaded, run_dir=run.path, cluster="local", environ=os.environ, cwd=Path.cwd(), python=sys.executable
+    ).job
+    index_dir = Path(job.data.index_dir) if job.data.index_dir else run.data_index
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        build_index(job, index_dir=index_dir, told=Told(report=click.echo))
+    else:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("reading", total=1.0)
+            told = Told(
+                report=click.echo, progress=lambda what, share: bar.update(task, description=what, completed=share)
+            )
+            build_index(job, index_dir=index_dir, told=told)
+    click.echo(f"index: {index_dir}")
+    return 0
+
+
+def _submit_index(request: Request, *, follow: bool) -> int:
+    from janus_cluster.commands import describe, follow_submission
+    from janus_cluster.submit import submit as submit_run
+
+    done = submit_run(request, environ=os.environ, cwd=Path.cwd())
+    click.echo(describe(done))
+    return follow_submission(done, out_is_stderr=False) if follow else 0
