@@ -15,7 +15,8 @@ from janus_cluster.config.networks import VggtConfig
 Shapes = dict[str, tuple[int, ...]]
 
 VGGT_PREFIX = "aggregator."
-OWN_PREFIXES = ("merger.", "action_head.")
+ACTION_HEAD_PREFIX = "action_head."
+OWN_PREFIXES = ("merger.", ACTION_HEAD_PREFIX)
 HEAD = "lm_head.weight"
 EMBEDDING = "model.language_model.embed_tokens.weight"
 # The language model's linear layers, where an adapter may sit.
