@@ -171,6 +171,11 @@ def _summary_table(evaluation: Mapping[str, Any]) -> Table:
     table.add_row("action accuracy", _number(head["accuracy"]), _number(given.get("accuracy")))
     table.add_row("macro F1", _number(head["macro_f1"]), _number(given.get("macro_f1")))
     table.add_row("answers that name no action", "—", str(given.get("num_unparsable", "—")))
+    if (split := evaluation["split"]) is not None:
+        leaked = f"{split['num_leaked_frames']} of {split['num_held_out_frames']}"
+        table.add_row("held-out frames that are trained on", leaked, leaked)
+        shared = f"{split['num_shared_episodes']}"
+        table.add_row("held-out episodes of walks trained on", shared, shared)
     table.add_row(f"always {majority['action']}", _number(majority["accuracy"]), "—")
     return table
 

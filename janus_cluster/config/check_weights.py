@@ -18,10 +18,11 @@ from janus_cluster.config.safetensors_header import (
     find_problems,
     read_safetensors_index,
 )
-from janus_cluster.config.schema import Model
+from janus_cluster.config.schema import Model, Training
 from janus_cluster.config.tied_head import resolve_head
 from janus_cluster.config.vggt_source import VGGT_IN_JANUS_PREFIX, VggtSource, find_vggt_of
 from janus_cluster.config.weight_names import (
+    ACTION_HEAD_PREFIX,
     OWN_PREFIXES,
     Shapes,
     is_unneeded_block,
@@ -156,6 +157,19 @@ def judge_model_weights(index: Mapping[str, StoredTensor], expected: Shapes, *, 
 def find_new_modules(index: Mapping[str, StoredTensor]) -> tuple[str, ...]:
     """The modules of OWN_PREFIXES that a checkpoint does not hold: loading draws them at random."""
     return tuple(p for p in OWN_PREFIXES if not any(name.startswith(p) for name in index))
+
+
+def why_head_is_random(model: Model, training: Training) -> str | None:
+    """Why the action head keeps the values it was drawn with; None where it is trained, or model.path holds it.
+
+    Raises: UsageError where model.path cannot be read.
+    """
+    if training.tune.action_head and training.action_loss_weight > 0:
+        return None
+    if model.path is not None and ACTION_HEAD_PREFIX not in find_new_modules(read_model_index(Path(model.path))):
+        return None
+    cause = "training.action_loss_weight is 0" if training.tune.action_head else "training.tune.action_head is false"
+    return f"drawn at random and not trained ({cause}, model.path holds no {ACTION_HEAD_PREFIX}*)"
 
 
 def judge_vggt_weights(source: VggtSource, config: VggtConfig) -> str:

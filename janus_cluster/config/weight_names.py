@@ -15,7 +15,8 @@ from janus_cluster.config.networks import VggtConfig
 Shapes = dict[str, tuple[int, ...]]
 
 VGGT_PREFIX = "aggregator."
-OWN_PREFIXES = ("merger.", "action_head.")
+ACTION_HEAD_PREFIX = "action_head."
+OWN_PREFIXES = ("merger.", ACTION_HEAD_PREFIX)
 HEAD = "lm_head.weight"
 EMBEDDING = "model.language_model.embed_tokens.weight"
 # The language model's linear layers, where an adapter may sit.
@@ -25,10 +26,25 @@ VISION_DEFAULTS = {
     "depth": 32, "hidden_size": 3584, "intermediate_size": 3420, "in_channels": 3, "patch_size": 14,
     "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 3584,
 }  # fmt: skip
+# The parts that training.tune names.
+PARTS = ("llm", "projector", "vision", "vggt_merger", "action_head")
+# In this order: the first prefix that fits decides.
+_PART_PREFIXES = (
+    ("model.visual.merger.", "projector"),
+    ("model.visual.", "vision"),
+    ("merger.", "vggt_merger"),
+    (ACTION_HEAD_PREFIX, "action_head"),
+    ("", "llm"),
+)
 ACTION_HEAD_DIM = 512
 NUM_ACTIONS = 4
 VGGT_MERGER_DIM = 4096
 _LAST_BLOCKS = re.compile(r"^aggregator\.(?:frame_blocks|global_blocks)\.(\d+)\.")
+
+
+def part_of(name: str) -> str:
+    """The part of training.tune that a weight belongs to, by its name in the network."""
+    return next(part for prefix, part in _PART_PREFIXES if name.startswith(prefix))
 
 
 def name_in_model(name: str) -> str:

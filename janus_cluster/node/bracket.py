@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from janus_cluster.node.child import exit_code, start_child
 from janus_cluster.preflight.gpu_load import GpuSampler
 from janus_cluster.rundir import write_json_atomically
 
@@ -27,13 +25,7 @@ def run_between_counters(
     Returns:       the command's exit code, 128 + n for signal n.
     """
     before = read_all_counters(sysfs_root)
-    process = subprocess.Popen(list(command), env=dict(environ))
-
-    def pass_on(signum: int, _frame: FrameType | None) -> None:
-        process.send_signal(signum)
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, pass_on)
+    process = start_child(command, environ)
     gpu_load: list[dict[str, Any]] | None = None
     if gpu_timeout_s is None:
         code = process.wait()
@@ -43,7 +35,7 @@ def run_between_counters(
         gpu_load = sampler.samples
     after = read_all_counters(sysfs_root)
     write_json_atomically(path, {"schema_version": 1, "before": before, "after": after, "gpu_load": gpu_load})
-    return code if code >= 0 else 128 - code
+    return exit_code(code)
 
 
 def read_all_counters(sysfs_root: str | None) -> dict[str, Any]:

@@ -9,9 +9,7 @@ that does not is read in the order in which tensors are asked for, a page fault 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,11 +19,11 @@ from pathlib import Path
 from janus_cluster.config.safetensors_header import CheckpointProblem, find_weight_files
 from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.config.vggt_source import VGGT_FILE
+from janus_cluster.node.child import end_with_parent
 
 _CHUNK_BYTES = 16 << 20
 # A network file system gives one reader a part of what it has.
 _FILES_AT_ONCE = 4
-_PR_SET_PDEATHSIG = 1
 
 
 def start_read_ahead(resolved: ResolvedJob, *, node_rank: int) -> subprocess.Popen[bytes] | None:
@@ -95,8 +93,7 @@ def _read(path: Path) -> int:
 def main(argv: Sequence[str]) -> None:
     """argv[0] is the pid of the process that asked for it."""
     parent, *files = argv
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() == int(parent):
+    if end_with_parent(int(parent)):
         read_files(map(Path, files))
 
 

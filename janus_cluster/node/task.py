@@ -10,7 +10,6 @@ torchrun, with the network variables that follow from this node's hardware. Ever
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import signal
 import sys
@@ -18,12 +17,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from janus_cluster.config.schema import ResolvedJob
+from janus_cluster.config.schema import EnvVar, ResolvedJob
 from janus_cluster.node.bracket import run_between_counters
 from janus_cluster.node.caches import cache_variables
+from janus_cluster.node.child import end_with_parent, exit_code, start_child
 from janus_cluster.node.memory import wait_until_seen
 from janus_cluster.node.network import network_variables, probe_variables
 from janus_cluster.node.read_ahead import start_read_ahead
+from janus_cluster.node.temporary import make_private_folder, remove_private_folder
 from janus_cluster.node.topology import NodeIdentity, read_identity
 from janus_cluster.node.torchrun import build_torchrun_argv
 from janus_cluster.preflight.gpu_load import loads_gpus
@@ -31,7 +32,6 @@ from janus_cluster.preflight.unwritten import told_in_batch_log
 from janus_cluster.rundir import RunDir, write_json_atomically
 from janus_cluster.stamped import stamp_output
 
-_PR_SET_PDEATHSIG = 1
 _INDEX_MODULE = "janus_cluster.training.data.build"
 _MODULES = {"all_reduce": "janus_cluster.training.probe", "train": "janus_cluster.training.entry"}
 
@@ -65,9 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{resolved.processes_per_node} processes here, rendezvous {args.master_addr}:{args.master_port}",
         flush=True,
     )
+    private = make_private_folder(os.environ) if args.phase == "train" else None
     variables = network_variables(run, resolved, identity, attempt=args.attempt, master_addr=args.master_addr)
+    if private is not None:
+        variables.append(private)
     if args.phase == "train":
-        variables += cache_variables(os.environ)
+        variables += cache_variables(os.environ | ({private.name: private.value} if private else {}))
     if args.phase == "all_reduce":
         variables += probe_variables(run, resolved, identity, attempt=args.attempt)
     for variable in variables:
@@ -83,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(
             run_between_counters(command, environ, counters, sysfs_root=gate.sysfs_root, gpu_timeout_s=gpu_timeout_s)
         )
+    if private is not None:
+        sys.exit(_run_and_remove(command, environ, private))
     os.execve(command[0], command, environ)
 
 
@@ -93,9 +98,16 @@ def end_with_the_attempt(environ: Mapping[str, str]) -> None:
     """
     if (attempt := environ.get("JANUS_ATTEMPT_PID")) is None:
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(attempt):
+    if not end_with_parent(int(attempt)):
         sys.exit(128 + signal.SIGKILL)
+
+
+def _run_and_remove(command: Sequence[str], environ: Mapping[str, str], private: EnvVar) -> int:
+    """The command has ended and the ranks' private folder is gone. Returns: the command's exit code."""
+    try:
+        return exit_code(start_child(command, environ).wait())
+    finally:
+        remove_private_folder(private)
 
 
 def leave_stop_signals_to_the_ranks() -> dict[str, str]:

@@ -19,24 +19,17 @@ from janus_cluster.config.schema import Lora, Model, Tune
 from janus_cluster.config.weight_names import (
     ACTION_HEAD_DIM,
     NUM_ACTIONS,
+    PARTS,
     VGGT_MERGER_DIM,
     VISION_DEFAULTS,
     Shapes,
     janus_shapes,
+    part_of,
     vggt_shapes,
 )
 
 # The tiny preset's vocabulary is made from the data; this is the most that its tokenizer is asked for.
 TINY_VOCABULARY = 1024
-# Longest prefix first: the order decides which part a weight belongs to, as in training/model/build.py.
-PART_PREFIXES = (
-    ("model.visual.merger.", "projector"),
-    ("model.visual.", "vision"),
-    ("merger.", "vggt_merger"),
-    ("action_head.", "action_head"),
-    ("", "llm"),
-)
-PARTS = ("llm", "projector", "vision", "vggt_merger", "action_head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +160,6 @@ class Sizes:
     @property
     def largest_tensor(self) -> int:
         return max(self.tensor_sizes)
-
-
-def part_of(name: str) -> str:
-    """The part of training.tune that a weight belongs to."""
-    return next(part for prefix, part in PART_PREFIXES if name.startswith(prefix))
 
 
 def load_sizes(model: Model) -> Sizes:

@@ -18,6 +18,7 @@ from janus_cluster.preflight.limits import read_limits
 from janus_cluster.preflight.paths import read_paths
 from janus_cluster.preflight.route import read_route
 from janus_cluster.preflight.sysfs import NodeRoot
+from janus_cluster.preflight.temporary import read_temporary
 from janus_cluster.preflight.versions import read_versions
 from janus_cluster.preflight.xid import read_kernel_log
 from janus_cluster.render.env_lint import select_linted
@@ -44,6 +45,7 @@ def read_facts(resolved: ResolvedJob, *, node: str, peer: str | None = None) -> 
             "paths": pool.submit(read_paths, resolved.job, Path(resolved.run_dir)),
             "versions": pool.submit(read_versions, root),
             "limits": pool.submit(read_limits, root),
+            "temporary": pool.submit(read_temporary, os.environ),
             "route": pool.submit(read_route, peer, root),
         }
         if profile["gpu"]["wanted"]:

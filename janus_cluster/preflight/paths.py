@@ -45,6 +45,8 @@ def read_paths(job: JobConfig, run_dir: Path) -> dict[str, Any]:
     return {
         "paths": {check_id: _read_path(check_id, path, job) for check_id, path in wanted_paths(job).items()},
         "output": read_output(run_dir),
+        # Here, where model.path is: the verdict is found on node 0 from what the nodes say.
+        "room_bytes": checkpoint_room_bytes(job),
     }
 
 
@@ -104,8 +106,8 @@ def read_output(run_dir: Path) -> dict[str, Any]:
 def judge_paths(facts: dict[str, Any], job: JobConfig, *, node: str) -> list[CheckResult]:
     """Every path, then room and inodes where the run writes."""
     results = [_judge_path(check_id, fact, node) for check_id, fact in facts["paths"].items()]
-    room = checkpoint_room_bytes(job)
-    return [*results, *judge_output(facts["output"], node=node, min_free_gb=job.preflight.min_free_gb, room_bytes=room)]
+    min_free_gb, room_bytes = job.preflight.min_free_gb, facts["room_bytes"]
+    return [*results, *judge_output(facts["output"], node=node, min_free_gb=min_free_gb, room_bytes=room_bytes)]
 
 
 def judge_output(fact: dict[str, Any], *, node: str, min_free_gb: float, room_bytes: int) -> list[CheckResult]:

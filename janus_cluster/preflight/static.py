@@ -16,6 +16,7 @@ from janus_cluster.preflight.model import Check, CheckResult
 from janus_cluster.preflight.nvlink import judge_nvlink
 from janus_cluster.preflight.paths import judge_paths
 from janus_cluster.preflight.route import judge_route
+from janus_cluster.preflight.temporary import judge_temporary
 from janus_cluster.preflight.versions import judge_driver, judge_same_versions, judge_versions
 from janus_cluster.preflight.xid import judge_xids
 
@@ -63,6 +64,7 @@ def judge_node(facts: dict[str, Any], resolved: ResolvedJob, node: str) -> list[
         *results,
         *judge_route(facts["route"], profile["net"], node=node),
         *judge_limits(facts["limits"], profile["limits"], node=node),
+        judge_temporary(facts["temporary"], profile["limits"]["tmp_gib"], node=node, compiles=profile["gpu"]["wanted"]),
         *judge_paths(facts["paths"], resolved.job, node=node),
         *judge_versions(facts["versions"], node=node, ranges=profile["versions"]),
         *judge_environment(facts["environ"], resolved, node=node, torch=facts["versions"].get("torch")),

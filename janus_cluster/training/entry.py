@@ -19,6 +19,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils import logging as transformers_logging
 
+from janus_cluster.config.check_weights import why_head_is_random
 from janus_cluster.config.schema import JobConfig, ResolvedJob
 from janus_cluster.errors import UsageError
 from janus_cluster.rundir import RunDir
@@ -95,6 +96,8 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pul
         job, output_dir=run.checkpoints, ds_config_json=run.ds_config_json, device=job.hardware.device
     )
     model = build_job_model(job, tokenizer, world)
+    if (random_head := why_head_is_random(job.model, job.training)) is not None:
+        metrics.say(f"warning: action head: {random_head}: it is neither scored nor exported")
     metrics.say(render_parameter_groups(parameter_groups(model, job.training)))
     clock.mark("weights")
 
@@ -112,6 +115,7 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pul
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
         eval_dataset=dataset(split.held_out),
         pulse=pulse,
+        head_not_scored=random_head,
     )
     trainer.add_callback(TellStart(clock, metrics))
     trainer.add_callback(

@@ -9,6 +9,7 @@ this and prints what stands in DIR/evaluation.json.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +26,12 @@ from janus_cluster.streams import run_program
 from janus_cluster.training.data.dataset import NavigationDataset
 from janus_cluster.training.data.samples import ACTIONS
 from janus_cluster.training.data.tokenizer import load_tokenizer
-from janus_cluster.training.held_out import HeldOutScores, render_score_line, render_score_table
+from janus_cluster.training.held_out import (
+    HeldOutScores,
+    leave_out_head,
+    render_score_line,
+    render_score_table,
+)
 from janus_cluster.training.model.janus import JanusConfig, JanusModel
 from janus_cluster.training.model.load import load_exported
 from janus_cluster.training.predictions import Prediction, generate_answers, predict_actions
@@ -58,20 +64,24 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """
     began_s = time.perf_counter()
     subject = load_subject(arguments.target, roots=arguments.data, vggt_path=arguments.vggt_path)
-    samples = subject.load_samples()
+    shown_samples = subject.load_samples()
+    samples = shown_samples.samples
     if arguments.samples is not None:
         samples = [samples[i] for i in draw_indices(len(samples), arguments.samples)]
     tokenizer = load_tokenizer(subject.model)
     model = _load_model(subject, choose_device(arguments.device))
     dataset = NavigationDataset(samples, tokenizer=tokenizer, data=subject.data, segment_weights=SegmentWeights())
 
+    # The record of an export names no number of loaders, and this machine may have fewer cores than the nodes.
+    num_workers = min(subject.data.num_workers, len(os.sched_getaffinity(0)))
     scores, predictions = predict_actions(
-        model, dataset, pad_token_id=tokenizer.pad_token_id, num_workers=subject.data.num_workers, say=_say
+        model, dataset, pad_token_id=tokenizer.pad_token_id, num_workers=num_workers, say=_say
     )
     not_scored = None
     if not subject.has_action_head:
         not_scored = f"{subject.model} holds no action_head.*: loading draws one at random, so it is not scored"
-        scores, predictions = leave_out_head(scores, predictions)
+        scores = leave_out_head(scores)
+        predictions = [replace(prediction, head_action=None, head_probabilities=None) for prediction in predictions]
         _say(f"action head: {not_scored}")
     else:
         _say(render_score_line(scores))
@@ -90,6 +100,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "model": str(subject.model),
         "data": [root.path for root in subject.data.roots],
         "held_out_only": subject.held_out_only,
+        "split": None if shown_samples.held_out is None else shown_samples.held_out.counts(),
         "num_samples": len(samples),
         "num_episodes": len({prediction.episode for prediction in predictions}),
         "head_not_scored": not_scored,
@@ -118,12 +129,6 @@ def score_answers(predictions: Sequence[Prediction]) -> ActionScores:
     truth = [ACTIONS.index(p.action) for p in predictions]
     given = [None if p.generated_action is None else ACTIONS.index(p.generated_action) for p in predictions]
     return score_actions(count_confusion(truth, given))
-
-
-def leave_out_head(scores: HeldOutScores, predictions: Sequence[Prediction]) -> tuple[HeldOutScores, list[Prediction]]:
-    """The same without anything that the action head said: no sample counts for it."""
-    silent = [replace(prediction, head_action=None, head_probabilities=None) for prediction in predictions]
-    return replace(scores, head=score_actions(count_confusion([], []))), silent
 
 
 def _load_model(subject: Subject, device: torch.device) -> JanusModel:
@@ -168,6 +173,11 @@ def _build_page(
         )
         + f"; always {majority['action']}: {majority['accuracy']:.3f}.",
     ]
+    if (split := evaluation["split"]) is not None and split["num_leaked_frames"]:
+        summary.append(
+            f"{split['num_leaked_frames']} of the {split['num_held_out_frames']} held-out frames are trained on too: "
+            "these numbers say nothing of new walks."
+        )
     if words is not None:
         summary.append(
             f"In words, {words['num_samples']} samples: accuracy {words['accuracy']:.3f}, "

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from janus_cluster.config.check_weights import why_head_is_random
 from janus_cluster.config.schema import JobConfig
+from janus_cluster.config.weight_names import ACTION_HEAD_PREFIX
 from janus_cluster.errors import TrainingFailed
 from janus_cluster.rundir import RunDir
 from janus_cluster.training.checkpoint import from_main
@@ -35,7 +37,8 @@ def write_exports(run: RunDir, *, trainer: JanusTrainer, tokenizer: Any, job: Jo
 
     With checkpoint.export_layout: janusvln, run.published_export holds the published layout.
     Every rank calls this: under ZeRO-3 the weights are gathered from all of them. Adapters are merged. VGGT is frozen,
-    so its weights are added only where no file has them (the tiny preset's are random).
+    so its weights are added only where no file has them (the tiny preset's are random). An action head that was neither
+    trained nor loaded is left out.
     Returns: the folders. Raises: TrainingFailed if what was written cannot be read back as the live weights.
     """
     folders = [run.export, *([run.published_export] if job.checkpoint.export_layout == "janusvln" else [])]
@@ -44,7 +47,13 @@ def write_exports(run: RunDir, *, trainer: JanusTrainer, tokenizer: Any, job: Jo
     if world.is_main:
         try:
             with new_folder(run.export) as new:
-                write_model(new, trainer.model, merge_adapters(state_dict, job.training.lora))
+                is_head_random = why_head_is_random(job.model, job.training) is not None
+                write_model(
+                    new,
+                    trainer.model,
+                    merge_adapters(state_dict, job.training.lora),
+                    without=(ACTION_HEAD_PREFIX,) if is_head_random else (),
+                )
                 if job.model.vggt_path is None:
                     require_same(write_vggt(trainer.model, new), vggt_tensors(trainer.model))
                 write_processing_files(new, tokenizer=tokenizer, data=job.data)
@@ -60,14 +69,18 @@ def write_exports(run: RunDir, *, trainer: JanusTrainer, tokenizer: Any, job: Jo
     return folders
 
 
-def write_model(folder: Path, model: JanusModel, state_dict: Mapping[str, Tensor]) -> None:
+def write_model(
+    folder: Path, model: JanusModel, state_dict: Mapping[str, Tensor], *, without: tuple[str, ...] = ()
+) -> None:
     """`folder` holds configuration and weights of `model`, whose whole state is `state_dict`, and reads back as them.
 
+    without: prefixes of modules whose weights mean nothing and are left out.
     Raises: TrainingFailed if it does not.
     """
     config = config_as_trained(model)
-    tensors = name_for_disk(state_dict, config)
+    named = name_for_disk(state_dict, config)
+    tensors = {name: tensor for name, tensor in named.items() if not name.startswith(without)}
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     write_weights(folder, tensors)
-    require_readable(folder, tensors)
+    require_readable(folder, tensors, without=without)

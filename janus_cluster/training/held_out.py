@@ -8,7 +8,7 @@ B samples of a batch · A actions
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,14 @@ from torch.utils.data import Dataset
 from janus_cluster.training.data.loader import build_loader
 from janus_cluster.training.data.samples import ACTIONS
 from janus_cluster.training.loss import SEGMENT_NAMES
-from janus_cluster.training.scores import ActionScores, Majority, perplexities, score_actions, score_majority
+from janus_cluster.training.scores import (
+    ActionScores,
+    Majority,
+    count_confusion,
+    perplexities,
+    score_actions,
+    score_majority,
+)
 
 Batch = dict[str, Any]
 Collate = Callable[[Sequence[Batch]], Batch]
@@ -32,6 +39,11 @@ class HeldOutScores:
     head: ActionScores
     majority: Majority
     perplexity_by_segment: Mapping[str, float | None]
+
+
+def leave_out_head(scores: HeldOutScores) -> HeldOutScores:
+    """The same where the action head is drawn at random: no sample counts for it."""
+    return replace(scores, head=score_actions(count_confusion([], [])))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from janus_cluster.config.check_weights import judge_vggt_weights
+from janus_cluster.config.check_weights import find_new_modules, judge_vggt_weights
 from janus_cluster.config.safetensors_header import render_names
 from janus_cluster.config.schema import Data
 from janus_cluster.config.vggt_source import VGGT_IN_JANUS_PREFIX, VggtSource, find_vggt, read_tensor_index
-from janus_cluster.config.weight_names import VGGT_PREFIX, janus_shapes, name_in_model, name_on_disk
+from janus_cluster.config.weight_names import ACTION_HEAD_PREFIX, VGGT_PREFIX, janus_shapes, name_in_model, name_on_disk
 from janus_cluster.errors import JanusError, UsageError, print_error
 from janus_cluster.rundir import write_json_atomically
 from janus_cluster.streams import run_program
@@ -51,10 +51,11 @@ def write_published(model: Path, out: Path, *, vggt_path: str | None = None) -> 
     vggt = find_vggt(choose_vggt(model, vggt_path, record["vggt_path"]), key="VGGT")
     config = JanusConfig.from_pretrained(model, local_files_only=True)
     tensors = _model_tensors(model, config) | _vggt_tensors(vggt, config)
+    has_head = any(name.startswith(ACTION_HEAD_PREFIX) for name in tensors)
     with new_folder(out) as new:
         write_weights(new, tensors)
         write_json_atomically(new / "config.json", flat_config(config))
-        require_readable(new, tensors)
+        require_readable(new, tensors, without=() if has_head else (ACTION_HEAD_PREFIX,))
         GenerationConfig.from_pretrained(model).save_pretrained(new)
         _write_tokenizer(load_tokenizer(model), new)
         _write_image_processor(Data.model_validate(record["data"]), new)
@@ -110,10 +111,11 @@ def old_tokenizer_config(
 
 
 def _model_tensors(model: Path, config: JanusConfig) -> dict[str, Tensor]:
-    """Every weight of the network but VGGT's, under the hub's names."""
+    """Every weight of the network but VGGT's, under the hub's names; the action head's where the model has one."""
     index = read_tensor_index(model)
     names = {name_in_model(name): name for name in index}
-    wanted = janus_shapes(config.to_dict())
+    absent = ACTION_HEAD_PREFIX if ACTION_HEAD_PREFIX in find_new_modules(index) else "\0"
+    wanted = [name for name in janus_shapes(config.to_dict()) if not name.startswith(absent)]
     if missing := [name_on_disk(name) for name in wanted if name not in names]:
         raise UsageError(
             f"{model}: {len(missing)} of {len(wanted)} weights are not there: {render_names(missing)}",

@@ -23,13 +23,21 @@ from janus_cluster.rundir import RunDir, read_json, write_json_atomically
 from janus_cluster.training.data.index import load_samples
 from janus_cluster.training.data.indexing import Told
 from janus_cluster.training.data.samples import Sample
-from janus_cluster.training.data.split import EarlierSplit, load_earlier_split, warn_of_leak
+from janus_cluster.training.data.split import EarlierSplit, HeldOut, load_earlier_split, warn_of_leak
 
 # Beside the weights, since nothing else in an exported folder says how frames were resized or how long the history is.
 RECORD_NAME = "janus_data.json"
 _PREPARATION_KEYS = {
     "history", "image_mode", "image_width", "max_pixels", "min_pixels", "max_length", "on_too_long",
 }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """The samples that a model is shown. `held_out` is the split that chose them; None for data that was named."""
+
+    samples: Sequence[Sample]
+    held_out: HeldOut | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +58,7 @@ class Subject:
     index_dir: Path | None = None
     earlier: EarlierSplit | None = None
 
-    def load_samples(self) -> Sequence[Sample]:
+    def load_samples(self) -> Shown:
         """The held-out samples of a run's own data, or every sample of data that was named.
 
         Raises: UsageError if there are none.
@@ -78,7 +86,7 @@ class Subject:
                 f"nothing is held out: data.validation_fraction is {self.data.validation_fraction:g}",
                 hint="name episodes that were not trained on: --data ROOT",
             )
-        return samples
+        return Shown(samples=samples, held_out=split.split if self.held_out_only else None)
 
 
 def write_record(folder: Path, job: JobConfig) -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from janus_cluster.config.schema import JobConfig
 from janus_cluster.training.data.loader import build_loader
 from janus_cluster.training.data.sampler import RankBatches
-from janus_cluster.training.held_out import HeldOutScores, ScoreSums, move_to, predict_batches
+from janus_cluster.training.held_out import HeldOutScores, ScoreSums, leave_out_head, move_to, predict_batches
 from janus_cluster.training.kernels import skip_unused_kernels
 from janus_cluster.training.loss import SEGMENT_NAMES, action_count, ramped_weight, text_weight_sum
 from janus_cluster.training.metrics import MetricsLog
@@ -105,7 +105,9 @@ class JanusTrainer(ResumableTrainer):
         data_collator: Callable[[Sequence[Batch]], Batch],
         eval_dataset: Dataset[Batch] | None = None,
         pulse: Pulse | None = None,
+        head_not_scored: str | None = None,
     ) -> None:
+        """head_not_scored: why the action head's answers mean nothing; its accuracy is then not measured."""
         super().__init__(
             model=model,
             args=args,
@@ -118,6 +120,7 @@ class JanusTrainer(ResumableTrainer):
             eval_dataset=eval_dataset,
         )
         self._batches = batches
+        self._head_not_scored = head_not_scored
         self._loss_denominator: torch.Tensor | None = None
         self.held_out_scores: HeldOutScores | None = None
         self.evaluated_step: int | None = None
@@ -241,7 +244,8 @@ class JanusTrainer(ResumableTrainer):
         ):
             sums.add(result)
             self._beat("evaluation")
-        self.held_out_scores = sums.scores()
+        scores = sums.scores()
+        self.held_out_scores = scores if self._head_not_scored is None else leave_out_head(scores)
         self.evaluated_step = self.state.global_step
         self._metrics.evaluated(self.state.global_step, self.held_out_scores, time.perf_counter() - started_s)
         found = {f"{metric_key_prefix}_action_accuracy": self.held_out_scores.head.accuracy}

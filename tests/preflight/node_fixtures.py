@@ -26,7 +26,7 @@ from janus_cluster.rundir import RunDir, write_text_atomically
 
 NUM = 8
 # Checks of the process that runs the tests, its shell and its disk.
-OF_THIS_MACHINE = ("limits.memlock", "limits.nofile", "limits.shm", "limits.shm_free", "environment")
+OF_THIS_MACHINE = ("limits.memlock", "limits.nofile", "limits.shm", "limits.shm_free", "limits.tmp", "environment")
 DRIVER = "570.158.01"
 # Of Linux 5.15, so that DMA-BUF would be there if the driver were the open one.
 PROC = {

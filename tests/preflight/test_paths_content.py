@@ -13,6 +13,7 @@ from PIL import Image
 from janus_cluster.config.networks import PRESETS
 from janus_cluster.config.schema import JobConfig
 from janus_cluster.config.weight_names import Shapes, janus_shapes, name_on_disk, vggt_shapes
+from janus_cluster.plan.sizes import load_sizes
 from janus_cluster.preflight.data_scan import scan_data
 from janus_cluster.preflight.model import CheckResult
 from janus_cluster.preflight.path_view import read_view
@@ -210,6 +211,30 @@ def test_room_follows_from_the_models_size_and_what_learns() -> None:
     lora = job(model={"preset": "qwen2.5-vl-7b"}, data=roots, training={"lora": {"enabled": True}})
     assert count_parameters(frozen)[1] < count_parameters(lora)[1] < learning / 10
     assert checkpoint_room_bytes(job(model={"preset": "qwen2.5-vl-7b"})) == 0, "nothing is trained without data"
+
+
+def test_an_untied_checkpoint_of_a_tied_preset_takes_more_room(tmp_path: Path) -> None:
+    preset = PRESETS["qwen2.5-vl-3b"]
+    values = {"model_type": "qwen2_5_vl", **preset.text, "vision_config": preset.vision, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    roots = {"roots": ["/d"]}
+    untied = job(model={"preset": "qwen2.5-vl-3b", "path": str(tmp_path)}, data=roots)
+    tied = job(model={"preset": "qwen2.5-vl-3b"}, data=roots)
+    head = preset.text["vocab_size"] * preset.text["hidden_size"]
+    assert [a - b for a, b in zip(count_parameters(untied), count_parameters(tied), strict=True)] == [head, head]
+    sizes = load_sizes(untied.model)
+    assert count_parameters(untied) == (
+        sum(sizes.parameters.values()) + sizes.vggt_parameters,
+        sizes.trained_parameters(untied.training.tune, untied.training.lora),
+    ), "what `plan` counts"
+    assert read_paths(untied, tmp_path)["room_bytes"] == checkpoint_room_bytes(untied) > checkpoint_room_bytes(tied)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"model_type": "qwen2_5_vl"}', '{"model_type": "llama"}'])
+def test_a_configuration_that_cannot_be_used_leaves_the_presets_numbers(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    broken = job(model={"preset": "tiny", "path": str(tmp_path)}, data={"roots": ["/d"]})
+    assert count_parameters(broken) == count_parameters(job(model={"preset": "tiny"}, data={"roots": ["/d"]}))
 
 
 def test_two_views_of_one_folder_agree_and_a_changed_byte_differs(tmp_path: Path) -> None:

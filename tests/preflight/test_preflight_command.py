@@ -50,7 +50,7 @@ def test_a_faulty_host_is_told_as_json_and_by_the_exit_code(tmp_path: Path) -> N
     assert "mlx5_3:1" in found["hca.rails"]["measured"]
     assert "GPU 4: 2 uncorrected" in found["gpu.ecc"]["measured"]
     assert {i for i, r in found.items() if r["state"] == "FAIL"} <= {
-        "hca.rails", "hca.ibstat", "gpu.ecc", "limits.shm", "limits.shm_free", "limits.nofile",
+        "hca.rails", "hca.ibstat", "gpu.ecc", "limits.shm", "limits.shm_free", "limits.tmp", "limits.nofile",
     }  # fmt: skip
     assert list(report["nodes"]["local-01"][0]) == [
         "id", "phase", "node", "state", "measured", "expected", "unit", "threshold_source", "fix", "duration_s",

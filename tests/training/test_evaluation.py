@@ -306,7 +306,7 @@ def test_the_folder_of_frames_can_be_named(exported: Path, tmp_path: Path) -> No
         load_subject(exported, roots=[str(file)]).load_samples()
     assert "--data '{path: …, images: …}'" in str(unnamed.value.hint) and "data.roots" not in str(unnamed.value)
     subject = load_subject(exported, roots=[f"{{path: {file}, images: {frames}}}"])
-    assert [sample.action for sample in subject.load_samples()] == [
+    assert [sample.action for sample in subject.load_samples().samples] == [
         ACTIONS.index("MOVE_FORWARD"),
         ACTIONS.index("STOP"),
     ]
@@ -320,7 +320,7 @@ def test_an_export_is_prepared_as_it_was_for_training(exported: Path, tiny: Tiny
     subject = load_subject(exported, roots=[str(tiny.episodes)])
     prepared = tiny.job.data
     assert (subject.data.history, subject.data.image_width) == (prepared.history, prepared.image_width)
-    assert len(subject.load_samples()) == len(tiny.samples), "nothing of named data is left out"
+    assert len(subject.load_samples().samples) == len(tiny.samples), "nothing of named data is left out"
 
 
 def test_data_is_read_once_for_all_evaluations(
@@ -344,7 +344,7 @@ def test_data_is_read_where_no_index_can_be_kept(
 ) -> None:
     janus_home.write_text("no folder")
     for _ in range(2):
-        assert len(load_subject(exported, roots=[str(tiny.episodes)]).load_samples()) == len(tiny.samples)
+        assert len(load_subject(exported, roots=[str(tiny.episodes)]).load_samples().samples) == len(tiny.samples)
         assert " read in " in capsys.readouterr().out
 
 

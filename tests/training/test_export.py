@@ -94,7 +94,7 @@ def test_an_export_reads_back_as_the_network_that_trained(trained: Path, episode
     # What `eval` does with the folder, in this process.
     subject = load_subject(export, roots=[str(episodes)])
     tokenizer = load_tokenizer(subject.model)
-    samples = subject.load_samples()[:1]
+    samples = subject.load_samples().samples[:1]
     dataset = NavigationDataset(samples, tokenizer=tokenizer, data=subject.data, segment_weights=SegmentWeights())
     scores, _ = predict_actions(model, dataset, pad_token_id=tokenizer.pad_token_id, num_workers=0, say=print)
     assert scores.head.num_samples == 1

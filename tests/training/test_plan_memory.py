@@ -18,11 +18,12 @@ from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 from janus_cluster.config.networks import PRESETS, VggtConfig
 from janus_cluster.config.schema import Model, Training, Tune
+from janus_cluster.config.weight_names import PARTS
 from janus_cluster.plan.flops import Work
 from janus_cluster.plan.memory import activation_bytes, layer_bytes_per_token, state_bytes
 from janus_cluster.plan.sample import Sample
 from janus_cluster.plan.setup import Setup
-from janus_cluster.plan.sizes import PARTS, Sizes, preset_sizes, sizes_of
+from janus_cluster.plan.sizes import Sizes, preset_sizes, sizes_of
 from janus_cluster.training.model.build import _parts, build_model
 from janus_cluster.training.model.janus import JanusModel
 from janus_cluster.training.model.presets import build_config

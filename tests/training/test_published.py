@@ -168,7 +168,11 @@ def test_we_read_it_as_the_export_itself(published: RunDir) -> None:
 
 def test_eval_takes_vggt_from_inside_the_folder(published: RunDir, episodes: Path) -> None:
     subject = load_subject(published.published_export, roots=[str(episodes)])
-    assert subject.vggt_path == published.published_export and subject.data.history == 1 and len(subject.load_samples())
+    assert (
+        subject.vggt_path == published.published_export
+        and subject.data.history == 1
+        and len(subject.load_samples().samples)
+    )
     assert load_subject(published.export, roots=[str(episodes)]).vggt_path == published.path / "VGGT-1B"
 
 

@@ -57,11 +57,15 @@ class HeldOut:
 
     def to_json(self) -> dict[str, Any]:
         """The `split` of data.json."""
+        return {"held_out": list(self.walks), **self.counts()}
+
+    def counts(self) -> dict[str, Any]:
+        """How the split was made, and how much of it leaks; the `split` of evaluation.json."""
         return {
             "by": self.by,
             "key": self.key,
             "num_walks": self.num_walks,
-            "held_out": list(self.walks),
+            "num_held_out_walks": len(self.walks),
             "num_held_out_frames": self.num_frames,
             "num_leaked_frames": self.num_leaked,
             "num_shared_episodes": self.num_shared,

@@ -12,6 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
 
 from janus_cluster.config.schema import Model, Training
+from janus_cluster.config.weight_names import PARTS, part_of
 from janus_cluster.errors import UsageError
 from janus_cluster.training.model.attention import use_kernels_of_any_length
 from janus_cluster.training.model.janus import JanusModel
@@ -98,19 +99,9 @@ def mark_trainable(model: JanusModel, training_cfg: Training) -> None:
 
 def _parts(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """Every parameter, once, by the part of training.tune it belongs to (tied weights belong to the LLM)."""
-    parts: dict[str, dict[str, nn.Parameter]] = {
-        "llm": {}, "projector": {}, "vision": {}, "vggt_merger": {}, "action_head": {},
-    }  # fmt: skip
-    prefixes = (
-        ("model.visual.merger.", "projector"),
-        ("model.visual.", "vision"),
-        ("merger.", "vggt_merger"),
-        ("action_head.", "action_head"),
-        ("", "llm"),
-    )
+    parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PARTS}
     for name, parameter in model.named_parameters():
-        part = next(part for prefix, part in prefixes if name.startswith(prefix))
-        parts[part][name] = parameter
+        parts[part_of(name)][name] = parameter
     return parts
 
 

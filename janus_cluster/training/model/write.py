@@ -79,10 +79,11 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def require_readable(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def require_readable(folder: Path, tensors: Mapping[str, Tensor], *, without: tuple[str, ...] = ()) -> None:
     """A model's `folder` reads back as what was written, its head too, and could be model.path.
 
-    `tensors` by their names on disk: the live weights. Raises: TrainingFailed naming what is otherwise.
+    `tensors` by their names on disk: the live weights, but for those of the modules `without`.
+    Raises: TrainingFailed naming what is otherwise.
     """
     require_same(folder, tensors)
     try:
@@ -90,7 +91,7 @@ def require_readable(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         report = judge_model_weights(read_safetensors_index(folder), expected_shapes(values, folder), where=folder)
     except (CheckpointProblem, UsageError) as error:
         raise _unreadable([str(error)]) from error
-    problems = [f"{folder}: {module}* would be drawn anew" for module in report.new_modules]
+    problems = [f"{folder}: {module}* would be drawn anew" for module in report.new_modules if module not in without]
     if says_tied(values) == (HEAD in tensors):
         problems.append(f"{folder}/config.json: tie_word_embeddings is {says_tied(values)}, the network is otherwise")
     if problems:
