@@ -52,7 +52,7 @@ def find_python(version: str) -> Path | None:
     folders += [*sorted(pyenv.glob(f"versions/{version}.*/bin")), Path("/usr/local/bin"), Path("/usr/bin")]
     for python in (folder / f"python{version}" for folder in folders):
         if os.access(python, os.X_OK):
-            done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, timeout=600, check=False)
             if done.stdout.split()[:1] == [version]:
                 return python
     return None

@@ -63,7 +63,7 @@ def complete(home: Path, monkeypatch: pytest.MonkeyPatch) -> Complete:
 def complete_in_a_process(home: Path, *words: str) -> list[str]:
     asked = {COMPLETION_VARIABLE: "bash_complete", "COMP_CWORD": str(len(words))}
     done = subprocess.run(
-        ["janus-cluster"], cwd=home, capture_output=True, text=True, timeout=30, check=False,
+        ["janus-cluster"], cwd=home, capture_output=True, text=True, timeout=600, check=False,
         env=environ(home, COMP_WORDS=" ".join(["janus-cluster", *words]), **asked),
     )  # fmt: skip
     assert done.stderr == ""

@@ -26,7 +26,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
 
 
 def run(environ: dict[str, str], *argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *argv], env=environ, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run([*COMMAND, *argv], env=environ, capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_the_index_lies_where_training_looks_for_it_and_is_only_checked_then(tmp_path, environ):

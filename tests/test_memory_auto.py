@@ -77,7 +77,7 @@ def test_render_and_config_show_have_the_chosen_keys(tmp_path: Path, environ: di
         sets = [word for text in AUTO for word in ("--set", text)]
         command = [sys.executable, "-m", "janus_cluster.cli", *argv, "demo", *sets]
         return subprocess.run(
-            command, cwd=tmp_path, env=os.environ | environ, capture_output=True, text=True, check=True, timeout=60
+            command, cwd=tmp_path, env=os.environ | environ, capture_output=True, text=True, check=True, timeout=600
         )
 
     shown = json.loads(janus("config", "show", "--json").stdout)

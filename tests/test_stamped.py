@@ -19,7 +19,7 @@ def run(path: Path, body: str, *, code: int = 0) -> list[str]:
     """The lines that a process left in `path`, whose two streams go there."""
     program = f"import sys\nfrom janus_cluster.stamped import stamp_output\n{body}"
     with path.open("ab") as log:
-        done = subprocess.run([sys.executable, "-c", program], stdout=log, stderr=log, check=False, timeout=60)
+        done = subprocess.run([sys.executable, "-c", program], stdout=log, stderr=log, check=False, timeout=600)
     assert done.returncode == code, path.read_text()
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 

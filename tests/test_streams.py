@@ -21,7 +21,7 @@ def call(home: Path, argv: tuple[str, ...], place: str, *, unbuffered: str = "")
     """`place` is bash that runs before the command. Returns: exit code, stdout and stderr, as far as it leaves them."""
     environ = os.environ | {"JANUS_HOME": str(home), "PYTHONUNBUFFERED": unbuffered}
     line = ["bash", "-c", f'{place}; exec "$@"', "bash", sys.executable, "-m", "janus_cluster.cli", *argv]
-    done = subprocess.run(line, cwd=home, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(line, cwd=home, env=environ, capture_output=True, text=True, timeout=600, check=False)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -80,6 +80,6 @@ def test_a_full_disk_names_the_file_that_was_being_written(tmp_path: Path) -> No
         "except OSError as e: sys.exit(str(e))"
     )
     line = ["bash", "-c", 'ulimit -f 0; exec "$@"', "bash", sys.executable, "-c", code]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.stderr == "[Errno 27] File too large: 'kept.json'\n"
     assert list(tmp_path.iterdir()) == []

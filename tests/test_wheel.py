@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def call(argv: list[str], cwd: Path, **environ: str) -> str:
     done = subprocess.run(
-        argv, cwd=cwd, env=os.environ | environ, capture_output=True, text=True, check=False, timeout=300
+        argv, cwd=cwd, env=os.environ | environ, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -313,7 +313,7 @@ def test_config_check_prints_the_lines_and_ends_with_2_where_weights_are_missing
         command = [sys.executable, "-c", code, "config", "check", "train_1node", *argv]
         sets = [f"model.path={folder}", f"model.vggt_path={vggt}", f"data.roots=[{tmp_path}]"]
         command += [part for value in sets for part in ("--set", value)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600)
 
     done = call()
     assert done.returncode == 0, done.stderr

@@ -178,7 +178,7 @@ def test_a_bash_block_without_a_marker_runs(block: Block, tmp_path: Path) -> Non
         environ |= {"MODEL_PATH": str(_model(tmp_path / "model")), "VGGT_MODEL_PATH": str(tmp_path / "docs")}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],
-        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120, check=False,
+        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{block.place}\n{block.text}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 

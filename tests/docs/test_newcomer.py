@@ -35,7 +35,7 @@ def test_after_the_demo_its_run_is_shown_reported_and_a_failed_gate_understood(t
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=1200,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -46,11 +46,11 @@ class Terminal:
         """All that has been on the screen, lines that the terminal wrapped joined again."""
         return self._call("capture-pane", "-p", "-J", "-S", "-", *(["-e"] if with_colours else []))
 
-    def wait_for(self, pattern: str, *, limit_s: float = 180) -> re.Match[str]:
+    def wait_for(self, pattern: str, *, limit_s: float = 600) -> re.Match[str]:
         """The first place on the screen, from its top, where that regular expression is found; ^ and $ are of lines."""
         return self._wait(self.screen, pattern, limit_s)
 
-    def wait_for_line(self, pattern: str, *, limit_s: float = 180) -> re.Match[str]:
+    def wait_for_line(self, pattern: str, *, limit_s: float = 600) -> re.Match[str]:
         """The same in all that has been on the screen."""
         return self._wait(self.scrollback, pattern, limit_s)
 
@@ -63,6 +63,6 @@ class Terminal:
 
     def _call(self, *argv: str) -> str:
         done = subprocess.run(
-            [*self._tmux, *argv], env=self._environ, capture_output=True, text=True, check=True, timeout=30
+            [*self._tmux, *argv], env=self._environ, capture_output=True, text=True, check=True, timeout=600
         )
         return done.stdout

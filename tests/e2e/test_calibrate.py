@@ -20,7 +20,7 @@ def test_a_calibrated_site_judges_later_jobs_by_its_baseline(tmp_path: Path) -> 
     def call(*argv: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "janus_cluster.cli", *argv]
         return subprocess.run(
-            command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False, timeout=200
+            command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False, timeout=600
         )
 
     gate = ("--local", "--profile", "cpu", "--set", "preflight.min_free_gb=0")

@@ -33,7 +33,7 @@ def janus(tmp_path: Path) -> Janus:
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=600,
         )
 
     return call

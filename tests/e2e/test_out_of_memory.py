@@ -65,7 +65,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=600,
         )
         run = RunDir(Path(json.loads(done.stdout)["run_dir"]))
         most_kb, deadline = 0, time.monotonic() + 300
@@ -142,6 +142,6 @@ def test_after_the_last_option_the_job_has_failed_and_the_card_says_why(
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=600,
     )
     assert "host_out_of_memory" in done.stdout

@@ -35,7 +35,7 @@ def rehearse(home: Path, data: Path, *argv: str) -> subprocess.CompletedProcess[
         capture_output=True,
         text=True,
         check=False,
-        timeout=400,
+        timeout=600,
     )
 
 

@@ -221,7 +221,7 @@ def test_the_gate_runs_on_a_sandbox_without_namespaces(work: Path, tmp_path_fact
 
     def call(*argv: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "janus_cluster.cli", *argv]
-        return subprocess.run(command, cwd=work, env=environ, capture_output=True, text=True, check=False, timeout=300)
+        return subprocess.run(command, cwd=work, env=environ, capture_output=True, text=True, check=False, timeout=600)
 
     try:
         up = call("sandbox", "up", "--mode", "plain")

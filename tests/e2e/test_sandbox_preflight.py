@@ -44,7 +44,7 @@ def janus(sandbox: SandboxInfo, tmp_path_factory: pytest.TempPathFactory) -> Jan
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=600,
         )
 
     return call

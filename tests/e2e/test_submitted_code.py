@@ -36,7 +36,7 @@ def janus(tmp_path: Path) -> Janus:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=600,
         )
 
     return call

@@ -51,7 +51,7 @@ def terminal(sandbox: SandboxInfo, tmp_path: Path) -> Iterator[Terminal]:
 
 
 def slurm(sandbox: SandboxInfo, *argv: str) -> str:
-    done = subprocess.run(argv, env=os.environ | sandbox.env(), capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(argv, env=os.environ | sandbox.env(), capture_output=True, text=True, check=True, timeout=600)
     return done.stdout
 
 

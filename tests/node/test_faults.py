@@ -61,7 +61,7 @@ def test_an_end_that_cannot_be_recorded_is_still_an_end(tmp_path: Path, capsys: 
 def test_a_full_disk_takes_the_attempts_words_and_not_the_attempt() -> None:
     code = f"from {say.__module__} import say; say('word'); import os; os._exit(7)"
     with Path("/dev/full").open("wb") as full:
-        done = subprocess.run([sys.executable, "-c", code], stdout=full, check=False, timeout=30)
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, check=False, timeout=600)
     assert done.returncode == 7
 
 

@@ -45,7 +45,7 @@ def fail_for_real(run: RunDir, kind: str, rank: int) -> None:
         )
         with run.node_log(attempt, node).open("ab") as log:
             agents.append(subprocess.Popen(argv, env=environ, stdout=log, stderr=subprocess.STDOUT))
-    assert all(agent.wait(timeout=120) for agent in agents), "nothing failed"
+    assert all(agent.wait(timeout=600) for agent in agents), "nothing failed"
     sent = {"cluster": "local", "job_id": JOB_ID, "submitted_at": time.time() - 60}
     write_json_atomically(run.submission_json, sent)
     word = {"cluster": "local", "job_id": JOB_ID, "attempt": attempt, "nodes": list(NODES), "state": "FAILED"}

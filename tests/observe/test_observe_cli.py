@@ -34,7 +34,7 @@ def type_in(home: Path, *argv: str) -> subprocess.CompletedProcess[str]:
         | {"JANUS_HOME": str(home), "COLUMNS": "200", "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
 
@@ -105,7 +105,7 @@ def test_a_removed_folder_is_an_error_of_two_lines(home: Path) -> None:
     }
     argv = ["bash", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "bash", sys.executable]
     argv += ["-m", "janus_cluster.cli", "list"]
-    done = subprocess.run(argv, cwd=home, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(argv, cwd=home, env=environ, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: the folder that you are in was removed\nnext:  cd to another one\n"
 
@@ -114,7 +114,7 @@ def test_without_a_stdout_tail_still_ends_with_the_jobs_code(home: Path) -> None
     argv = [sys.executable, "-m", "janus_cluster.cli", "tail", "train", "--no-follow"]
     environ = os.environ | {"JANUS_HOME": str(home)}
     done = subprocess.run(
-        ["bash", "-c", 'exec "$@" >&-', "bash", *argv], env=environ, capture_output=True, timeout=60, check=False
+        ["bash", "-c", 'exec "$@" >&-', "bash", *argv], env=environ, capture_output=True, timeout=600, check=False
     )
     assert (done.returncode, done.stderr) == (12, b"")
 

@@ -47,7 +47,7 @@ def start(slurm: Slurm, tmp_path: Path) -> Iterator[Callable[..., RunDir]]:
         argv = ["sbatch", "--parsable", *options, str(run.job_sbatch)]
         environ = os.environ | {"SLURM_CONF": str(slurm.conf)}
         job_id = subprocess.run(
-            argv, env=environ, capture_output=True, text=True, check=True, timeout=30
+            argv, env=environ, capture_output=True, text=True, check=True, timeout=600
         ).stdout.strip()
         job_ids.append(job_id)
         sent = {"cluster": "sandbox", "job_id": job_id, "submitted_at": time.time(), "slurm_conf": str(slurm.conf)}
@@ -63,7 +63,7 @@ def job_id_of(run: RunDir) -> str:
     return str(run.submission_json.read_text().split('"job_id": "')[1].split('"')[0])
 
 
-def wait_for(run: RunDir, is_right: Callable[[JobState], bool], limit_s: float = 60) -> JobState:
+def wait_for(run: RunDir, is_right: Callable[[JobState], bool], limit_s: float = 300) -> JobState:
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         state = load_job_states([run])[0]

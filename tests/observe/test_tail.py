@@ -96,7 +96,7 @@ def test_growing_late_torn_and_truncated_logs_are_followed_to_the_jobs_end(tmp_p
     try:
         code = tail(run, out=out, poll_s=0.05, state_poll_s=15)
     finally:
-        assert writer.wait(timeout=10) == 0
+        assert writer.wait(timeout=600) == 0
     lines = out.getvalue().splitlines()
     assert code == 12
     for line in [
@@ -480,7 +480,7 @@ def test_ctrl_c_leaves_the_job_alone(tmp_path: Path, sleeper: subprocess.Popen[b
     assert watcher.stdout is not None
     assert watcher.stdout.readline() == "h800-01 | here\n"
     watcher.send_signal(signal.SIGINT)
-    rest, _ = watcher.communicate(timeout=10)
+    rest, _ = watcher.communicate(timeout=600)
     assert watcher.returncode == 130
     assert "the job goes on" in rest
     assert sleeper.poll() is None
@@ -495,7 +495,7 @@ def test_reader_that_goes_away_ends_tail_quietly(tmp_path: Path, sleeper: subpro
     assert watcher.stdout is not None and watcher.stderr is not None
     watcher.stdout.readline()
     watcher.stdout.close()
-    assert watcher.wait(timeout=10) == 141
+    assert watcher.wait(timeout=600) == 141
     assert watcher.stderr.read() == b""
     watcher.stderr.close()
 

@@ -127,7 +127,7 @@ def test_hours_of_an_epoch_are_its_samples_at_the_steps_pace(sizes: Sizes) -> No
 def run(tmp_path: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     environ = {k: v for k, v in os.environ.items() if k not in ("MODEL_PATH", "VGGT_MODEL_PATH", "DATA_ROOT")}
     command = [sys.executable, "-m", "janus_cluster.cli", "plan", *argv]
-    return subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_the_command_prints_table_choice_and_how_far_to_trust_it(tmp_path: Path) -> None:

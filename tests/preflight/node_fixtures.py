@@ -276,7 +276,7 @@ class FakeNode:
         run.preflight(1).mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-m", "janus_cluster.node.task", str(run.path), "--attempt", "1", "--phase", "facts"]
         identity = {"JANUS_NODE": self.name, "JANUS_NODE_RANK": "0", "JANUS_NUM_NODES": "1"}
-        subprocess.run(argv, env=self.environ() | identity, check=True, timeout=60, capture_output=True)
+        subprocess.run(argv, env=self.environ() | identity, check=True, timeout=600, capture_output=True)
         value: dict[str, Any] = json.loads(run.facts_json(1, self.name).read_text())
         return value
 

@@ -132,7 +132,7 @@ def shared_tmpfs(sandbox: SandboxInfo, folder: Path, size: str) -> Iterator[None
 
 def run(workshop: Workshop, argv: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        argv, cwd=workshop.folder, env=workshop.env, capture_output=True, text=True, check=False, timeout=120
+        argv, cwd=workshop.folder, env=workshop.env, capture_output=True, text=True, check=False, timeout=600
     )
 
 
@@ -210,7 +210,7 @@ def test_a_node_that_is_gone_is_named(nodes: SandboxInfo, workshop: Workshop) ->
         fault(Path(nodes.home), "stop-slurmd", BAD)
         try:
             go.touch()
-            out, err = job.communicate(timeout=90)
+            out, err = job.communicate(timeout=600)
         finally:
             heal(Path(nodes.home))
     judge(subprocess.CompletedProcess(argv, job.returncode, out, err), CASES["absent node"].job)

@@ -41,7 +41,7 @@ def other_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(argv: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=400)
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_the_other_software_is_what_is_read_and_not_what_is_run(other_python: Path) -> None:

@@ -24,7 +24,7 @@ def preflight(cwd: Path, *argv: str, path: Sequence[Path] = (), **environ: str) 
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=600,
     )
 
 

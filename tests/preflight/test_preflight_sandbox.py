@@ -36,7 +36,7 @@ def preflight_job(sandbox: SandboxInfo, node: FakeNode, *argv: str) -> tuple[dic
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=600,
     )
     report: dict[str, Any] = json.loads(done.stdout)
     assert done.returncode == report["exit_code"], done.stderr

@@ -25,7 +25,7 @@ def test_a_task_that_cannot_write_its_log_names_node_folder_and_reason(tmp_path:
     run.logs.write_text("a file where a folder should be")
     argv = [sys.executable, "-m", "janus_cluster.node.task", str(run.path), "--attempt", "1", "--phase", "facts"]
     identity = {"JANUS_NODE": "h800-02", "JANUS_NODE_RANK": "0", "JANUS_NUM_NODES": "1"}
-    done = subprocess.run(argv, env=node.environ() | identity, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(argv, env=node.environ() | identity, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode != 0
     log = tmp_path / "batch.log"
     log.write_text(done.stdout)

@@ -40,7 +40,7 @@ print(json.dumps({(f.alias or n): str(f.annotation) for n, f in C.model_fields.i
 def _python(code: str, *args: str) -> str:
     environ = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120, env=environ, check=False
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=600, env=environ, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip().splitlines()[-1]

@@ -53,7 +53,7 @@ def _what_arrives(text: str, names: list[str], cwd: Path) -> dict[str, str]:
     script.write_text(text, encoding="utf-8")
     probe = f". {shlex.quote(str(script))} && exec env -0"
     environ = {"PATH": os.environ["PATH"], "HOME": str(cwd)}
-    done = subprocess.run(["bash", "-euc", probe], capture_output=True, cwd=cwd, env=environ, timeout=30, check=False)
+    done = subprocess.run(["bash", "-euc", probe], capture_output=True, cwd=cwd, env=environ, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     found = dict(item.split("=", 1) for item in done.stdout.decode().split("\0") if item)
     return {name: found[name] for name in names}
@@ -94,7 +94,7 @@ def test_a_missing_secrets_file_stops_the_script(tmp_path: Path) -> None:
     script = tmp_path / "env.sh"
     script.write_text(render_env_sh([], secret_names=["HF_TOKEN"], secrets_path=tmp_path / "secrets.env"))
     done = subprocess.run(
-        ["bash", "-euc", f". {script}; echo went on"], capture_output=True, text=True, timeout=30, check=False
+        ["bash", "-euc", f". {script}; echo went on"], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode != 0
     assert "secrets.env" in done.stderr

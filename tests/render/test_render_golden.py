@@ -58,7 +58,7 @@ def test_scripts_of_shipped_jobs_pass_bash_and_shellcheck(
         script = tmp_path / name
         script.write_text(text, encoding="utf-8")
         for argv in (["bash", "-n", str(script)], [shellcheck, str(script)]):
-            done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=600, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -64,7 +64,7 @@ def _run(
     script.write_text(render_sbatch(resolved), encoding="utf-8")
     clean = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "RECORD": str(tmp_path / "record")} | dict(environ or {})
     return subprocess.run(
-        ["bash", str(script)], capture_output=True, text=True, timeout=30, cwd="/", env=clean, check=False,
+        ["bash", str(script)], capture_output=True, text=True, timeout=600, cwd="/", env=clean, check=False,
         preexec_fn=preexec_fn,
     )  # fmt: skip
 
@@ -224,7 +224,7 @@ def test_strictness_is_back_after_setup(resolve: Resolve, tmp_path: Path) -> Non
     text = render_sbatch(_with_setup(resolve(run_dir=tmp_path / "run"), ["true"]))
     body = text[: text.index("# Every exported variable")] + "\necho $NEVER_SET\necho went-on\n"
     (tmp_path / "run").mkdir()
-    done = subprocess.run(["bash", "-c", body], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(["bash", "-c", body], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode != 0 and "went-on" not in done.stdout
 
 
@@ -254,7 +254,7 @@ def test_a_run_folder_that_the_node_cannot_see_is_named(resolve: Resolve, tmp_pa
     resolved = resolve(run_dir=tmp_path / "gone", python=str(_recorder(tmp_path)))
     script = tmp_path / "script"
     script.write_text(render_sbatch(resolved))
-    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 2
     assert "every node mounts" in done.stderr
 

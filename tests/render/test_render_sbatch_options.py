@@ -223,7 +223,7 @@ def test_every_option_of_the_installed_sbatch_is_known(tmp_path: Path) -> None:
     conf = tmp_path / "slurm.conf"  # sbatch will not even print its help without one
     conf.write_text("ClusterName=x\nSlurmctldHost=localhost\nNodeName=n\nPartitionName=p Nodes=n\n")
     environ = os.environ | {"SLURM_CONF": str(conf)}
-    done = subprocess.run(["sbatch", "--help"], capture_output=True, text=True, timeout=30, env=environ, check=True)
+    done = subprocess.run(["sbatch", "--help"], capture_output=True, text=True, timeout=600, env=environ, check=True)
     named = set(re.findall(r"--([a-z][a-z0-9-]+)", done.stdout))
     assert len(named) > 80
     assert named - sbatch_names.ALL == set()

@@ -32,7 +32,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxInfo]:
 
 def _slurm(sandbox: SandboxInfo, *argv: str, **environ: str) -> str:
     done = subprocess.run(
-        argv, capture_output=True, text=True, timeout=120, env=os.environ | sandbox.env() | environ, check=False
+        argv, capture_output=True, text=True, timeout=600, env=os.environ | sandbox.env() | environ, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()

@@ -59,7 +59,7 @@ def janus(home: Path, *argv: str, cwd: Path, **environ: str) -> subprocess.Compl
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -154,7 +154,7 @@ def test_plain_mode_runs_steps_whatever_address_the_host_name_has(
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split()) == ["h800-01", "h800-02"]

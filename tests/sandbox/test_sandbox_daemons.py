@@ -128,7 +128,7 @@ def test_the_tail_of_an_empty_log_is_what_the_daemon_printed(tmp_path: Path) -> 
     assert "nothing in" in tail(tmp_path / "other.log")
 
 
-def wait_for(holds: Callable[[], bool], limit_s: float = 5) -> None:
+def wait_for(holds: Callable[[], bool], limit_s: float = 60) -> None:
     deadline = time.monotonic() + limit_s
     while not holds():
         assert time.monotonic() < deadline

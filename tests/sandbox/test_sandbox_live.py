@@ -244,7 +244,7 @@ def test_the_commands_print_json_and_nothing_else(hosts: SandboxInfo) -> None:
     def janus(*argv: str) -> Any:
         environ = os.environ | {"JANUS_HOME": str(Path(hosts.home).parent)}
         command = [sys.executable, "-m", "janus_cluster.cli", "sandbox", *argv, "--json"]
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True, timeout=120)
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True, timeout=600)
         return json.loads(done.stdout)
 
     running = janus("up")

@@ -115,7 +115,7 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
         f"    remember_nodes([r], now={NOW}, folder=Path({str(tmp_path)!r}))\n"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(i)]) for i in range(4)]
-    assert [w.wait(timeout=60) for w in writers] == [0] * 4
+    assert [w.wait(timeout=600) for w in writers] == [0] * 4
     assert len(load_nodes(tmp_path)) == 80
 
 
@@ -132,7 +132,7 @@ def type_in(home: Path, *argv: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"JANUS_HOME": str(home)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
 

@@ -39,7 +39,7 @@ def janus(sandbox: SandboxInfo, tmp_path: Path) -> Run:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=600,
         )
 
     return call
@@ -78,7 +78,7 @@ def wait_for_words(run: RunDir, count: int) -> None:
 def show(sandbox: SandboxInfo, job_id: str) -> str:
     argv = ["scontrol", "show", "job", job_id]
     return subprocess.run(
-        argv, env=os.environ | sandbox.env(), capture_output=True, text=True, check=True, timeout=30
+        argv, env=os.environ | sandbox.env(), capture_output=True, text=True, check=True, timeout=600
     ).stdout
 
 

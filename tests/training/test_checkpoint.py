@@ -250,7 +250,7 @@ def run_worker(*arguments: str, worker: Path = WORKER, num_ranks: int = 2) -> su
         "127.0.0.1", "--master-port", str(free_port()), str(worker), *arguments,
     ]  # fmt: skip
     env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_all_ranks_agree_on_what_one_of_them_found(tmp_path: Path) -> None:

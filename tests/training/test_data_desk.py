@@ -102,7 +102,7 @@ def test_the_look_is_a_process_of_its_own_that_imports_no_torch(tmp_path):
     command = [sys.executable, "-m", "janus_cluster.training.data.desk"]
     environ = os.environ | {"PYTHONPATH": str(blocked)}
     text = data(tmp_path / "data").model_dump_json()
-    done = subprocess.run(command, input=text, env=environ, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, input=text, env=environ, capture_output=True, text=True, check=True, timeout=600)
     assert "12 samples" in json.loads(done.stdout)["lines"][0]
 
 

@@ -182,7 +182,7 @@ def test_tiny_tokenizer_is_the_same_in_another_process(tiny, tmp_path):
     texts.write_text(json.dumps(list(reversed(sample_texts(load_reference(2)[1])))))
     environment = {**os.environ, "PYTHONHASHSEED": "1", "RAYON_NUM_THREADS": "2"}
     command = [sys.executable, "-c", code, str(texts)]
-    run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=600)
     assert json.loads(run.stdout) == tiny.get_vocab()
 
 

@@ -122,7 +122,7 @@ def test_eval_of_the_run_says_what_training_said(trained: RunDir) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "janus_cluster.cli", "eval", str(trained.path), "--generate", "1",
          "--max-new-tokens", "4", "--device", "cpu"],
-        capture_output=True, text=True, check=False, timeout=120, env=os.environ | {"COLUMNS": "120"},
+        capture_output=True, text=True, check=False, timeout=600, env=os.environ | {"COLUMNS": "120"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "index checked in" in done.stderr and " read in " not in done.stderr, "the run's own index is used"

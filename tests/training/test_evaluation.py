@@ -209,7 +209,7 @@ def janus_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run_eval(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "janus_cluster.cli", "eval", *argv],
-        cwd=cwd, capture_output=True, text=True, check=False, timeout=120,
+        cwd=cwd, capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def trained(episodes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = os.environ | alone | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(WORKER), str(episodes), str(out)]
     with (out / "log").open("w", encoding="utf-8") as log:
-        done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=500, check=False)
+        done = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=600, check=False)
     assert done.returncode == 0, (out / "log").read_text(encoding="utf-8")[-3000:]
     return out
 

@@ -211,7 +211,7 @@ def test_two_processes_of_a_node_read_a_file_once(name: str, tmp_path: Path) -> 
     readers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for reader in readers:
         assert reader.stdout is not None and reader.stdout.readline() == "ready\n"
-    answers = [reader.communicate("go\n", timeout=60)[0].split() for reader in readers]
+    answers = [reader.communicate("go\n", timeout=600)[0].split() for reader in readers]
     size = file.stat().st_size
     assert [float(total) for total, _, _ in answers] == [16 * 1024.0**2] * 2
     assert all(int(copied) < size / 10 for _, copied, _ in answers)  # mapped, not read() into each process

@@ -51,10 +51,10 @@ READER = Path(__file__).with_name("published_reader.py")
 def old_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of a venv of its own with transformers 4.50. Without a package registry: not tested."""
     venv = tmp_path_factory.mktemp("venv") / "transformers-4.50"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True, timeout=600)
     python = venv / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", *PINNED]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(install, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode != 0:
         not_tested(f"transformers 4.50 could not be installed: {done.stderr.strip().splitlines()[-1:]}")
     (site,) = venv.glob("lib/python*/site-packages")
@@ -124,7 +124,7 @@ def test_transformers_4_50_reads_sizes_rope_tokenizer_and_weights(
     folder, out = published.published_export, tmp_path / "out"
     command = [str(old_python), str(READER), str(folder), str(tmp_path / "picture.png"), str(out)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     facts: dict[str, Any] = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
     assert facts["transformers"] == "4.50.0"
@@ -180,7 +180,7 @@ def test_the_command_writes_it_once_and_overwrites_nothing(published: RunDir, tm
     def export() -> subprocess.CompletedProcess[str]:
         argv = ["export", str(published.path), "--out", str(tmp_path / "out"), "--json"]
         return subprocess.run(
-            [sys.executable, "-m", "janus_cluster.cli", *argv], capture_output=True, text=True, check=False, timeout=120
+            [sys.executable, "-m", "janus_cluster.cli", *argv], capture_output=True, text=True, check=False, timeout=600
         )
 
     done = export()

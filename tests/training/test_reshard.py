@@ -68,7 +68,7 @@ def work_off(folder: Path, cases: list[dict[str, Any]], *, processes: int) -> No
         "--master-port", str(free_port()), str(worker), str(plan),
     ]  # fmt: skip
     env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=150)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -55,7 +55,7 @@ def evaluate(run: RunDir, *arguments: str) -> tuple[dict[str, Any], str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "janus_cluster.cli", "eval", str(run.path), "--generate", "0", "--device", "cpu",
          *arguments],
-        capture_output=True, text=True, check=False, timeout=200, env=os.environ | {"COLUMNS": "120"},
+        capture_output=True, text=True, check=False, timeout=600, env=os.environ | {"COLUMNS": "120"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads((run.evaluation / "evaluation.json").read_text()), done.stdout, done.stderr
