@@ -299,9 +299,9 @@ def test_logs_are_read_with_bounds_and_hold_no_escapes_and_no_secrets(tmp_path: 
     with run.rank_log(1, "a", 0).open("wb") as f:
         f.seek(5_000_000_000)
         f.write(b"\nTraceback (most recent call last):\nValueError: \x1b]0;owned\x07token hf_123456 \x9b2J\n")
-    began = time.monotonic()
+    began = time.process_time()
     found = classify(read(run))
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
     assert found is not None
     assert found.message is not None
     assert "\x1b" not in found.message
