@@ -24,7 +24,7 @@ from janus_cluster.rundir import RunDir, read_json
 # A dot at the end: everything below. Each of these decides where, how fast or how long, but not what is learnt.
 _MAY_CHANGE = (
     "nodes", "slurm.", "hardware.gpus_per_node", "hardware.gpu_type", "hardware.processes_per_node", "environment.",
-    "preflight.", "deepspeed.", "checkpoint.", "restart.", "data.num_workers", "data.index_dir",
+    "preflight.", "deepspeed.", "checkpoint.", "restart.", "data.num_workers", "data.index_dir", "data.image_roots.",
     "training.per_device_batch_size", "training.gradient_accumulation_steps", "training.gradient_checkpointing",
     "training.gradient_checkpointing_every", "training.memory", "hardware.gpu_memory_gb",
     "training.compile", "training.evaluate_every_steps", "training.logging_steps",

@@ -301,7 +301,11 @@ def test_every_key_that_decides_what_is_learnt_is_refused() -> None:
         free
     )
     assert not any(key.startswith(("model.", "training.tune", "training.lora", "training.segment_")) for key in free)
-    assert {key for key in free if key.startswith("data.")} == {"data.num_workers", "data.index_dir"}
+    assert {key for key in free if key.startswith("data.")} == {
+        "data.num_workers",
+        "data.index_dir",
+        "data.image_roots",
+    }
 
 
 @pytest.mark.slow

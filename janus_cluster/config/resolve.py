@@ -225,6 +225,9 @@ def _absolute_paths(job: JobConfig, cwd: Path) -> JobConfig:
     def optional(path: str | None) -> str | None:
         return None if path is None else absolute(path)
 
+    def moved(places: Mapping[str, str]) -> dict[str, str]:
+        return {place: absolute(here) for place, here in places.items()}
+
     return job.model_copy(
         update={
             "model": job.model.model_copy(
@@ -233,11 +236,17 @@ def _absolute_paths(job: JobConfig, cwd: Path) -> JobConfig:
             "data": job.data.model_copy(
                 update={
                     "roots": [
-                        r.model_copy(update={"path": absolute(r.path), "images": optional(r.images)})
+                        r.model_copy(
+                            update={
+                                "path": absolute(r.path),
+                                "images": optional(r.images),
+                                "image_roots": moved(r.image_roots),
+                            }
+                        )
                         for r in job.data.roots
                     ],
                     "index_dir": optional(job.data.index_dir),
-                    "image_roots": {place: absolute(here) for place, here in job.data.image_roots.items()},
+                    "image_roots": moved(job.data.image_roots),
                 }
             ),
             "preflight": job.preflight.model_copy(

@@ -175,6 +175,7 @@ class Root(Section):
     )
     images: OptionalPath = Field(None, description="Root of relative image paths; default: the data set's own folder")
     fraction: float = Field(1.0, gt=0, le=1, description="Share of its samples that is used, drawn with training.seed")
+    image_roots: dict[str, str] = Field({}, description="As data.image_roots, for this data set alone; before that")
     actions: Actions = Field({}, description="Spellings of actions in this data set alone; before data.actions")
 
 

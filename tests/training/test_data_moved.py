@@ -43,6 +43,8 @@ def test_frames_of_another_machine_are_read_where_the_job_says_they_lie(tmp_path
     with pytest.raises(UsageError, match="lie elsewhere here"):
         look_at_data(Data.model_validate({"roots": [str(path)]}))
 
+    own = {"path": str(path), "image_roots": {"/mnt/alice/frames": str(tmp_path)}}
+    assert len(load([own], image_roots={"/mnt/alice/frames": "/nowhere"}).train) == 6
     split = load([str(path)], image_roots={"/mnt": "/nowhere", "/mnt/alice/frames/": str(tmp_path)})
     assert [sample.frames for sample in split.train] == [sample.frames for sample in here]
 

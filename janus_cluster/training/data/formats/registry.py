@@ -59,7 +59,7 @@ def resolve_source(root: Root, data: Data) -> Source:
     elif not path.name.endswith(RECORD_SUFFIXES):
         raise UsageError(f"data.roots: {path} is no folder and no {', '.join(RECORD_SUFFIXES)} file")
     _refuse_kind(path, kind, allowed=("auto", "json", "annotation", "trajectories"), found="it is a file of records")
-    return replace(source, path=path, format=kind, images=images, image_roots=data.image_roots)
+    return replace(source, path=path, format=kind, images=images, image_roots={**data.image_roots, **root.image_roots})
 
 
 def _absent_root(path: Path) -> UsageError:
