@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,8 +67,16 @@ See also: docs/data.md
 @click.option("--submit", is_flag=True, help="As a job of its own: one node, 8 CPUs, no GPU.")
 @click.option("--cluster", type=CLUSTERS, default="slurm", show_default=True, help="With --submit: where it runs.")
 @click.option("--follow", is_flag=True, help="With --submit: follow the log to the end.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def index(
-    *, job: str | None, nodes: int | None, sets: tuple[str, ...], submit: bool, cluster: Cluster, follow: bool
+    *,
+    job: str | None,
+    nodes: int | None,
+    sets: tuple[str, ...],
+    submit: bool,
+    cluster: Cluster,
+    follow: bool,
+    as_json: bool,
 ) -> int:
     """Read JOB's data once and keep the index where training looks for it: its first attempt only checks it.
 
@@ -76,12 +86,12 @@ def index(
     from janus_cluster.submit import Request
 
     if not submit:
-        return _index_here(Request(job=job, nodes=nodes, sets=sets))
+        return _index_here(Request(job=job, nodes=nodes, sets=sets), as_json=as_json)
     request = Request(job=job, nodes=1, sets=(*INDEX_JOB, *sets), cluster=cluster)
-    return _submit_index(request, follow=follow)
+    return _submit_index(request, follow=follow, as_json=as_json)
 
 
-def _index_here(request: Request) -> int:
+def _index_here(request: Request, *, as_json: bool) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -99,24 +109,27 @@ def _index_here(request: Request) -> int:
     ).job
     index_dir = Path(job.data.index_dir) if job.data.index_dir else run.data_index
     console = Console(stderr=True)
+    say = partial(click.echo, err=as_json)
     if not console.is_terminal:
-        build_index(job, index_dir=index_dir, told=Told(report=click.echo))
+        split = build_index(job, index_dir=index_dir, told=Told(report=say))
     else:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("reading", total=1.0)
-            told = Told(
-                report=click.echo, progress=lambda what, share: bar.update(task, description=what, completed=share)
-            )
-            build_index(job, index_dir=index_dir, told=told)
-    click.echo(f"index: {index_dir}")
+            told = Told(report=say, progress=lambda what, share: bar.update(task, description=what, completed=share))
+            split = build_index(job, index_dir=index_dir, told=told)
+    if as_json:
+        samples = {"train": len(split.train), "held_out": len(split.held_out), "bad": split.num_bad}
+        click.echo(json.dumps({"index_dir": str(index_dir), "samples": samples}, indent=2))
+    else:
+        say(f"index: {index_dir}")
     return 0
 
 
-def _submit_index(request: Request, *, follow: bool) -> int:
+def _submit_index(request: Request, *, follow: bool, as_json: bool) -> int:
     from janus_cluster.commands import describe, follow_submission
     from janus_cluster.submit import submit as submit_run
 
     done = submit_run(request, environ=os.environ, cwd=Path.cwd())
-    click.echo(describe(done))
-    return follow_submission(done, out_is_stderr=False) if follow else 0
+    click.echo(json.dumps(done.to_json(), indent=2, ensure_ascii=False) if as_json else describe(done))
+    return follow_submission(done, out_is_stderr=as_json) if follow else 0

@@ -35,6 +35,9 @@ def test_the_index_lies_where_training_looks_for_it_and_is_only_checked_then(tmp
     assert " of 4 episodes read in " in first.stdout and "index checked in" in again.stdout
     assert "tokens: not counted" in first.stdout
     assert first.stdout.splitlines()[-1] == f"index: {tmp_path / 'home' / 'runs' / '.data_index'}"
+    told = run(environ, "demo", "--json")
+    value = json.loads(told.stdout)
+    assert value["samples"]["train"] > value["samples"]["held_out"] > 0 and "index checked in" in told.stderr
     submitted = run(environ, "demo", "--submit", "--cluster", "local", "--follow")
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "index checked in" in submitted.stdout and "COMPLETED" in submitted.stdout

@@ -48,6 +48,7 @@ RUN_ELSEWHERE = {
     "report": "tests/report/test_report_cli.py",
     "cancel": "tests/test_resume.py",
     "resume": "tests/test_resume.py",
+    "data index": "tests/test_data_command.py",
     "sandbox up": "tests/sandbox/test_sandbox_live.py",
     "sandbox heal": "tests/sandbox/test_sandbox_live.py",
     "sandbox fault cut-link": "tests/sandbox/test_sandbox_live.py",

@@ -43,7 +43,7 @@ def sound_packages() -> dict[str, str]:
         "janus-cluster": "0.1.0",
         "torch": "2.9.1+cu128",
         "transformers": "5.23.0",
-        "deepspeed": "0.19.2",
+        "deepspeed": "0.19.8",
         "pydantic": "2.12.4",
         "nvidia-nccl-cu12": "2.27.5",
     }

@@ -13,14 +13,15 @@ from pathlib import Path
 from janus_cluster.config.schema import JobConfig, ResolvedJob
 from janus_cluster.errors import JanusError, print_error
 from janus_cluster.rundir import RunDir
-from janus_cluster.training.data.index import load_samples
+from janus_cluster.training.data.index import SampleSplit, load_samples
 from janus_cluster.training.data.indexing import Told
 from janus_cluster.training.data.lengths import load_token_counts
 
 
-def build_index(job: JobConfig, *, index_dir: Path, told: Told, bad_data: Path | None = None) -> None:
+def build_index(job: JobConfig, *, index_dir: Path, told: Told, bad_data: Path | None = None) -> SampleSplit:
     """The index of every root lies in `index_dir`, with the token counts where model.path has a tokenizer.
 
+    Returns: what would be trained on and held out.
     Raises: UsageError where training would be refused.
     """
     split = load_samples(
@@ -34,7 +35,7 @@ def build_index(job: JobConfig, *, index_dir: Path, told: Told, bad_data: Path |
     told.report(split.describe())
     if job.model.path is None:
         told.report("tokens: not counted, since model.path names no tokenizer")
-        return
+        return split
     # It imports transformers, which takes longer than a small index.
     from janus_cluster.training.data.tokenizer import load_tokenizer
 
@@ -44,6 +45,7 @@ def build_index(job: JobConfig, *, index_dir: Path, told: Told, bad_data: Path |
             counts = load_token_counts(samples, tokenizer=tokenizer, data=job.data, what=what)
             span = f"{counts.min():,} to {counts.max():,}, {counts.mean():,.0f} on average"
             told.report(f"tokens of {len(samples):,} {what}: {span}")
+    return split
 
 
 def main() -> None:
