@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-# Training needs Python 3.11 or newer; requirements/install.sh says how torch's build is chosen.
+# Training needs Python 3.11 or newer; requirements/install.sh chooses torch's build.
 export PYTHON ?= python3
 VENV ?= .venv
 # Which versions: locked, oldest or newest (requirements/install.sh).
@@ -40,7 +40,7 @@ lock:  ## Write requirements/*.txt anew: the newest versions that pyproject.toml
 	@UV=.cache/uv/bin/uv requirements/lock.sh
 
 $(DEMO_DATA)/.complete: $(STAMP)
-	@$(BIN)/python -m janus_cluster.training.data.demo $(DEMO_DATA) --episodes 64 --seed 0
+	@$(BIN)/python -m janus_cluster.janusvln.world.demo $(DEMO_DATA) --episodes 64 --seed 0
 	@touch $@
 
 demo: $(STAMP) $(DEMO_DATA)/.complete  ## The whole flow here: two simulated nodes, CPU, no Slurm, no root
@@ -63,7 +63,7 @@ slurm:  # The Debian packages of the sandbox and of the shell tests, where this 
 	[ "$${REQUIRE_SLURM:-0}" != 1 ]
 
 test: $(STAMP) slurm  ## All tests, the real-Slurm ones too (REQUIRE_SLURM=1: no Slurm is a failure)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-fast: $(STAMP)  ## The tests that need neither torch nor Slurm (under a minute)
 	@$(BIN)/python -m pytest -q -n 2 $(FAST) $(PYTEST_ARGS)
@@ -110,8 +110,8 @@ tail: $(STAMP)  ## Follow a job: make tail JOB=12
 	@test -n "$(JOB)" || { echo "which job? make tail JOB=<job id, run name or run folder>"; $(JANUS) list; exit 2; }
 	@$(JANUS) tail "$(JOB)"
 
-sandbox: $(STAMP) slurm  ## Start the two-node rehearsal Slurm on this machine
-	@$(JANUS) sandbox up
+sandbox: $(STAMP) slurm  ## Start the rehearsal Slurm on this machine: make sandbox NODES=4
+	@$(JANUS) sandbox up --nodes $(NODES)
 
 clean:  ## Remove the environment, caches and demo data; runs/ stays
 	@rm -rf $(VENV) $(DEMO_DATA) build dist .cache/slurm-root .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -2,7 +2,7 @@
 
 A wait is what stops the host until an accelerator is done: reading a value back (item, tolist, int(), bool()), asking
 how many elements a mask picks (nonzero, boolean indices), copying from or to unpinned memory. On the CPU nothing waits,
-so the calls that would are counted; tensors made on the host on purpose are told apart by following them.
+so the calls that would are counted; tensors made on the host on purpose are recognised by following them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ READS = frozenset(
     )
 )  # fmt: skip
 FROM_LISTS = frozenset(("tensor", "new_tensor", "as_tensor"))
-# Lengths of windows lie on the host there, made before anything is counted.
+# Lengths of windows are on the host there, made before anything is counted.
 _ON_HOST_AT = ("model/vision.py",)
 _IGNORED_FRAMES = ("torch/", "benchmarks/counting.py", "contextlib.py")
 

@@ -3,7 +3,7 @@
 Real sizes with random weights under a real DeepSpeed engine of one process; frames of 640×480 decoded by loader
 processes, nine a sample. Results: samples/s, tokens/s, TFLOP/s and MFU (janus_cluster/plan/flops.py counts what the
 network needs; recomputing is not in it), peak memory, time by part from CUDA events, waits for the device, kernel
-launches. The run stops by itself before `--minutes` are over; what it had no time for is named.
+launches. The run stops before `--minutes` are over; what it had no time for is named.
 
   --size 3b          Qwen2.5-VL-3B and VGGT-1B, whole: weights, gradients and fp32 AdamW states take about 70 GB
   --size 7b-layers   the 7B network with 7 and with 14 language layers; 28 are extrapolated from the two
@@ -32,16 +32,16 @@ import torch
 
 from benchmarks.gpu_measure import Result, first_line, loss_now, measure, render_result
 from benchmarks.ways import OURS, PREDECESSOR, SEED, Bench, Rig, Size, Way, describe, network_sizes, one_process
+from janus_cluster.janusvln.model.build import set_recompute
+from janus_cluster.janusvln.model.compile import compile_blocks
 from janus_cluster.plan.flops import Flops, Work, count_flops
-from janus_cluster.plan.hardware import GPUS
+from janus_cluster.plan.hardware import known_gpus
 from janus_cluster.plan.sample import Sample, plan_sample
 from janus_cluster.training.entry import quiet_libraries
-from janus_cluster.training.model.build import set_recompute
-from janus_cluster.training.model.compile import compile_blocks
 
 CAMERA = (640, 480)
-# Of the names that nvidia-smi gives, the data sheet's dense bf16 rate in TFLOP/s; None: MFU is not said.
-PEAK_OF = {"H200": GPUS["h200"].peak_tflops, "H800": GPUS["h800"].peak_tflops, "H100": GPUS["h800"].peak_tflops}
+# Of the names that nvidia-smi gives, the data sheet's dense bf16 rate in TFLOP/s; None: no MFU.
+PEAK_OF = {gpu.name: gpu.peak_tflops for gpu in known_gpus().values()}
 
 
 def sizes_for(name: str) -> list[Size]:
@@ -90,7 +90,7 @@ BEFORE = Lever(name="everything (off: the predecessor)", off=PREDECESSOR, same_e
 
 
 def switch(rig: Rig, way: Way) -> None:
-    """The engine's model computes as `way` says, where that needs no other engine."""
+    """The engine's model computes by `way`, where that needs no other engine."""
     model = rig.engine.module
     model.head_on_all_positions = way.head == "all positions"
     if way.vision == "one window at a time":

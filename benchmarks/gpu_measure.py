@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from benchmarks.counting import HostWaits
 from benchmarks.gpu_timeline import Timeline
 from benchmarks.ways import Rig, Way
+from janus_cluster.janusvln.held_out import move_to
 from janus_cluster.plan.flops import Flops
-from janus_cluster.training.held_out import move_to
 
 BUSIEST = 15
 
@@ -87,7 +87,7 @@ def watched(rig: Rig, timeline: Timeline) -> Iterator[None]:
 
 
 class Feed:
-    """Micro-batches from loader processes, pinned, for ever."""
+    """Micro-batches from loader processes, pinned, without end."""
 
     def __init__(self, rig: Rig, *, rows: int, workers: int) -> None:
         count = len(rig.bench.samples)

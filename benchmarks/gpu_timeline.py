@@ -11,7 +11,7 @@ import torch
 
 
 class Timeline:
-    """Parts may lie within parts; each moment belongs to the innermost. Without a device nothing is recorded."""
+    """Parts may be nested; each moment belongs to the innermost. Without a device nothing is recorded."""
 
     def __init__(self, device: str | None) -> None:
         self._device = device

@@ -25,15 +25,15 @@ from transformers import Qwen2VLImageProcessorPil
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
-from janus_cluster.config.networks import VggtConfig
-from janus_cluster.config.schema import Data
-from janus_cluster.training import loss as losses
-from janus_cluster.training.data.dataset import NavigationDataset
-from janus_cluster.training.data.images import load_frame
-from janus_cluster.training.model import pixels
-from janus_cluster.training.model.janus import JanusModel, JanusOutput
-from janus_cluster.training.model.vggt import Aggregator, Attention, Block, Mlp, RopeTable
-from janus_cluster.training.model.vision import use_grouped_attention
+from janus_cluster.janusvln import loss as losses
+from janus_cluster.janusvln.data.dataset import NavigationDataset
+from janus_cluster.janusvln.data.images import load_frame
+from janus_cluster.janusvln.model import pixels
+from janus_cluster.janusvln.model.janus import JanusModel, JanusOutput
+from janus_cluster.janusvln.model.vggt import Aggregator, Attention, Block, Mlp, RopeTable
+from janus_cluster.janusvln.model.vision import use_grouped_attention
+from janus_cluster.job.schema import Data
+from janus_cluster.modelspec.networks import VggtConfig
 
 KeysAndValues = tuple[Tensor, Tensor]
 
@@ -162,7 +162,7 @@ class FrameByFrameAggregator(Aggregator):
 
 
 class SwitchableModel(JanusModel):
-    """JanusModel whose parts compute as the predecessor's where the switches say so."""
+    """JanusModel whose parts compute as the predecessor's where the switches are set."""
 
     head_on_all_positions = False
     plain_vision = False

@@ -24,12 +24,12 @@ def measure(argv: list[str], *, cwd: Path, environ: dict[str, str]) -> float:
     return time.perf_counter() - begun
 
 
-def about() -> str:
+def about(benchmark: str) -> str:
     """One line: when, on what, beside how much other work."""
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     today, version = time.strftime("%Y-%m-%d", time.gmtime()), platform.python_version()
     machine = f"{cores} cores ({platform.machine()}), load {load:.1f}, Python {version}"
-    return f"{today}, {machine}: python -m benchmarks.startup"
+    return f"{today}, {machine}: python -m benchmarks.{benchmark}"
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
         cwd = Path(name)
         (cwd / "demo_data").mkdir()
         environ = os.environ | {"JANUS_HOME": name}
-        print(about())
+        print(about("startup"))
         print(f"{'command':<38} {'median':>9}  ratio to `python -c pass`, median of {RUNS} pairs")
         for label, argv in commands.items():
             measure(argv, cwd=cwd, environ=environ)

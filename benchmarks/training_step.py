@@ -7,7 +7,7 @@ same samples, initial weights and random state everywhere: what claims to be exa
   --size tiny    the networks of the tiny preset
   --size small   the depths of the 7B network and of VGGT-1B with tiny widths: all their module calls, few of their FLOP
 
-Times on a CPU tell of calls, hooks and copies; a GPU spends its time otherwise: python -m benchmarks.gpu.
+Times on a CPU show calls, hooks and copies; a GPU spends its time otherwise: python -m benchmarks.gpu.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,13 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
-import torch.distributed as dist
 
 from benchmarks.counting import Counts
 from benchmarks.ways import OURS, PREDECESSOR, SIZES, Bench, Rig, Way, describe, one_process
 from janus_cluster.training.entry import quiet_libraries
-from janus_cluster.training.kernels import skip_unused_kernels
 
 NO_RECOMPUTE: dict[str, Any] = {"recompute_every": 0, "recompute_vision": False}
 # (lever, off → on, from which way, what is changed, whether this is the lever's "on" side)
@@ -62,7 +57,7 @@ LEVERS: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """`off` and `on` are names of ways; `exact` says whether both must give the same loss."""
+    """`off` and `on` are names of ways; `exact`: both must give the same loss."""
 
     lever: str
     what: str
@@ -72,7 +67,7 @@ class Comparison:
 
 
 def plan(*, with_compile: bool, few: bool) -> tuple[dict[str, Way], list[Comparison]]:
-    """Every way by name, and what is compared with what. `few`: only the whole, and each lever taken out of ours."""
+    """Every way by name, and what is compared with what. `few`: the whole, each lever taken out of ours, the engine."""
     ways = {"predecessor": PREDECESSOR, "ours": OURS}
     same_pixels = "predecessor, crop"
     ways[same_pixels] = replace(PREDECESSOR, image_mode="crop")
@@ -90,10 +85,14 @@ def plan(*, with_compile: bool, few: bool) -> tuple[dict[str, Way], list[Compari
         alone = f"predecessor with {lever}"
         ways[alone] = replace(PREDECESSOR, **on)
         compared.append(Comparison(lever=lever, what=f"{what}, first", off="predecessor", on=alone, exact=exact))
+    ways |= {"ours, ZeRO-1": replace(OURS, zero="1"), "ours, no engine": replace(OURS, zero="no engine")}
+    compared += [
+        Comparison(lever="ZeRO-2 → ZeRO-1", what="our JSONs, last", off="ours", on="ours, ZeRO-1"),
+        Comparison(lever="ZeRO-1 → no engine", what="plain torch, last", off="ours, ZeRO-1", on="ours, no engine"),
+    ]
     if not few:
         ways |= {
             "ours, ZeRO-3": replace(OURS, zero="3"),
-            "ours, ZeRO-1": replace(OURS, zero="1"),
             "ours, every 2nd recomputed": replace(OURS, recompute_every=2),
             "predecessor, VGGT in one pass inside": replace(PREDECESSOR, vggt="inside, one pass"),
             "ours, 4 mixed rows as drawn": replace(OURS, batches="mixed, as drawn"),
@@ -101,7 +100,6 @@ def plan(*, with_compile: bool, few: bool) -> tuple[dict[str, Way], list[Compari
         }
         compared += [
             Comparison(lever="ZeRO-3 → ZeRO-2", what="our JSONs, last", off="ours, ZeRO-3", on="ours"),
-            Comparison(lever="ZeRO-2 → ZeRO-1", what="our JSONs, last", off="ours", on="ours, ZeRO-1"),
             Comparison(
                 lever="recompute every 2nd layer → none", what="last", off="ours, every 2nd recomputed", on="ours"
             ),
@@ -280,55 +278,6 @@ def run(
     return report, text
 
 
-def count_collectives(stage: str, *, accumulation: int) -> list[dict[str, int]]:
-    """Collectives of every micro-step of one optimizer step, on this rank of several; torchrun starts it."""
-    skip_unused_kernels()
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    folder = Path(tempfile.mkdtemp(prefix=f"training-step-{dist.get_rank()}-"))
-    bench = Bench(folder / "demo", size=SIZES["tiny"], device="cpu", accumulation=accumulation)
-    rig = Rig(bench, replace(OURS, zero=stage))
-    rig.step()
-    found = []
-    for batch in rig.load():
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
-            rig.engine.backward(rig.engine(**batch).loss)
-            rig.engine.step()
-        events = profiled.key_averages()
-        found.append({e.key.removeprefix("c10d::"): e.count for e in events if e.key.startswith("c10d::")})
-    dist.barrier()
-    rig.engine.destroy()
-    dist.destroy_process_group()
-    return found
-
-
-def ask_for_collectives(stage: str, *, accumulation: int) -> list[dict[str, int]]:
-    """What `count_collectives` finds on rank 0 of two processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "collectives.json"
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            "-m", "benchmarks.training_step", "--collectives-of", stage, "--json", str(out),
-            "--accumulation", str(accumulation),
-        ]  # fmt: skip
-        environ = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"ZeRO-{stage} on two processes: exit {done.returncode}\n{done.stderr[-2000:]}")
-        found: list[dict[str, int]] = json.loads(out.read_text(encoding="utf-8"))
-        return found
-
-
-def render_collectives(found: dict[str, list[dict[str, int]]]) -> str:
-    """Markdown, a row a stage: what each micro-step of an optimizer step sends."""
-    width = max(len(steps) for steps in found.values())
-    names = [f"micro-step {n + 1}" for n in range(width)]
-    lines = [f"| two processes | {' | '.join(names)} (with the optimizer) |", f"| --- |{' --- |' * width}"]
-    for stage, steps in found.items():
-        cells = [", ".join(f"{n} {name}" for name, n in sorted(step.items())) or "none" for step in steps]
-        lines.append(f"| ZeRO-{stage} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -336,11 +285,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--accumulation", type=int, default=2, help="micro-steps of an optimizer step")
-    parser.add_argument("--few", action="store_true", help="the whole, and each lever taken out of ours; nothing else")
+    parser.add_argument(
+        "--few", action="store_true", help="the whole, each lever taken out of ours, and the engine; nothing else"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile too (needs g++ on a CPU)")
-    parser.add_argument("--collectives", action="store_true", help="count them on two processes too")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--collectives-of", metavar="STAGE", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -349,11 +298,6 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     quiet_libraries()
     deepspeed.utils.logger.setLevel("ERROR")
-    if options.collectives_of:
-        found = count_collectives(options.collectives_of, accumulation=options.accumulation)
-        if os.environ["RANK"] == "0":
-            options.json.write_text(json.dumps(found), encoding="utf-8")
-        return
     report, text = run(
         size=options.size,
         device=options.device,
@@ -363,15 +307,8 @@ def main() -> None:
         with_compile=options.compile,
     )
     print(f"{render_about(report)}\n\n{text}")
-    record = asdict(report)
-    if options.collectives:
-        collectives = {
-            stage: ask_for_collectives(stage, accumulation=options.accumulation) for stage in ("1", "2", "3")
-        }
-        record["collectives_on_two_processes"] = collectives
-        print(f"\n{render_collectives(collectives)}")
     if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

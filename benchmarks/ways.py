@@ -24,30 +24,29 @@ import transformers
 from PIL import Image
 
 from benchmarks.counting import Counts, count_step
-from benchmarks.data_pipeline import write_episode
 from benchmarks.predecessor import FloatDataset, SwitchableModel, collate_floats, old_zero3_config
-from janus_cluster.config.networks import PRESETS
-from janus_cluster.config.schema import Data, JobConfig, Model, SegmentWeights, Training
-from janus_cluster.plan.sizes import TINY_VOCABULARY, Sizes, sizes_of
-from janus_cluster.render.deepspeed import resolve_ds_config
-from janus_cluster.resources import templates_dir
-from janus_cluster.training.data.dataset import NavigationDataset, collate
-from janus_cluster.training.data.index import load_samples
-from janus_cluster.training.data.prompt import sample_texts
-from janus_cluster.training.data.tokenizer import build_tiny_tokenizer
-from janus_cluster.training.entry import tokenizer_ids
-from janus_cluster.training.held_out import move_to
-from janus_cluster.training.kernels import skip_unused_kernels
-from janus_cluster.training.loss import action_count, text_weight_sum
-from janus_cluster.training.model.attention import use_kernels_of_any_length
-from janus_cluster.training.model.build import mark_trainable, parameter_groups, set_recompute
-from janus_cluster.training.model.compile import compile_blocks
-from janus_cluster.training.model.presets import build_config
-from janus_cluster.training.model.vggt import Aggregator
+from janus_cluster.janusvln.data.dataset import NavigationDataset, collate
+from janus_cluster.janusvln.data.index import load_samples
+from janus_cluster.janusvln.data.prompt import sample_texts
+from janus_cluster.janusvln.data.tokenizer import build_tiny_tokenizer, tokenizer_ids
+from janus_cluster.janusvln.held_out import move_to
+from janus_cluster.janusvln.kernels import skip_unused_kernels
+from janus_cluster.janusvln.loss import action_count, text_weight_sum
+from janus_cluster.janusvln.model.attention import use_kernels_of_any_length
+from janus_cluster.janusvln.model.build import mark_trainable, parameter_groups, set_recompute
+from janus_cluster.janusvln.model.compile import compile_blocks
+from janus_cluster.janusvln.model.presets import build_config
+from janus_cluster.janusvln.model.vggt import Aggregator
+from janus_cluster.job.deepspeed import resolve_ds_config
+from janus_cluster.job.resources import templates_dir
+from janus_cluster.job.schema import Data, JobConfig, Model, SegmentWeights, Training
+from janus_cluster.modelspec.networks import PRESETS
+from janus_cluster.modelspec.sizes import TINY_VOCABULARY, Sizes, sizes_of
 
 SEED = 0
 HISTORY = 8
 MIXED_ROWS = 4
+WORDS = ("walk", "past", "the", "grey", "sofa", "turn", "left", "at", "door", "and", "stop", "fridge", "lamp")
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
 
 
@@ -56,7 +55,7 @@ class Way:
     """One way of computing a micro-step."""
 
     vggt: str = "outside, one pass"  # "inside, frame by frame" | "inside, one pass"
-    zero: str = "2"  # "1" | "3" | "3, old JSON"
+    zero: str = "2"  # "1" | "3" | "3, old JSON" | "no engine"
     image_mode: str = "crop"  # "pad"
     recompute_every: int = 0  # n: every n-th language layer; 0: none
     recompute_vision: bool = False
@@ -240,11 +239,26 @@ class Bench:
 
 
 def write_walk(folder: Path, *, steps: int, camera: tuple[int, int]) -> None:
-    """One episode of noise."""
-    write_episode(folder, steps=steps, number=SEED)
+    """One episode of noise, with texts of usual length."""
+    folder.mkdir(parents=True)
     chance = np.random.default_rng(SEED)
-    for path in sorted(folder.glob("*.png")):
-        Image.fromarray(chance.integers(0, 255, (camera[1], camera[0], 3), dtype=np.uint8)).save(path)
+
+    def text() -> str:
+        return " ".join(WORDS[i] for i in chance.integers(0, len(WORDS), 16)).capitalize() + "."
+
+    milestones = {
+        "instruction_text": text(),
+        "subinstructions": [text(), text()],
+        "completion_checkpoints": [{"checkpoint_frame_index": 2}],
+    }
+    (folder / "milestones_result.json").write_text(json.dumps(milestones))
+    for step in range(steps):
+        name = f"step_{step:04d}_{'STOP' if step == steps - 1 else 'MOVE_FORWARD'}"
+        (folder / f"{name}.json").write_text(
+            json.dumps({"landmark_description": text(), "spatial_description": text()})
+        )
+        pixels = chance.integers(0, 255, (camera[1], camera[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
 
 
 @dataclass
@@ -271,6 +285,34 @@ class Collate:
         return collate_floats(samples, batch) if self._floats else batch
 
 
+class PlainEngine:
+    """What DeepSpeed's engine does in fp32 on one process, on plain torch: accumulate, clip, step."""
+
+    def __init__(self, model: SwitchableModel, optimizer: torch.optim.Optimizer, *, accumulation: int) -> None:
+        self.module, self._optimizer, self._accumulation = model, optimizer, accumulation
+        self._micro_steps, self._norm = 0, 0.0
+
+    def __call__(self, **batch: Any) -> Any:
+        return self.module(**batch)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        self._micro_steps += 1
+        if self._micro_steps % self._accumulation == 0:
+            trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+            self._norm = float(torch.nn.utils.clip_grad_norm_(trained, Training().max_grad_norm))
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+
+    def get_global_grad_norm(self) -> float:
+        return self._norm
+
+    def destroy(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+
 class Rig:
     """One way, built, under its own engine."""
 
@@ -286,13 +328,13 @@ class Rig:
         model = bench.build_model(way)
         training = bench.training(way)
         groups = parameter_groups(model, training)
-        config = bench.ds_config(way, model, dist.get_world_size())
+        optimizer = torch.optim.AdamW(groups, fused=bench.device.type == "cuda")
         self.engine: Any
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            config=copy.deepcopy(config),
-            optimizer=torch.optim.AdamW(groups, fused=bench.device.type == "cuda"),
-        )
+        if way.zero == "no engine":
+            self.engine = PlainEngine(model, optimizer, accumulation=bench.accumulation)
+        else:
+            config = copy.deepcopy(bench.ds_config(way, model, dist.get_world_size()))
+            self.engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
         self.number = 0
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -341,7 +383,7 @@ class Rig:
             self.times.append(Times((loaded - begun) / per_step, (done - loaded) / per_step, wall_s / per_step))
 
     def close(self) -> None:
-        """The engine is gone, and under ZeRO-1 and 2 its memory with it, whoever still holds this rig.
+        """The engine is gone, and under ZeRO-1 and 2 its memory too, even if this rig is still referenced.
 
         DeepSpeed's hooks keep a ZeRO-3 engine alive as long as the process.
         """

@@ -1,17 +1,24 @@
-"""What all tests share: the one real Slurm of a session, and which files `-m` leaves unimported."""
+"""What all tests share: the one real Slurm of a session, resolved jobs, and which files `-m` leaves unimported."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import pytest
 from selection import find_marks, selects_nothing
 
+from janus_cluster.job.load import load_job
+from janus_cluster.job.resolve import resolve_job
+from janus_cluster.job.resolved import ResolvedJob
+from janus_cluster.job.resources import jobs_dir
+from janus_cluster.plan.auto import plan_memory_keys
 from janus_cluster.sandbox import SandboxInfo, down, up
 from janus_cluster.sandbox.programs import find_missing
 
@@ -53,6 +60,14 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_state_in_the_users_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Without JANUS_HOME, what is remembered of the site is in a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxInfo]:
     """A real two-node Slurm, idle, for the whole session. A test that puts a fault on it heals it."""
@@ -65,3 +80,45 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxInfo]:
     finally:
         signal.signal(signal.SIGTERM, before)
         down(home)
+
+
+ENVIRON = {"MODEL_PATH": "/models/qwen", "VGGT_MODEL_PATH": "/models/vggt", "DATA_ROOT": "/data/r2r"}
+
+Resolve = Callable[..., ResolvedJob]
+
+
+@pytest.fixture
+def resolve() -> Resolve:
+    """A shipped job, resolved for a run folder and an environment that the test chooses."""
+
+    def resolved(
+        job: str = "train_2node",
+        *,
+        run_dir: Path = Path("/shared/runs/r"),
+        sets: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
+        python: str = sys.executable,
+        cluster: Literal["slurm", "sandbox", "local"] = "slurm",
+    ) -> ResolvedJob:
+        everything = ENVIRON | dict(environ or {})
+        loaded, memory = plan_memory_keys(load_job(jobs_dir() / f"{job}.yaml", sets=sets, environ=everything))
+        return resolve_job(
+            loaded,
+            run_dir=run_dir,
+            cluster=cluster,
+            environ=everything,
+            cwd=Path("/shared"),
+            python=python,
+            memory=memory,
+        )
+
+    return resolved
+
+
+@pytest.fixture(scope="session")
+def shellcheck() -> str:
+    """The program; its absence is a failure, because an unchecked script is what this guards against."""
+    found = shutil.which("shellcheck")
+    if found is None:
+        pytest.fail("shellcheck is not installed: apt-get install shellcheck")
+    return found

@@ -1,4 +1,4 @@
-"""The probe between two readings of the error counters: what rose, rose because of our own traffic."""
+"""The probe between two readings of the error counters: the difference is due to our own traffic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from janus_cluster.node.child import exit_code, start_child
 from janus_cluster.preflight.gpu_load import GpuSampler
-from janus_cluster.rundir import write_json_atomically
+from janus_cluster.run.records.gate import CountersRecord
 
 
 def run_between_counters(
@@ -19,9 +19,9 @@ def run_between_counters(
     sysfs_root: str | None,
     gpu_timeout_s: float | None = None,
 ) -> int:
-    """The command has ended and `path` holds {before, after, gpu_load}.
+    """Run the command and write {before, after, gpu_load} to `path`.
 
-    gpu_timeout_s: how long nvidia-smi may take, which is asked meanwhile; None: it is not asked.
+    gpu_timeout_s: limit of one query of nvidia-smi, which is sampled meanwhile; None: it is not run.
     Returns:       the command's exit code, 128 + n for signal n.
     """
     before = read_all_counters(sysfs_root)
@@ -34,7 +34,8 @@ def run_between_counters(
             code = process.wait()
         gpu_load = sampler.samples
     after = read_all_counters(sysfs_root)
-    write_json_atomically(path, {"schema_version": 1, "before": before, "after": after, "gpu_load": gpu_load})
+    load = None if gpu_load is None else tuple(gpu_load)
+    CountersRecord(before=before, after=after, gpu_load=load).write(path)
     return exit_code(code)
 
 

@@ -1,25 +1,18 @@
-"""A command as a child of this process, so that something can be done after it has ended."""
+"""Run a command as a child of this process, so that something can be done after it has ended."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-_PR_SET_PDEATHSIG = 1
-
-
-def end_with_parent(parent: int) -> bool:
-    """This process is killed when `parent` ends, also across execve. Returns: False where that has ended already."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    return os.getppid() == parent
+from janus_cluster.run.parent import end_with_parent
 
 
 def start_child(command: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """The command runs, gets the stop signals that this process does not ignore, and does not outlive this process."""
+    """Start the command; it gets the stop signals that this process does not ignore, and ends with this process."""
     parent = os.getpid()
     # Safe between fork and exec: this process has no other thread.
     process = subprocess.Popen(list(command), env=dict(environ), preexec_fn=lambda: end_with_parent(parent))  # noqa: PLW1509

@@ -1,25 +1,33 @@
 """Phase connect: every node reaches node 0 on the master port, node 0 reaches every node back, and clocks are compared.
 
-Node 0 listens on the very port that the rendezvous will use. A peer connects, names a port of its own and its clock;
-node 0 answers with its clock and connects back. Lines of JSON; nothing but this exchange is believed to be node 0.
+Node 0 listens on the port that the rendezvous will use. A peer connects, sends a port of its own and its clock;
+node 0 answers with its clock and connects back. Lines of JSON; only this exchange proves that node 0 answered.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+from janus_cluster.node.port import create_listener
+from janus_cluster.run.hosts import join_endpoint
 
 # srun may start one node's task seconds after another's.
 LIMIT_S = 15.0
 _MOST_BYTES = 4096
 _LOOPBACK_BYTES = 64_000_000
+_POLL_S = 0.1
+# How a listener for both protocols names an IPv4 peer.
+_IPV4_IN_IPV6 = "::ffff:"
 
 
 def exchange(*, node: str, node_rank: int, num_nodes: int, address: str, port: int, token: str) -> dict[str, Any]:
-    """The report of this node for connect.<node>.json. `token` tells this attempt's nodes from anybody else."""
+    """The report of this node for connect.<node>.json. `token` identifies the nodes of this attempt."""
     report: dict[str, Any] = {"schema_version": 1, "node": node, "port": port, "error": None}
     try:
         if node_rank == 0:
@@ -27,34 +35,39 @@ def exchange(*, node: str, node_rank: int, num_nodes: int, address: str, port: i
         else:
             report |= call(address, port, node=node, token=token)
     except (OSError, ValueError, KeyError) as e:
-        report["error"] = _words(e)
+        report["error"] = _describe(e)
     return report | {"loopback_gb_per_s": measure_loopback()}
 
 
 def listen(port: int, *, num_peers: int, token: str, limit_s: float = LIMIT_S) -> list[dict[str, Any]]:
-    """What each peer said, and whether it could be reached back; peers that never came are missing."""
+    """What each peer sent, and whether it could be reached back; peers that never connected are missing."""
     deadline = time.monotonic() + limit_s
     peers: list[dict[str, Any]] = []
-    with socket.create_server(("", port)) as server:
+    # Each in a thread of its own: one that cannot be reached back takes 5 s, and the others would wait behind it.
+    with create_listener(port) as server, ThreadPoolExecutor(max_workers=num_peers) as pool:
+        answers: list[Future[dict[str, Any] | None]] = []
         while len(peers) < num_peers and (left := deadline - time.monotonic()) > 0:
-            server.settimeout(left)
-            try:
+            server.settimeout(min(left, _POLL_S))
+            with contextlib.suppress(TimeoutError):
                 connection, (peer_address, *_) = server.accept()
-            except TimeoutError:
-                break
-            with connection:
-                connection.settimeout(5)
-                try:
-                    hello = _read_line(connection)
-                    if hello["token"] != token:
-                        continue
-                    _write_line(connection, {"token": token, "time_s": time.time()})
-                except (OSError, ValueError, KeyError, TypeError):
-                    continue  # a port scanner, or a job of somebody else
-                back = f"{peer_address}:{hello['port']}"
-                error = _call_back(peer_address, int(hello["port"]), token)
-                peers.append({"node": hello["node"], "back": back, "error": error})
-    return peers
+                answers.append(pool.submit(_answer, connection, peer_address.removeprefix(_IPV4_IN_IPV6), token))
+            peers = [peer for answer in answers if answer.done() and (peer := answer.result()) is not None]
+    return [peer for answer in answers if (peer := answer.result()) is not None]
+
+
+def _answer(connection: socket.socket, address: str, token: str) -> dict[str, Any] | None:
+    """The answer of this peer, and whether it could be reached back; None for a stranger."""
+    with connection:
+        connection.settimeout(5)
+        try:
+            hello = _read_line(connection)
+            if hello["token"] != token:
+                return None
+            _write_line(connection, {"token": token, "time_s": time.time()})
+            port = int(hello["port"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # a port scanner, or a job of another user
+    return {"node": hello["node"], "back": join_endpoint(address, port), "error": _call_back(address, port, token)}
 
 
 def _call_back(address: str, port: int, token: str) -> str | None:
@@ -62,17 +75,17 @@ def _call_back(address: str, port: int, token: str) -> str | None:
         with socket.create_connection((address, port), timeout=5) as back:
             _write_line(back, {"token": token})
     except OSError as e:
-        return _words(e)
+        return _describe(e)
     return None
 
 
 def call(address: str, port: int, *, node: str, token: str, limit_s: float = LIMIT_S) -> dict[str, Any]:
     """{clock_offset_s}: this node's clock against node 0's, after node 0 answered and called back.
 
-    Raises: OSError with the last problem, ValueError for a strange answer.
+    Raises: OSError with the last problem, ValueError for an answer that cannot be parsed.
     """
     deadline = time.monotonic() + limit_s
-    with socket.create_server(("", 0)) as own:
+    with create_listener(0) as own:
         hello = {"token": token, "node": node, "port": own.getsockname()[1]}
         with _connect_until(address, port, deadline) as connection:
             connection.settimeout(5)
@@ -103,7 +116,7 @@ def _connect_until(address: str, port: int, deadline: float) -> socket.socket:
 
 
 def measure_loopback() -> float | None:
-    """GB/s of one TCP stream within this host: what the host can do when no cable is in the way."""
+    """GB/s of one TCP stream within this host: its rate without a cable."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             sender = threading.Thread(target=_send_bytes, args=(server.getsockname(),), daemon=True)
@@ -127,7 +140,7 @@ def _send_bytes(address: tuple[str, int]) -> None:
             for _ in range(_LOOPBACK_BYTES // len(chunk)):
                 out.sendall(chunk)
     except OSError:
-        return  # the reader says what went wrong
+        return  # the reader reports the error
 
 
 def _write_line(connection: socket.socket, value: dict[str, Any]) -> None:
@@ -147,5 +160,5 @@ def _read_line(connection: socket.socket) -> dict[str, Any]:
     return value
 
 
-def _words(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else f"a strange answer: {error}"
+def _describe(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else f"an unexpected answer: {error}"

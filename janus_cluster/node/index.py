@@ -1,16 +1,16 @@
-"""The index of the data as a job of its own: one node reads it, none trains."""
+"""Phase index: reads the data as a job of its own on one node; no training."""
 
 from __future__ import annotations
 
 from janus_cluster.errors import UsageError
-from janus_cluster.node.batch_log import say
+from janus_cluster.node.batch_log import log_line
 from janus_cluster.node.phases import Attempt
 
 
 def run_index(attempt: Attempt) -> None:
-    """The index is there. Raises: StoppedOnPurpose, UsageError naming the log that says why it is not."""
+    """Build the data index. Raises: StoppedOnPurpose, UsageError naming the log with the cause."""
     attempt.status.update(phase="index")
-    say("index: the data is read; no model, no GPU")
+    log_line("index: the data is read; no model, no GPU")
     code = attempt.run_phase("index", timeout_s=None, end_together=True)
     if code:
         log = attempt.run.node_log(attempt.number, attempt.launcher.nodes[0])
@@ -19,6 +19,6 @@ def run_index(attempt: Attempt) -> None:
 
 
 def _last_error(lines: list[str]) -> str:
-    """The line that begins the error, without the time in front of it."""
+    """The line that begins the error, without its time stamp."""
     found = next((line for line in reversed(lines) if "error: " in line), "")
     return found.partition("error: ")[2]

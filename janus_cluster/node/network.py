@@ -1,13 +1,14 @@
-"""The variables that torchrun's ranks get on this node beyond env.sh: from the hardware, and for the probe alone."""
+"""Variables that this node's ranks get beyond env.sh: from the hardware, and for the probe alone."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-from janus_cluster.config.schema import EnvVar, ResolvedJob
+from janus_cluster.job.resolved import EnvVar, ResolvedJob
 from janus_cluster.node.topology import NodeIdentity
-from janus_cluster.rundir import RunDir, read_json
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.gate import FactsRecord
 
 _PROBE = "the preflight's own test"
 
@@ -15,9 +16,9 @@ _PROBE = "the preflight's own test"
 def network_variables(
     run: RunDir, resolved: ResolvedJob, identity: NodeIdentity, *, attempt: int, master_addr: str
 ) -> list[EnvVar]:
-    """NCCL_IB_HCA, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME of this node; a value of the user's own stays.
+    """NCCL_IB_HCA, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME of this node; a value set by the user is kept.
 
-    The interface is the one whose address speaks to master_addr; on node 0 that is the one which has this address.
+    The interface is the one with the route to master_addr; on node 0 the one that has this address.
     """
     from janus_cluster.preflight.hca import read_hcas
     from janus_cluster.preflight.network_env import derive_network_env
@@ -25,15 +26,15 @@ def network_variables(
     from janus_cluster.preflight.sysfs import NodeRoot
 
     root = NodeRoot.of(resolved.job.preflight.sysfs_root)
-    path = run.facts_json(attempt, identity.node)
-    facts: dict[str, Any] = read_json(path) if path.exists() else {"hca": read_hcas(root)}
-    # With one node nothing leaves it, and the interface of some default route has no part in it.
+    record = FactsRecord.load(run.facts_json(attempt, identity.node))
+    facts: dict[str, Any] = dict(record.values) if record else {"hca": read_hcas(root)}
+    # With one node nothing leaves it, so the interface of the default route is irrelevant.
     facts["route"] = read_route(master_addr, root) if identity.num_nodes > 1 else {}
     return derive_network_env(facts, resolved.preflight_thresholds, os.environ)
 
 
 def probe_variables(run: RunDir, resolved: ResolvedJob, identity: NodeIdentity, *, attempt: int) -> list[EnvVar]:
-    """What the probe needs from NCCL: its own words in a file, the ring whose figures are known, an early end."""
+    """What the probe needs from NCCL: its log in a file, the ring whose figures are known, an early end."""
     if resolved.job.hardware.device != "cuda":
         return []
     log = str(run.nccl_log_pattern(attempt, identity.node))
@@ -45,3 +46,17 @@ def probe_variables(run: RunDir, resolved: ResolvedJob, identity: NodeIdentity, 
         ("NCCL_IB_TIMEOUT", "18", "7.5 s with 7 retries: a dead link is found soon."),
     )
     return [EnvVar(name=name, value=value, reason=reason, origin=_PROBE) for name, value, reason in wanted]
+
+
+def trace_variables(run: RunDir, resolved: ResolvedJob, *, attempt: int) -> list[EnvVar]:
+    """Where NCCL's watchdog writes the flight recorder's trace when a collective times out; torch adds the rank.
+
+    The older of its two names, which every supported torch knows. A value set by the user is kept.
+    """
+    name = "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
+    if resolved.job.hardware.device != "cuda" or {name, "TORCH_FR_DUMP_TEMP_FILE"} & set(os.environ):
+        return []
+    run.stall(attempt).mkdir(parents=True, exist_ok=True)
+    value = str(run.stall_trace_prefix(attempt))
+    reason = "The ranks' traces of a time-out are in the run folder, for the failure card and torch's analysis."
+    return [EnvVar(name=name, value=value, reason=reason, origin="the attempt")]

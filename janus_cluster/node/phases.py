@@ -1,4 +1,4 @@
-"""What the phases of one attempt share, and how one of them runs on all nodes: watched, and stopped when asked to."""
+"""State that the phases of one attempt share, and how one phase runs on all nodes: watched and stoppable."""
 
 from __future__ import annotations
 
@@ -8,26 +8,34 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from janus_cluster.config.schema import ResolvedJob
-from janus_cluster.errors import JanusError, StoppedOnPurpose
-from janus_cluster.node.batch_log import say
+from janus_cluster.errors import FailureKind, JanusError, StepNotStarted, StoppedOnPurpose
+from janus_cluster.job.resolved import ResolvedJob
+from janus_cluster.node.batch_log import log_line
+from janus_cluster.node.completion import LEAVE_S, Completion
 from janus_cluster.node.ledger import Ledger
 from janus_cluster.node.port import find_free_port
-from janus_cluster.node.status import HEARTBEAT_S, StatusFile
-from janus_cluster.node.steps import Launcher, Step
-from janus_cluster.node.watchdog import Hang, Watchdog
+from janus_cluster.node.stall import with_collective, write_analysis
+from janus_cluster.node.status import HEARTBEAT_S, StatusWriter
+from janus_cluster.node.steps import Launcher, PhaseProcesses
+from janus_cluster.node.watchdog import Watchdog
 from janus_cluster.preflight.interfaces import plan_rails
-from janus_cluster.rundir import RunDir, read_json, write_json_atomically
+from janus_cluster.preflight.unwritten import read_unwritten
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.attempt import HangRecord, StopRecord
+from janus_cluster.run.records.base import Record
+from janus_cluster.run.records.gate import Rail, RailsRecord
+
+R = TypeVar("R", bound=Record)
 
 
 class Superseded(JanusError):
-    """A newer attempt writes into the run folder: this job was taken for lost, and begun again elsewhere."""
+    """A newer attempt writes into the run folder: Slurm took this job for lost and started it again elsewhere."""
 
 
 class StopSignals:
-    """The stop signals that came to this process; the first one says why the attempt ends."""
+    """The stop signals that this process received; the first one gives the reason for the attempt's end."""
 
     def __init__(self) -> None:
         self.first: int | None = None
@@ -35,10 +43,15 @@ class StopSignals:
         self.count = 0
 
     def note(self, signum: int) -> None:
-        """One more has come."""
+        """Record one more signal."""
         if self.first is None:
             self.first, self.since_s = signum, time.monotonic()
         self.count += 1
+
+    @property
+    def kind(self) -> FailureKind | None:
+        """Why a stopped attempt ends, where the signal shows it: job.sbatch has Slurm send USR1."""
+        return "walltime" if self.first == signal.SIGUSR1 else None
 
     @property
     def name(self) -> str | None:
@@ -48,39 +61,89 @@ class StopSignals:
 class Attempt:
     """The state that the phases of one attempt share."""
 
-    def __init__(self, run: RunDir, resolved: ResolvedJob, launcher: Launcher, stop: StopSignals) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        resolved: ResolvedJob,
+        launcher: Launcher,
+        stop: StopSignals,
+        *,
+        because: str | None = None,
+    ) -> None:
+        """`because`: why this option of training.memory: auto runs instead of the one before it."""
         self.run = run
         self.resolved = resolved
         self.launcher = launcher
         self.stop = stop
+        self.because = because
         self.number = run.begin_attempt()
         self.ledger = Ledger(
-            run, attempt=self.number, job_id=launcher.job_id, nodes=launcher.nodes, memory=resolved.memory
+            run,
+            attempt=self.number,
+            job_id=launcher.job_id,
+            nodes=launcher.nodes,
+            bundle=resolved.bundle,
+            memory=resolved.memory,
+            because=because,
         )
-        self.status = StatusFile(
+        self.status = StatusWriter(
             run, cluster=launcher.cluster, job_id=launcher.job_id, attempt=self.number, nodes=launcher.nodes
         )
         self.port = 0
         self.connections: Mapping[str, dict[str, Any] | None] = {}
-        self.hang: Hang | None = None
+        self.hang: HangRecord | None = None
+        # The ranks had completed training, and their processes were ended here.
+        self.was_overdue = False
         self._last_beat = time.monotonic()
-        self._has_told_stop = False
+        self._has_logged_stop = False
 
     @property
     def gate_timeout_s(self) -> float:
         return self.resolved.job.preflight.timeout_s
 
     def run_phase(self, phase: str, *, timeout_s: float | None, end_together: bool) -> int:
-        """The phase has run on every node; its worst exit code. Raises: StoppedOnPurpose after a stop signal."""
-        code = self._start(phase, end_together=end_together).wait(timeout_s=timeout_s, on_wait=self._end_if_stopped)
+        """Run the phase on every node; its worst exit code.
+
+        Raises: StoppedOnPurpose after a stop signal, StepNotStarted.
+        """
+        logged = self._logged_bytes()
+        step = self._start(phase, end_together=end_together)
+        code = step.wait(timeout_s=timeout_s, on_wait=self._end_if_stopped)
         if self.stop.first is not None:
-            raise StoppedOnPurpose(f"{self.stop.name} ended the attempt during phase {phase}")
+            raise StoppedOnPurpose(f"{self.stop.name} ended the attempt during phase {phase}", kind=self.stop.kind)
+        self._require_begun(phase, step, code, logged)
         return code
 
-    def run_training_phase(self) -> int:
-        """The ranks have ended; their worst exit code. Asked to stop, they may take their time for a checkpoint.
+    def _require_begun(self, phase: str, step: PhaseProcesses, code: int, logged: int) -> None:
+        """Raises: StepNotStarted for a step that failed before a task began on any node, this one among them.
 
-        `hang` is set where they stood still and were ended for that.
+        A task's first act is a line in its node's log, or where it cannot write there, in batch.log.
+        """
+        if not code or self._logged_bytes() != logged or read_unwritten(self.run.batch_log, attempt=self.number):
+            return
+        messages = step.launcher_messages()
+        if not messages and self.launcher.cluster == "local":
+            return
+        reason = "; ".join(messages) or f"no message; see {self.run.batch_log}"
+        raise StepNotStarted(
+            f"no task of phase {phase} began on any node (exit code {code}): {reason}",
+            hint="slurm.… and srun_extra of the job file, or the site: no node is blamed, and nothing was excluded",
+            kind="environment" if any("environment.setup_each_node" in message for message in messages) else None,
+        )
+
+    def _logged_bytes(self) -> int:
+        """The size of the nodes' logs. What node 0 wrote is seen at once: it is this machine."""
+        sizes = 0
+        for node in self.launcher.nodes:
+            with contextlib.suppress(OSError):
+                sizes += self.run.node_log(self.number, node).stat().st_size
+        return sizes
+
+    def run_training_phase(self) -> int:
+        """Run training; the worst exit code. After a stop signal the ranks get time for a checkpoint.
+
+        `hang` is set where the ranks were ended because they hung, `was_overdue` where they had completed and did not
+        end. Raises: StepNotStarted.
         """
         job = self.resolved.job
         watchdog = Watchdog(
@@ -90,48 +153,65 @@ class Attempt:
             hang_timeout_s=job.training.hang_timeout_s,
             start_timeout_s=job.training.ddp_timeout_s,
         )
+        completion = Completion(self.run, attempt=self.number)
+        logged = self._logged_bytes()
         step = self._start("train", end_together=True)
-        return step.wait(timeout_s=None, on_wait=lambda s: self._watch_training(s, watchdog))
+        code = step.wait(timeout_s=None, on_wait=lambda s: self._watch_training(s, watchdog, completion))
+        if self.stop.first is None and self.hang is None:
+            self._require_begun("train", step, code, logged)
+        return code
 
-    def _start(self, phase: str, *, end_together: bool) -> Step:
+    def _start(self, phase: str, *, end_together: bool) -> PhaseProcesses:
         seed = int("".join(filter(str.isdigit, self.launcher.job_id or "")) or 0)
-        # The same port in every phase, unless somebody took it meanwhile: the gate tests what training uses.
+        # The same port in every phase, unless another process took it meanwhile: the gate tests what training uses.
         self.port = find_free_port(seed=seed)
         argv = [sys.executable, "-m", "janus_cluster.node.task", str(self.run.path)]
-        argv += ["--attempt", str(self.number), "--phase", phase, "--config-hash", self.resolved.config_hash]
+        if self.resolved.job.environment.setup_each_node:
+            argv = ["bash", str(self.run.bundle(self.resolved.bundle).each_node_sh), *argv]
+        argv += ["--attempt", str(self.number), "--phase", phase, "--bundle", str(self.resolved.bundle)]
         argv += ["--master-addr", self.launcher.master_addr(), "--master-port", str(self.port)]
         return self.launcher.start(argv, end_together=end_together)
 
-    def _end_if_stopped(self, step: Step) -> None:
+    def _end_if_stopped(self, step: PhaseProcesses) -> None:
         if self.stop.first is not None:
             step.terminate()
-        self._tell_that_it_lives(step)
+        self._write_heartbeat(step)
 
-    def _watch_training(self, step: Step, watchdog: Watchdog) -> None:
-        self._tell_that_it_lives(step)
+    def _watch_training(self, step: PhaseProcesses, watchdog: Watchdog, completion: Completion) -> None:
+        self._write_heartbeat(step)
         if self.stop.first is not None:
             self._stop_training(step)
-        elif (hang := watchdog.look(is_blind=not self.status.is_written)) is not None:
-            self.hang = hang
-            self.ledger.write(hang={"rank": hang.rank, "node": hang.node, "message": hang.message})
-            say(f"training: {hang.message}; the ranks are ended")
+        elif completion.is_overdue():
+            self.was_overdue = True
+            log_line(f"training: complete, but its processes have not ended in {LEAVE_S:.0f} s; they are ended")
             step.terminate()
+        elif not completion.is_recorded and (hang := watchdog.look(is_blind=not self.status.is_written)) is not None:
+            world_size = self.resolved.world_size
+            self.hang = with_collective(self.run, hang, attempt=self.number, world_size=world_size)
+            self.ledger.write(hang=self.hang)
+            log_line(f"training: {hang.message}; the ranks are ended")
+            if self.hang.collective is not None:
+                log_line(f"training: {self.hang.collective}")
+            step.terminate()
+            write_analysis(self.run, attempt=self.number, world_size=world_size)
 
-    def _stop_training(self, step: Step) -> None:
-        """The ranks are told once; a second signal, or too long a time, ends them."""
+    def _stop_training(self, step: PhaseProcesses) -> None:
+        """Ask the ranks once to stop; a second signal, or the time limit, ends them."""
         path, limit_s = self.run.stop_json(self.number), self.resolved.job.restart.stop_timeout_s
-        if not path.exists():
-            # Where it cannot be written now, this is tried again until the time is up.
+        if not path.exists() and self.stop.name is not None:
+            # Where the request cannot be written now, this is tried again until the time limit.
             with contextlib.suppress(OSError):
-                write_json_atomically(path, {"schema_version": 1, "signal": self.stop.name, "time": time.time()})
-        if not self._has_told_stop:
-            self._has_told_stop = True
-            say(f"{self.stop.name}: the ranks stop at the next step boundary, with a checkpoint ({limit_s} s at most)")
+                StopRecord(signal=self.stop.name, time=time.time()).write(path)
+        if not self._has_logged_stop:
+            self._has_logged_stop = True
+            log_line(
+                f"{self.stop.name}: the ranks stop at the next step boundary, with a checkpoint ({limit_s} s at most)"
+            )
         if self.stop.count > 1 or time.monotonic() - self.stop.since_s > limit_s:
             step.terminate()
 
-    def _tell_that_it_lives(self, step: Step) -> None:
-        """Raises: Superseded, with the step ended; attempt.lock keeps nobody out where a file system has no locks."""
+    def _write_heartbeat(self, step: PhaseProcesses) -> None:
+        """Raises: Superseded, with the step ended; on a file system without locks this stops a second writer."""
         if time.monotonic() - self._last_beat < HEARTBEAT_S:
             return
         self._last_beat = time.monotonic()
@@ -146,23 +226,24 @@ class Attempt:
         try:
             return max(self.run.attempts(), default=self.number)
         except OSError:
-            # A file system that is away for a moment; the next look tells.
+            # A file system that is away for a moment; the next check finds it.
             return self.number
 
-    def read_reports(self, path_of: Callable[[str], Path], *, wait_s: float) -> dict[str, dict[str, Any] | None]:
-        """Each node's JSON; None for a node that wrote none within `wait_s`."""
+    def read_reports(self, kind: type[R], path_of: Callable[[str], Path], *, wait_s: float) -> dict[str, R | None]:
+        """Each node's record; None for a node that wrote none within `wait_s`."""
         deadline = time.monotonic() + wait_s
         paths = {node: path_of(node) for node in self.launcher.nodes}
         while time.monotonic() < deadline and not all(p.exists() for p in paths.values()):
             time.sleep(0.2)
-        return {node: read_json(p) if p.exists() else None for node, p in paths.items()}
+        return {node: kind.load(path) for node, path in paths.items()}
 
-    def write_rails(self, facts: Mapping[str, dict[str, Any] | None]) -> None:
-        """rails.json tells the probe which pairs to test: GPU k of both nodes, or the networks that they share."""
+    def write_rails(self, facts: Mapping[str, Mapping[str, Any] | None]) -> None:
+        """Write rails.json, the pairs that the probe tests: GPU k of both nodes, or the networks that they share."""
         if len(self.launcher.nodes) < 2:
             return
         if self.resolved.job.hardware.device == "cuda":
-            rails = [{"name": f"gpu{k}", "interfaces": {}} for k in range(self.resolved.processes_per_node)]
+            rails = [Rail(name=f"gpu{k}") for k in range(self.resolved.processes_per_node)]
         else:
-            rails = plan_rails({node: (f or {}).get("interfaces", []) for node, f in facts.items()})
-        write_json_atomically(self.run.rails_json(self.number), {"schema_version": 1, "rails": rails})
+            planned = plan_rails({node: (f or {}).get("interfaces", []) for node, f in facts.items()})
+            rails = [Rail(name=rail["name"], interfaces=rail["interfaces"]) for rail in planned]
+        RailsRecord(rails=tuple(rails)).write(self.run.rails_json(self.number))

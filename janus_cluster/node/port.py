@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import socket
 
 from janus_cluster.errors import JanusError
 
 # Below Linux's default range of ephemeral ports (32768-60999), so that no outgoing connection takes it meanwhile.
 _FIRST, _COUNT, _TRIES = 15000, 16000, 200
+_BACKLOG = 128
+
+
+def create_listener(port: int) -> socket.socket:
+    """A listener on all addresses of this host, IPv4 and where it has them IPv6, as torch's own. 0: any port.
+
+    Raises: OSError.
+    """
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("", port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True)
+        except OSError as e:
+            # A host may have the protocol and no addresses of it.
+            if e.errno == errno.EADDRINUSE:
+                raise
+    return socket.create_server(("", port), backlog=_BACKLOG)
 
 
 def find_free_port(*, seed: int) -> int:
-    """A port that could be bound on all interfaces of this host just now. Raises: JanusError after 200 busy ones."""
+    """A port that could be bound on all interfaces of this host. Raises: JanusError after 200 busy ones."""
     for i in range(_TRIES):
         port = _FIRST + (seed * 131 + i * 7) % _COUNT
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            # As the listeners that follow do: a connection of the phase before, in TIME_WAIT, takes no port away.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-                probe.listen()
-            except OSError:
-                continue
-        return port
+        # A connection of the phase before, in TIME_WAIT, blocks no port: create_server sets SO_REUSEADDR.
+        with contextlib.suppress(OSError), create_listener(port):
+            return port
     raise JanusError(f"no free TCP port among {_TRIES} from {_FIRST} on", hint="ss -ltn shows what listens")

@@ -1,9 +1,9 @@
-"""The job's weights come from the disk once per node, while Python, torch and the index take their time.
+"""Read the job's weights into the page cache once per node, while Python, torch and the index start up.
 
     python -m janus_cluster.node.read_ahead PARENT_PID FILE …
 
-The ranks of a node map the files, so whatever lies in the page cache by then costs them memory speed. A mapped file
-that does not is read in the order in which tensors are asked for, a page fault at a time, by every rank at once.
+The ranks of a node map the files: what is in the page cache by then is read at memory speed. The rest is read in the
+order in which tensors are used, a page fault at a time, by every rank at once.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from janus_cluster.config.safetensors_header import CheckpointProblem, find_weight_files
-from janus_cluster.config.schema import ResolvedJob
-from janus_cluster.config.vggt_source import VGGT_FILE
-from janus_cluster.node.child import end_with_parent
+from janus_cluster.job.resolved import ResolvedJob
+from janus_cluster.modelspec.safetensors_header import CheckpointProblem, find_weight_files
+from janus_cluster.modelspec.vggt_source import VGGT_FILE
+from janus_cluster.run.parent import end_with_parent
 
 _CHUNK_BYTES = 16 << 20
-# A network file system gives one reader a part of what it has.
+# One reader of a network file system gets only a part of its bandwidth.
 _FILES_AT_ONCE = 4
 
 
 def start_read_ahead(resolved: ResolvedJob, *, node_rank: int) -> subprocess.Popen[bytes] | None:
-    """A process reads the weights of this node's ranks, and ends by itself, or with the process that called this.
+    """Start a process that reads the weights of this node's ranks; it ends when done, or with the calling process.
 
     Returns: that process; None where there is nothing to read, or no room for it.
     """
     files = select_files(resolved, node_rank=node_rank)
-    if not files or sum(path.stat().st_size for path in files) > free_memory_bytes() / 2:
+    if not files or sum(path.stat().st_size for path in files) > _free_memory_bytes() / 2:
         return None
     argv = [sys.executable, "-m", "janus_cluster.node.read_ahead", str(os.getpid()), *map(str, files)]
     return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
 def select_files(resolved: ResolvedJob, *, node_rank: int) -> list[Path]:
-    """Weight files that ranks of this node will map; none that cannot be found, of which loading will tell.
+    """Weight files that this node's ranks will map, without those that cannot be found: loading reports them.
 
-    Under ZeRO-3 rank 0 reads the model for all; VGGT lies on every rank.
+    Under ZeRO-3 rank 0 reads the model for all; every rank reads VGGT.
     """
     model = resolved.job.model
     stage = resolved.ds_config.get("zero_optimization", {}).get("stage", 0)
@@ -62,24 +62,22 @@ def _files_of(path: Path, *, any_name: bool = False) -> list[Path]:
         return []
 
 
-def free_memory_bytes() -> int:
-    """What the node could still give without taking from anybody; 0 where it is not known."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 0
+def _free_memory_bytes() -> int:
+    """Memory that is available without taking it from other processes."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def read_files(files: Iterable[Path]) -> int:
-    """Every byte of the files is in the page cache, as long as there is room. Returns: how many were read."""
+    """Read every byte of the files into the page cache, as long as there is room. Returns: how many were read."""
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         return sum(pool.map(_read, files))
 
 
 def _read(path: Path) -> int:
     buffer, offset = bytearray(_CHUNK_BYTES), 0
-    # Whatever is wrong with a file, loading meets it too, and says so.
+    # Loading meets the same error and reports it.
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -91,7 +89,7 @@ def _read(path: Path) -> int:
 
 
 def main(argv: Sequence[str]) -> None:
-    """argv[0] is the pid of the process that asked for it."""
+    """argv[0] is the pid of the calling process."""
     parent, *files = argv
     if end_with_parent(int(parent)):
         read_files(map(Path, files))

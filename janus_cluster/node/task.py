@@ -3,8 +3,8 @@
     python -m janus_cluster.node.task RUN_DIR --attempt 1 --phase facts|connect|index|all_reduce|train
                                       --master-addr A --master-port P
 
-`facts` writes what this node is, `connect` tries the master port, `index` reads the data; the other phases become
-torchrun, with the network variables that follow from this node's hardware. Everything printed goes to this node's log.
+`facts` reads the node's facts, `connect` tries the master port, `index` reads the data; the other phases exec torchrun,
+with the network variables that follow from this node's hardware. All output goes to this node's log.
 """
 
 from __future__ import annotations
@@ -17,48 +17,59 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from janus_cluster.config.schema import EnvVar, ResolvedJob
+from janus_cluster.job.env import expand_on_node
+from janus_cluster.job.resolved import EnvVar, ResolvedJob
 from janus_cluster.node.bracket import run_between_counters
 from janus_cluster.node.caches import cache_variables
-from janus_cluster.node.child import end_with_parent, exit_code, start_child
-from janus_cluster.node.memory import wait_until_seen
-from janus_cluster.node.network import network_variables, probe_variables
+from janus_cluster.node.child import exit_code, start_child
+from janus_cluster.node.health import start_sampler
+from janus_cluster.node.memory import load_when_visible
+from janus_cluster.node.network import network_variables, probe_variables, trace_variables
+from janus_cluster.node.oom import describe_oom_kills, read_oom_kills
 from janus_cluster.node.read_ahead import start_read_ahead
 from janus_cluster.node.temporary import make_private_folder, remove_private_folder
+from janus_cluster.node.threads import thread_variables
 from janus_cluster.node.topology import NodeIdentity, read_identity
-from janus_cluster.node.torchrun import build_torchrun_argv
+from janus_cluster.node.torchrun import build_torchrun_argv, describe_killed_torchrun
 from janus_cluster.preflight.gpu_load import loads_gpus
-from janus_cluster.preflight.unwritten import told_in_batch_log
-from janus_cluster.rundir import RunDir, write_json_atomically
-from janus_cluster.stamped import stamp_output
+from janus_cluster.preflight.sysfs import NodeRoot
+from janus_cluster.preflight.unwritten import os_error_in_batch_log
+from janus_cluster.run.parent import end_with_parent
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.gate import ConnectRecord, FactsRecord
+from janus_cluster.run.stamped import stamp_output
 
-_INDEX_MODULE = "janus_cluster.training.data.build"
-_MODULES = {"all_reduce": "janus_cluster.training.probe", "train": "janus_cluster.training.entry"}
+_INDEX_MODULE = "janus_cluster.training.build_index"
+_MODULES = {"all_reduce": "janus_cluster.training.probe", "train": "janus_cluster.training"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The phase has run and the process has ended with its exit code."""
+    """Run the phase; the process ends with its exit code."""
     args = _parse(argv)
     run = RunDir(args.run_dir)
     identity = read_identity(os.environ)
     end_with_the_attempt(os.environ)
     batch_log = os.dup(1)
-    with told_in_batch_log(batch_log, run.path, node=identity.node, attempt=args.attempt):
+    with os_error_in_batch_log(batch_log, run.path, node=identity.node, attempt=args.attempt):
         _log_to(run.node_log(args.attempt, identity.node))
-    resolved = wait_until_seen(run, config_hash=args.config_hash)
+        # The attempt recognises by this line that the step was started.
+        print(f"{args.phase}: process {os.getpid()} on {identity.node}", flush=True)
+    resolved = load_when_visible(run, args.bundle)
+    unset = set_node_variables(resolved)
     if args.phase == "facts":
-        # Interrupted, this process ends at once: a reader that hangs in the kernel would hold up an orderly end.
+        # Interrupted, this process ends at once: a reader that hangs in the kernel would delay an orderly end.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        facts = _read_facts(resolved, identity, args)
-        with told_in_batch_log(batch_log, run.path, node=identity.node, attempt=args.attempt):
-            write_json_atomically(run.facts_json(args.attempt, identity.node), facts)
+        facts = _read_facts(resolved, identity, args) | {"unset": unset}
+        with os_error_in_batch_log(batch_log, run.path, node=identity.node, attempt=args.attempt):
+            FactsRecord(values=facts).write(run.facts_json(args.attempt, identity.node))
         print(f"preflight: {identity.node} has reported its facts in {facts['duration_s']:.1f} s", flush=True)
         return
     if args.phase == "connect":
         _write_connection(run, identity, args)
         return
     if args.phase == "index":
-        os.execve(sys.executable, [sys.executable, "-u", "-m", _INDEX_MODULE, str(run.path)], os.environ)
+        argv = [sys.executable, "-u", "-m", _INDEX_MODULE, str(run.path), "--bundle", str(args.bundle)]
+        os.execve(sys.executable, argv, os.environ)
     command = _torchrun(run, resolved, identity, args)
     print(
         f"{args.phase}: torchrun, node {identity.node_rank + 1} of {identity.num_nodes}, "
@@ -67,9 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     private = make_private_folder(os.environ) if args.phase == "train" else None
     variables = network_variables(run, resolved, identity, attempt=args.attempt, master_addr=args.master_addr)
+    variables += thread_variables(resolved, os.environ)
     if private is not None:
         variables.append(private)
     if args.phase == "train":
+        variables += trace_variables(run, resolved, attempt=args.attempt)
         variables += cache_variables(os.environ | ({private.name: private.value} if private else {}))
     if args.phase == "all_reduce":
         variables += probe_variables(run, resolved, identity, attempt=args.attempt)
@@ -78,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     environ = os.environ | {variable.name: variable.value for variable in variables}
     if args.phase == "train":
         start_read_ahead(resolved, node_rank=identity.node_rank)
+        start_sampler(run, resolved, attempt=args.attempt, node=identity.node)
         environ |= leave_stop_signals_to_the_ranks()
     if args.phase == "all_reduce":
         counters = run.counters_json(args.attempt, identity.node)
@@ -86,15 +100,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(
             run_between_counters(command, environ, counters, sysfs_root=gate.sysfs_root, gpu_timeout_s=gpu_timeout_s)
         )
-    if private is not None:
-        sys.exit(_run_and_remove(command, environ, private))
-    os.execve(command[0], command, environ)
+    sys.exit(_run_training(command, environ, private, NodeRoot.of(resolved.job.preflight.sysfs_root)))
+
+
+def set_node_variables(resolved: ResolvedJob) -> list[str]:
+    """This process's environment has what the job's variables are on this node. Returns: a line for each unset name."""
+    values, problems = expand_on_node(resolved.env, os.environ)
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    for problem in problems:
+        print(f"warning: {problem}; it is left out", flush=True)
+    return problems
 
 
 def end_with_the_attempt(environ: Mapping[str, str]) -> None:
-    """Under the local launcher this process, and what it becomes, ends when the attempt does, however that ended.
+    """Under the local launcher this process, and what it execs, is killed when the attempt ends.
 
-    Slurm ends the steps of a job whose script is gone; here ranks would go on and write beside those of a resumed run.
+    Slurm ends the steps of a job whose script is gone; here ranks would keep writing beside those of a resumed run.
     """
     if (attempt := environ.get("JANUS_ATTEMPT_PID")) is None:
         return
@@ -102,19 +127,29 @@ def end_with_the_attempt(environ: Mapping[str, str]) -> None:
         sys.exit(128 + signal.SIGKILL)
 
 
-def _run_and_remove(command: Sequence[str], environ: Mapping[str, str], private: EnvVar) -> int:
-    """The command has ended and the ranks' private folder is gone. Returns: the command's exit code."""
+def _run_training(command: Sequence[str], environ: Mapping[str, str], private: EnvVar | None, root: NodeRoot) -> int:
+    """Run torchrun; how it or its ranks were killed is in the node's log, and the ranks' private folder is gone.
+
+    Returns: its exit code.
+    """
+    before = read_oom_kills(root)
     try:
-        return exit_code(start_child(command, environ).wait())
+        code = start_child(command, environ).wait()
     finally:
-        remove_private_folder(private)
+        if private is not None:
+            remove_private_folder(private)
+    if (count := read_oom_kills(root) - before) > 0:
+        print(describe_oom_kills(count), flush=True)
+    if code < 0:
+        print(describe_killed_torchrun(signal.Signals(-code).name), flush=True)
+    return exit_code(code)
 
 
 def leave_stop_signals_to_the_ranks() -> dict[str, str]:
-    """This process, and the torchrun that it becomes, live on when Slurm signals all processes of a step.
+    """Ignore stop signals here and in the torchrun that this process execs: Slurm signals all processes of a step.
 
     torchrun would end its ranks at once, before they could save.
-    Returns: variables for torchrun; this one is its option --signals-to-handle, where it has that.
+    Returns: variables for torchrun; the equivalent of its option --signals-to-handle, where it has that.
     """
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
@@ -141,7 +176,7 @@ def _write_connection(run: RunDir, identity: NodeIdentity, args: argparse.Namesp
         port=args.master_port,
         token=f"{run.name}/{args.attempt}",
     )
-    write_json_atomically(run.connect_json(args.attempt, identity.node), report)
+    ConnectRecord(values=report).write(run.connect_json(args.attempt, identity.node))
     print(f"preflight: {args.master_addr}:{args.master_port}: {report['error'] or 'reached'}", flush=True)
 
 
@@ -150,14 +185,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--phase", choices=["facts", "connect", "index", *_MODULES], required=True)
-    parser.add_argument("--config-hash", help="the configuration that the attempt means")
+    parser.add_argument("--bundle", type=int, required=True, help="the bundle that the attempt runs")
     parser.add_argument("--master-addr", default="127.0.0.1")
     parser.add_argument("--master-port", type=int, default=0)
     return parser.parse_args(argv)
 
 
 def _log_to(path: Path) -> None:
-    """Both output streams of this process and of what it becomes append to `path`; its own lines with their times."""
+    """Append both output streams of this process and what it execs to `path`; its own lines get time stamps."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
@@ -169,7 +204,7 @@ def _log_to(path: Path) -> None:
 
 
 def _torchrun(run: RunDir, resolved: ResolvedJob, identity: NodeIdentity, args: argparse.Namespace) -> list[str]:
-    module_args = [str(run.path), "--attempt", str(args.attempt), "--node", identity.node]
+    module_args = [str(run.path), "--bundle", str(args.bundle), "--attempt", str(args.attempt), "--node", identity.node]
     return build_torchrun_argv(
         sys.executable,
         _MODULES[args.phase],

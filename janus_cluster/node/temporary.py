@@ -1,4 +1,4 @@
-"""A private temporary folder for a node's ranks, where $TMPDIR does not serve: a path too long for sockets, noexec."""
+"""A private temporary folder for a node's ranks, where $TMPDIR has too long a path for sockets or is noexec."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from janus_cluster.config.schema import EnvVar
+from janus_cluster.job.resolved import EnvVar
 from janus_cluster.preflight.temporary import choose_temporary, describe_faults, read_temporary
 
 # Short: a socket's whole path has 107 bytes, of which multiprocessing takes 32.
@@ -15,7 +15,7 @@ _PREFIX = "janus-"
 
 
 def make_private_folder(environ: Mapping[str, str]) -> EnvVar | None:
-    """TMPDIR for the ranks: a new folder with mode 0700 that the caller removes; None where they take what there is."""
+    """TMPDIR for the ranks: a new folder of mode 0700 that the caller removes; None where none is needed."""
     tried = read_temporary(environ)
     own, chosen = tried[0], choose_temporary(tried)
     if chosen is None or chosen is own:
@@ -26,5 +26,5 @@ def make_private_folder(environ: Mapping[str, str]) -> EnvVar | None:
 
 
 def remove_private_folder(variable: EnvVar) -> None:
-    """The folder is gone, as far as it can be removed."""
+    """Remove the folder, as far as possible."""
     shutil.rmtree(Path(variable.value), ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Who this node is within the job: from Slurm's environment, or as the local launcher says."""
+"""This node's identity within the job: from Slurm's environment or the local launcher's."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ class NodeIdentity:
 
 
 def read_identity(environ: Mapping[str, str]) -> NodeIdentity:
-    """This node's name and rank. Raises: JanusError when neither Slurm nor the local launcher says."""
+    """This node's name and rank. Raises: JanusError when neither Slurm nor the local launcher set them."""
     for name, rank, count in (
         ("JANUS_NODE", "JANUS_NODE_RANK", "JANUS_NUM_NODES"),
-        ("SLURMD_NODENAME", "SLURM_NODEID", "SLURM_JOB_NUM_NODES"),
+        # Of the step: the job may have a node more than it uses.
+        ("SLURMD_NODENAME", "SLURM_NODEID", "SLURM_STEP_NUM_NODES"),
     ):
         if name in environ and rank in environ and count in environ:
             return NodeIdentity(environ[name], int(environ[rank]), int(environ[count]))
     raise JanusError(
-        "not inside a Slurm step: SLURMD_NODENAME, SLURM_NODEID and SLURM_JOB_NUM_NODES are not all set",
+        "not inside a Slurm step: SLURMD_NODENAME, SLURM_NODEID and SLURM_STEP_NUM_NODES are not all set",
         hint="this program is started by job.sbatch; submit with: janus-cluster submit",
     )

@@ -21,8 +21,8 @@ def build_torchrun_argv(
 ) -> list[str]:
     """argv of one torchrun agent that runs `module` in every process of this node.
 
-    A static rendezvous, not c10d: with c10d rank 0 may land on another node than master_addr. No elastic restarts:
-    an attempt that broke is judged and requeued as a whole.
+    A static rendezvous, not c10d: with c10d rank 0 may run on another node than master_addr. No elastic restarts: an
+    attempt that failed is judged and requeued as a whole.
     """
     return [
         python,
@@ -42,3 +42,8 @@ def build_torchrun_argv(
         module,
         *module_args,
     ]
+
+
+def describe_killed_torchrun(name: str) -> str:
+    """The line of the node's log by which the diagnosis recognises it; torchrun itself could write none."""
+    return f"torchrun of this node was ended by {name}"

@@ -1,15 +1,19 @@
-"""From what a user types to a run folder: a job id, a run's name, or a path."""
+"""Find the run folder that a user names: by a job id, a run's name, or a path."""
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from janus_cluster.errors import JobNotFound
-from janus_cluster.rundir import RunDir, read_json
-from janus_cluster.slurm.recorded import load_submission
+from janus_cluster.job.home import runs_dir
+from janus_cluster.job.nearest import did_you_mean
+from janus_cluster.run.current import has_bundles, require_bundles
+from janus_cluster.run.next_command import known_runs_dirs
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.bundle import ResolvedRecord
+from janus_cluster.run.records.submission import load_submission
 
 _LIST_HINT = "janus-cluster list shows the runs; --runs-dir DIR looks elsewhere"
 _NONE_HINT = "janus-cluster submit starts one; JANUS_HOME or --runs-dir DIR names another folder"
@@ -25,36 +29,52 @@ def list_runs(runs_dirs: Sequence[Path]) -> list[RunDir]:
     return sorted(found.values(), key=lambda run: (_made_at(run), run.name), reverse=True)
 
 
+def list_readable_runs(runs_dirs: Sequence[Path]) -> list[RunDir]:
+    """list_runs without the run folders of janus-cluster 0.1."""
+    return [run for run in list_runs(runs_dirs) if has_bundles(run)]
+
+
 def find_run(ref: str, runs_dirs: Sequence[Path]) -> RunDir:
     """The run that `ref` names: a path, a folder name, a job id, a job name (its newest run), or a unique prefix.
 
-    Raises: JobNotFound, naming near matches.
+    Where `runs_dirs` is the default, names and job ids of the other folders that runs were made in are known too.
+
+    Raises: JobNotFound, naming near matches; UsageError for a run folder of janus-cluster 0.1.
     """
     path = Path(ref).expanduser()
     if _is_run(path):
-        return RunDir(path.absolute())
+        return _readable(RunDir(path.absolute()))
     runs = list_runs(runs_dirs)
-    tests = (
-        lambda run: run.name == ref,
-        lambda run: (sent := load_submission(run)) is not None and sent.job_id == ref,
-        lambda run: job_name(run) == ref,
-    )
-    for is_match in tests:
-        # Newest first: a new sandbox counts its jobs from 1 again, and a job name is used often.
-        if (match := next(filter(is_match, runs), None)) is not None:
-            return match
+    found = _find_named(ref, runs)
+    # Newest first: a job name is used often.
+    found = found or next((run for run in runs if job_name(run) == ref), None)
+    if found is None and list(runs_dirs) == [runs_dir()]:
+        found = _find_named(ref, list_runs(known_runs_dirs()))
+    if found is not None:
+        return _readable(found)
     beginning = [run for run in runs if ref and run.name.startswith(ref)]
     if len(beginning) == 1:
-        return beginning[0]
+        return _readable(beginning[0])
     raise _not_found(ref, [run.name for run in beginning], runs, runs_dirs)
+
+
+def _find_named(ref: str, runs: Sequence[RunDir]) -> RunDir | None:
+    """The run of that folder name or job id; of several, the newest: a new sandbox counts its jobs from 1 again."""
+    named = next((run for run in runs if run.name == ref), None)
+    return named or next((run for run in runs if (sent := load_submission(run)) and sent.job_id == ref), None)
+
+
+def _readable(run: RunDir) -> RunDir:
+    require_bundles(run)
+    return run
 
 
 def job_name(run: RunDir) -> str:
     """The job's name in resolved.json, or the folder's name without its time and short id."""
-    try:
-        return str(read_json(run.resolved_json)["job"]["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return run.name.rsplit("-", 2)[0]
+    # The name is the same in every bundle.
+    resolved = ResolvedRecord.load(run.bundle(1).resolved_json)
+    name = resolved.value("name") if resolved else None
+    return name if isinstance(name, str) else run.name.rsplit("-", 2)[0]
 
 
 def _not_found(ref: str, several: Sequence[str], runs: Sequence[RunDir], runs_dirs: Sequence[Path]) -> JobNotFound:
@@ -70,8 +90,7 @@ def _not_found(ref: str, several: Sequence[str], runs: Sequence[RunDir], runs_di
         return JobNotFound(f"no run {ref!r}: there are no runs in {where}", hint=_NONE_HINT)
     ids = [sent.job_id for run in runs if (sent := load_submission(run)) and sent.job_id]
     known = dict.fromkeys([*(job_name(run) for run in runs), *(run.name for run in runs), *ids])
-    near = difflib.get_close_matches(ref, known, n=3, cutoff=0.5)
-    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    meant = did_you_mean(ref, known, cutoff=0.5, most=3)
     return JobNotFound(f"no job id, run name or run folder {ref!r} in {where}{meant}", hint=_LIST_HINT)
 
 
@@ -85,13 +104,15 @@ def _owner(path: Path) -> str:
 def _is_run(path: Path) -> bool:
     run = RunDir(path)
     try:
-        return any(p.is_file() for p in (run.resolved_json, run.submission_json, run.status_json))
+        # The links are there in a run folder of 0.1 too, where they were files.
+        marks = (run.links.resolved_json, run.submission_json, run.status_json)
+        return has_bundles(run) or any(p.is_file() for p in marks)
     except OSError:
         return False
 
 
 def _made_at(run: RunDir) -> float:
-    for path in (run.resolved_json, run.submission_json, run.path):
+    for path in (run.bundle(1).resolved_json, run.submission_json, run.path):
         try:
             return path.stat().st_mtime
         except OSError:

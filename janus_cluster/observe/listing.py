@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from janus_cluster.observe.find import list_runs
-from janus_cluster.observe.status import RunStatus, build_table, collect_status, render_source, state_style
+from janus_cluster.observe.status import RunStatus, collect_status
+from janus_cluster.observe.status_view import build_table, render_source, state_style
+from janus_cluster.run.current import has_bundles
+from janus_cluster.slurm.state import JobState
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def collect_list(runs_dirs: Sequence[Path], *, limit: int, max_age_s: float = 0.0) -> list[RunStatus]:
-    """The newest `limit` runs with their states, from one Slurm query for all of them."""
-    return collect_status(list_runs(runs_dirs)[:limit], max_age_s=max_age_s)
+def collect_list(runs_dirs: Sequence[Path], *, limit: int) -> list[RunStatus]:
+    """The newest `limit` runs with their states, from one Slurm query for all of them; run folders of 0.1 without."""
+    runs = list_runs(runs_dirs)[:limit]
+    readable = {status.run: status for status in collect_status([run for run in runs if has_bundles(run)])}
+    old = JobState(state="UNKNOWN", source="made by janus-cluster 0.1", reason="this version cannot read its folder")
+    return [readable.get(run) or RunStatus(run=run, job_id=None, state=old) for run in runs]
 
 
 def render_list(statuses: Sequence[RunStatus], *, width: int | None = None) -> RenderableType:

@@ -1,4 +1,4 @@
-"""Where tail writes to: lines, and on a terminal one line below them that is always of this moment."""
+"""Output of tail: lines, and on a terminal one live line below them that is rewritten in place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TextIO
 from janus_cluster.observe.progress import Progress
 
 _ERASE = "\r\x1b[2K"
-# A step that takes this many times as long as the last one did is worth a word.
+# Shown when a step takes this many times as long as the last one did.
 _STALE_STEPS = 3
 _STALE_S = 60.0
 
@@ -27,17 +27,17 @@ class Screen:
         self._drawn = ""
 
     def write(self, lines: Sequence[str]) -> None:
-        """The lines are on the screen, above the live line."""
+        """Print the lines above the live line."""
         if lines:
             self._erase()
             self._out.writelines(f"{line}\n" for line in lines)
 
     def show(self, live: str) -> None:
-        """`live` is the live line from now on, where there can be one; empty for none."""
+        """Show `live` as the live line, where there can be one; empty for none."""
         self._live = live if self.can_live else ""
 
     def flush(self) -> None:
-        """Everything is on the screen."""
+        """Flush the output."""
         shown = self._cut(self._live)
         if shown != self._drawn:
             self._erase()
@@ -46,7 +46,7 @@ class Screen:
         self._out.flush()
 
     def leave(self) -> None:
-        """The live line has become a line like the others: nothing rewrites it any more."""
+        """Turn the live line into an ordinary one: it is not rewritten any more."""
         live, self._live = self._live, ""
         self.write([live] if live else [])
         self.flush()
@@ -57,7 +57,7 @@ class Screen:
             self._drawn = ""
 
     def _cut(self, text: str) -> str:
-        """What fits into one row: a live line that wraps cannot be erased."""
+        """Cut the text to one row: a live line that wraps cannot be erased."""
         if not text:
             return ""
         try:
@@ -73,7 +73,7 @@ def render_progress(progress: Progress, *, now: float) -> str:
     Empty before the first logged step. The memory is the peak of the rank that needs least and of the one that needs
     most.
     """
-    from janus_cluster.observe.status import render_duration
+    from janus_cluster.run.times import render_duration
 
     if progress.step is None:
         return ""
@@ -92,13 +92,13 @@ def render_progress(progress: Progress, *, now: float) -> str:
         parts.append(f"GPU memory {low} to {high} GB" if len(memory_gb) > 1 else f"GPU memory {high} GB")
     age_s = now - progress.time if progress.time is not None else 0.0
     if age_s > max(_STALE_S, _STALE_STEPS * (progress.step_time_s or 0.0)):
-        parts.append(f"last word {render_duration(age_s)} ago")
+        parts.append(f"last record {render_duration(age_s)} ago")
     return " · ".join(parts)
 
 
 def render_start(starts_at: float | None, *, now: float) -> str:
-    """`expected start 14:05 (in 12 min)`, this reader's time; empty where Slurm expects nothing yet."""
-    from janus_cluster.observe.status import render_duration
+    """`expected start 14:05 (in 12 min)`, in local time; empty where Slurm has no expected start."""
+    from janus_cluster.run.times import render_duration
 
     if starts_at is None:
         return ""

@@ -1,9 +1,8 @@
-"""One log file that grows: only its new bytes are read, memory stays bounded, and any byte may come.
+"""One growing log file: only its new bytes are read, memory stays bounded, and any byte is accepted.
 
-Every line has a time: its own stamp, one that glog (torchrun, c10d) or Slurm wrote, or that of the line before. What
-stands after the last time in a file counts as of its last change: the last words of a process belong to its death.
-
-Progress bars rewrite a line with carriage returns: of such a line the last version counts.
+Every line has a time: its own stamp, one that glog (torchrun, c10d) or Slurm wrote, or that of the line before. Lines
+after the last time in a file have the time of its last change: they were printed when the process ended.
+Of a line that progress bars rewrite with carriage returns, the last version counts.
 """
 
 from __future__ import annotations
@@ -18,18 +17,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from janus_cluster.observe.text import clean
-from janus_cluster.stamped import split_stamp
+from janus_cluster.run.stamped import split_stamp
+from janus_cluster.run.text import clean
 
 # A line longer than this is shown in pieces, so that a file without line breaks cannot fill the memory.
 MAX_LINE_BYTES = 64 * 1024
-# New bytes taken from one file per look: a file that grows faster than this cannot keep the others from being read.
+# New bytes taken from one file per look, so that a fast-growing file does not keep the others from being read.
 MAX_READ_BYTES = 256 * 1024
-# How far back the beginning of the view may lie; 1 GB logs open as fast as small ones.
+# How far back the view may begin; with it a 1 GB log opens as fast as a small one.
 MAX_BACK_BYTES = 4 * 1024 * 1024
-# A line without its end is shown after this long: a prompt, or the last words of a process that was killed.
+# An unfinished line is shown after this long: a prompt, or the last output of a killed process.
 IDLE_S = 2.0
-# A time is looked for this far behind a place in the file; C code may write long stretches without any.
+# A file that has not grown for a while is opened less often: each open is a request to the file server. A share of the
+# time that it has been still, up to this.
+_STILL_SHARE = 0.2
+_LONGEST_REST_S = 4.0
+# A time is looked for this far after an offset; C code may write long stretches without any.
 _PROBE_BYTES = 64 * 1024
 _MOST_PROBES = 16
 # Past that only our own stamps are looked for, which takes 10 ms for 16 MB; and no further than this.
@@ -37,17 +40,18 @@ _FAR_BYTES = 64 * 1024 * 1024
 _STAMP_AHEAD = re.compile(rb"\n(?=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z)")
 _STAMP_BYTES = 25
 _FAR_BLOCK_BYTES = 1024 * 1024
-# So many places without a time behind them, and the file is taken for one that has none.
+# After so many offsets without a following time, the file is taken for one that has none.
 _MOST_UNTIMED = 3
 # [rank3]:[W1121 14:01:20.299042991 socket.cpp:207] …: the node's local time, without the year.
 _GLOG = re.compile(rb"(?:\[rank\d+\]:)?\[?[IWEF](\d\d)(\d\d) (\d\d):(\d\d):(\d\d)\.(\d{6})\d* ")
-# slurmstepd: error: *** JOB 7 ON h800-01 CANCELLED AT 2026-11-21T15:26:12 DUE TO TIME LIMIT ***, local time, too.
-_SLURM = re.compile(rb"slurmstepd.* CANCELLED AT (\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)")
+# slurmstepd: error: *** JOB 7 ON h800-01 CANCELLED AT 2026-11-21T15:26:12 DUE TO TIME LIMIT ***, local time, too;
+# from Slurm 25.05 on [2026-11-21T15:26:12.345] error: *** JOB 7 …
+_SLURM = re.compile(rb"(?:slurmstepd.* CANCELLED AT |\[)(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)")
 _CLOCK_SLACK_S = 2.0
 
 
 class LogLine(NamedTuple):
-    """A clean line without its stamp. Units: time epoch seconds. `is_stamped`: it stood at the line's beginning."""
+    """A clean line without its stamp. Units: time epoch seconds. `is_stamped`: the time was in the line."""
 
     time: float
     text: str
@@ -62,7 +66,7 @@ class GrowingFile:
     """The reading position in one log file.
 
     has_more:    the last look left some of it unread.
-    fell_short:  start_at_end found fewer lines than it was to, and has not looked at all of the file.
+    fell_short:  start_at_end found fewer lines than requested, and has not looked at all of the file.
     """
 
     path: Path
@@ -73,6 +77,7 @@ class GrowingFile:
     _inode: int | None = None
     _partial: bytes = b""
     _last_growth: float = field(default_factory=time.monotonic)
+    _looked_at: float = 0.0
     # The last time that was read in the file. Units: epoch seconds.
     _time: float | None = None
 
@@ -96,7 +101,7 @@ class GrowingFile:
         return found[-num_lines:] if num_lines else []
 
     def skip_to_end(self) -> None:
-        """Later reads go on from what is in the file now."""
+        """Later reads begin at the file's present end."""
         try:
             stat = self.path.stat()
         except FileNotFoundError:
@@ -106,7 +111,7 @@ class GrowingFile:
     def start_at_time(self, since: float) -> None:
         """Later reads begin with the first line that is not older than `since`. Units: epoch seconds.
 
-        Found by halving: of a file of 1 GB about 20 pieces of 64 KB are read.
+        Found by bisection: of a file of 1 GB about 20 pieces of 64 KB are read.
         """
         self._since = since
         try:
@@ -117,8 +122,13 @@ class GrowingFile:
         except FileNotFoundError:
             return
 
+    def is_due(self, now: float) -> bool:
+        """Whether it is time to look at the file again. `now`: by the monotonic clock."""
+        return now - self._looked_at >= min(_LONGEST_REST_S, _STILL_SHARE * (now - self._last_growth))
+
     def read_new(self) -> tuple[list[LogLine], bool]:
         """(lines that were completed since the last look, whether the file was cut short or replaced)."""
+        self._looked_at = time.monotonic()
         try:
             # Opened anew at every look: on NFS only an open asks the server for the file's size.
             with self.path.open("rb") as f:
@@ -150,14 +160,14 @@ class GrowingFile:
         return [line for line in lines if self._since is None or line.time >= self._since], was_cut
 
     def read_partial(self, *, at_end: bool) -> list[LogLine]:
-        """The unfinished last line, once it has stood still for IDLE_S or the job is over."""
+        """The unfinished last line, once it has not changed for IDLE_S or the job is over."""
         if not self._partial or not (at_end or time.monotonic() - self._last_growth >= IDLE_S):
             return []
         stamped, body = split_stamp(self._partial)
         self._time = stamped or self._time or time.time()
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         text = clean(decoder.decode(body, final=at_end))
-        # Half a character stays behind until its other half has come.
+        # Half a character is kept until its other half has been read.
         self._partial = b"" if at_end else decoder.getstate()[0]
         return [LogLine(self._time, text, stamped is not None)] if text else []
 
@@ -176,7 +186,7 @@ class _Backwards:
         self._changed_at = changed_at
         self._head = b""
         self._is_at_end = True
-        # Lines of later blocks that stand before the first time there: the next block to be read knows theirs.
+        # Lines of later blocks before the first time there: the next block to be read determines theirs.
         self._untimed: list[bytes] = []
         self._oldest: float | None = None
 
@@ -189,7 +199,7 @@ class _Backwards:
         return self._start > 0 and self.size_read < MAX_BACK_BYTES
 
     def read_block(self) -> list[LogLine]:
-        """The lines of one block more, and those of later blocks whose time is known now."""
+        """The lines of one block more, and those of later blocks whose time is now known."""
         step = min(self._start, max(MAX_LINE_BYTES, self.size_read))
         self._start -= step
         self._file.seek(self._start)
@@ -217,7 +227,7 @@ class _Backwards:
         return [line for raw, when in pairs for line in _split_long(raw, when or newest)] + waited
 
     def give_up(self) -> list[LogLine]:
-        """The lines that stand before any time: they get the first one after them."""
+        """The lines before any time: they get the first one after them."""
         when = self._changed_at if self._oldest is None else self._oldest
         lines = [line for raw in self._untimed for line in _split_long(raw, when)]
         self._untimed = []
@@ -227,9 +237,9 @@ class _Backwards:
 def _find_times(
     raws: Sequence[bytes], *, before: float | None, changed_at: float, is_at_end: bool
 ) -> tuple[list[float | None], float | None]:
-    """(the time of every line, the last one that is known); a line without one has that of the line before.
+    """(the time of every line, the last known time); a line without one has that of the line before.
 
-    before: what is known of the line before the first. is_at_end: the file ends with the last of them.
+    before: the known time of the line before the first. is_at_end: the file ends with the last of them.
     """
     times: list[float | None] = []
     last, num_timed = before, 0
@@ -245,18 +255,18 @@ def _find_times(
 
 
 def _own_time(raw: bytes, *, changed_at: float, after: float | None = None) -> float | None:
-    """The time that stands in the line; glog's and Slurm's only where it fits between `after` and the last change."""
+    """The time in the line; glog's and Slurm's only where it is between `after` and the last change."""
     when, _ = split_stamp(raw)
     if when is not None:
         return when
-    said = (
+    stamped_at = (
         _glog_time(raw, changed_at) if (found := _SLURM.match(raw)) is None else _local_time(*map(int, found.groups()))
     )
-    if said is None:
+    if stamped_at is None:
         return None
     # Written in another time zone than this reader's, it would be hours off.
-    fits = said <= changed_at + _CLOCK_SLACK_S and (after is None or said >= after - _CLOCK_SLACK_S)
-    return said if fits else None
+    fits = stamped_at <= changed_at + _CLOCK_SLACK_S and (after is None or stamped_at >= after - _CLOCK_SLACK_S)
+    return stamped_at if fits else None
 
 
 def _glog_time(raw: bytes, changed_at: float) -> float | None:
@@ -312,7 +322,7 @@ def _next_time(file: BinaryIO, start: int, end: int, *, changed_at: float) -> tu
 
 
 def _find_stamp(file: BinaryIO, start: int, end: int) -> int | None:
-    """Where the first line between the places begins that bears a stamp of ours."""
+    """Offset of the first line between the offsets that begins with a stamp of ours."""
     at = start
     while at < end:
         file.seek(at)
@@ -334,7 +344,7 @@ def _next_line(file: BinaryIO, start: int) -> int:
 
 
 def _cut_invisible(raw: bytes) -> bytes:
-    """An unfinished line, of which a terminal shows only what stands after the last carriage return; with its stamp."""
+    """An unfinished line as a terminal shows it: only what follows the last carriage return; with its stamp."""
     body = split_stamp(raw)[1]
     visible = body[body.rstrip(b"\r").rfind(b"\r") + 1 :]
     return raw[: len(raw) - len(body)] + visible

@@ -1,8 +1,8 @@
-"""Lines of many files in the order of their times; what several ranks say alike becomes one line.
+"""Merge the lines of many files by time; equal lines of several ranks become one.
 
-Ranks say the same within moments of each other, and a look at the files may fall between: a line waits HOLD_S before
-it is shown, so that the others can join it. Lines of one file keep their order whatever their times say, but for one
-that joins what another rank said before.
+Ranks print equal lines within moments of each other, and a read may fall between: a line waits HOLD_S before it is
+shown, so that the others can join it. Lines of one file keep their order even against their times, except for one that
+joins an earlier line of another rank.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import NamedTuple
 from janus_cluster.observe.logfile import LogLine
 from janus_cluster.observe.tail_view import LogSource
 
-# Lines that are equal and no further apart count as one saying.
+# Equal lines no further apart than this count as one.
 WINDOW_S = 2.0
 HOLD_S = 1.0
 
 
-# What c10d and torchrun say bears a time and a rank of its own: [rank3]:[W1121 14:01:20.299042991 socket.cpp:207] …
+# A line of c10d or torchrun has a time and a rank of its own: [rank3]:[W1121 14:01:20.299042991 socket.cpp:207] …
 _GLOG = re.compile(r"(?:\[rank\d+\]:)?\[?[IWEF]\d{4} [\d:.]+ (?: *\d+ )?")
 
 
 @dataclass
 class Group:
-    """One line, and everybody who said it; text and time are the first one's. Units: time epoch seconds."""
+    """One line, and every source that printed it; text and time are the first one's. Units: time epoch seconds."""
 
     time: float
     text: str
@@ -36,7 +36,7 @@ class Group:
 
 
 class _Waiting(NamedTuple):
-    """A line that was read and not shown yet. `key` orders it; `arrival` is on the reader's own clock."""
+    """A line that was read but not shown yet. `key` orders it; `arrival` is on the reader's own clock."""
 
     key: tuple[float, tuple[int, str, int], int]
     arrival: float
@@ -54,12 +54,8 @@ class Merge:
         self._newest: dict[LogSource, float] = {}
         self._count = 0
 
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
     def add(self, source: LogSource, lines: Sequence[LogLine], *, now: float, read_to: float = 0.0) -> None:
-        """The lines wait for their turn. read_to: the time of the last line that was read, wanted or not."""
+        """Queue the lines. read_to: the time of the last line that was read, shown or not."""
         newest = self._newest.get(source, 0.0)
         for line in lines:
             newest = max(newest, line.time)
@@ -72,7 +68,7 @@ class Merge:
         return self._newest.get(source, 0.0)
 
     def take(self, *, now: float, until: float | None = None, everything: bool = False) -> list[Group]:
-        """The groups whose turn it is, oldest first. Only lines up to the time `until`, where that is given."""
+        """The groups that are due, oldest first. Only lines up to the time `until`, where that is given."""
         self._waiting.sort(key=lambda w: w.key)
         due = [w.key[0] for w in self._waiting if everything or now - w.arrival >= self.hold_s]
         if not due:
@@ -83,23 +79,23 @@ class Merge:
         return groups
 
     def _group(self, num_due: int) -> tuple[list[Group], list[_Waiting]]:
-        """(the first `num_due` lines as groups, with later ones that say the same; the lines that still wait)."""
+        """(the first `num_due` lines as groups, with later equal ones; the lines that still wait)."""
         due = self._waiting[:num_due]
         if not self._collapses:
             lone = [Group(w.line.time, w.line.text, w.line.is_stamped, [w.source]) for w in due]
             return lone, self._waiting[num_due:]
         groups: list[Group] = []
-        said: dict[object, list[Group]] = {}
-        # How many of the groups with a text a source has passed: its second saying joins others' second sayings.
+        seen: dict[object, list[Group]] = {}
+        # How many groups with a text a source has joined: its second such line joins the others' second ones.
         passed: dict[object, int] = {}
         left = []
         for i, w in enumerate(self._waiting):
             if i >= num_due and (not due or w.key[0] - due[-1].key[0] > WINDOW_S):
                 left += self._waiting[i:]
                 break
-            # Ranks only with ranks, agents with agents, and nobody with an earlier attempt's.
+            # Ranks join only ranks, agents only agents, and lines of one attempt only each other.
             what = (_without_time(w.line.text), w.source.attempt, w.source.node is None, w.source.rank is None)
-            open_groups = said.setdefault(what, []) if i < num_due else said.get(what, [])
+            open_groups = seen.setdefault(what, []) if i < num_due else seen.get(what, [])
             at = passed.get((what, w.source), 0)
             while at < len(open_groups) and w.key[0] - open_groups[at].time > WINDOW_S:
                 at += 1

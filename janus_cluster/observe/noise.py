@@ -1,4 +1,4 @@
-"""Lines that say nothing once they have been read: progress bars, libraries' notes on themselves, our own steps."""
+"""Lines to be left out or shortened: progress bars, libraries' notes on themselves, our own steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 Kind = Literal["step", "bar", "chatter"]
 
-# What training/metrics.py says of every logged step; the progress line says it better.
+# The step lines of training/metrics.py; the progress line shows the same.
 _STEP = re.compile(r"step \d+/\d+ loss ")
 # tqdm: `Loading shards:  25%|██▌  | 1/4 [00:01<00:05, 1.90s/it]`, and `12it [00:03, 3.90it/s]` without a total.
 _BAR = re.compile(
@@ -21,7 +21,7 @@ _CHATTER = re.compile(
 
 
 def classify(text: str) -> Kind | None:
-    """What kind of noise the line is; None for one that is to be read."""
+    """The kind of noise of the line; None for one that is to be read."""
     if text.startswith("step ") and _STEP.match(text):
         return "step"
     if ("%|" in text or "/s]" in text) and _BAR.match(text):

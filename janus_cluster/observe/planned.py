@@ -1,86 +1,81 @@
-"""What `janus-cluster plan` predicts for a run's step, beside the measured one. Plan is imported only when needed."""
+"""The step time that `janus-cluster plan` predicts, beside the measured one. Plan is imported only when needed."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from janus_cluster.observe.progress import Progress
-from janus_cluster.rundir import RunDir, read_json
+from janus_cluster.run.current import current_bundle, load_current
+from janus_cluster.run.paths import BundleDir, RunDir
+from janus_cluster.run.records.bundle import ResolvedRecord, load_resolved
+from janus_cluster.run.records.gate import FactsRecord
 
 if TYPE_CHECKING:
     from janus_cluster.plan.hardware import Gpu
 
-# Slower than planned by more than this is told with what to look at.
+# A step slower than planned by more than this is shown with what to look at.
 SLOWER = 0.25
 # Waiting for data is named as the reason where it is at least this share of the step.
 _WAITS = 0.1
 
 
 def load_plan_step_time(run: RunDir, *, attempt: int | None, nodes: Sequence[str]) -> float | None:
-    """Seconds a step that the plan predicts for the run as it is resolved.
+    """Seconds a step that the plan predicts for the resolved job.
 
     Returns: None for a run without GPUs, for a GPU that plan does not know, and for a job that this version cannot
-    read: no other GPU's figure is shown in its place.
+    read: another GPU's figure would be wrong.
     """
-    try:
-        text = run.resolved_json.read_text(encoding="utf-8")
-        gpu_type = _gpu_type(text)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    gpu_type = _gpu_type(load_current(run))
     if gpu_type is None:
         return None
-    from janus_cluster.plan.hardware import GPUS
-
-    gpu = _gpu_of(run, gpu_type, GPUS, attempt=attempt, nodes=nodes)
-    return None if gpu is None else _predict(text, gpu)
+    gpu = _gpu_of(run, gpu_type, attempt=attempt, nodes=nodes)
+    return None if gpu is None else _predict(current_bundle(run), gpu)
 
 
-def _gpu_type(text: str) -> str | None:
-    """hardware.gpu_type of a training job that computes on GPUs. Raises: ValueError, KeyError, TypeError."""
-    job = json.loads(text)["job"]
-    if job["kind"] != "train" or job["hardware"]["device"] != "cuda":
+def _gpu_type(resolved: ResolvedRecord) -> str | None:
+    """hardware.gpu_type of a training job that computes on GPUs; None for any other."""
+    if resolved.value("kind") != "train" or resolved.value("hardware.device") != "cuda":
         return None
-    return str(job["hardware"]["gpu_type"]).lower()
+    return str(resolved.value("hardware.gpu_type"))
 
 
-def _gpu_of(
-    run: RunDir, gpu_type: str, known: dict[str, Gpu], *, attempt: int | None, nodes: Sequence[str]
-) -> Gpu | None:
-    """The GPU that the gate saw; where it saw none, the one that the job asked for."""
+def _gpu_of(run: RunDir, gpu_type: str, *, attempt: int | None, nodes: Sequence[str]) -> Gpu | None:
+    """The GPU that the gate found; else the one that the job asked for."""
+    from janus_cluster.errors import UsageError
+    from janus_cluster.plan.hardware import find_gpu, known_gpus
+
     seen = {name for node in nodes for name in _gpu_names(run, attempt, node)}
     if not seen:
-        return known.get(gpu_type)
+        try:
+            return find_gpu(gpu_type)
+        except UsageError:
+            return None  # its file is no longer there
     # Whole words: a GH200 is no H200.
-    fitting = [gpu for key, gpu in known.items() if all(key in re.split(r"[\s-]", name) for name in seen)]
+    fitting = [gpu for key, gpu in known_gpus().items() if all(key in re.split(r"[\s-]", name) for name in seen)]
     return fitting[0] if len(fitting) == 1 else None
 
 
 def _gpu_names(run: RunDir, attempt: int | None, node: str) -> list[str]:
     if attempt is None:
         return []
-    try:
-        facts: Any = read_json(run.facts_json(attempt, node))
-        return [str(row["name"]).lower() for row in facts["gpu"]["identity"]["rows"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    facts = FactsRecord.load(run.facts_json(attempt, node))
+    return [name.lower() for name in facts.gpu_names] if facts else []
 
 
-def _predict(text: str, gpu: Gpu) -> float | None:
-    from janus_cluster.config.schema import ResolvedJob
+def _predict(bundle: BundleDir, gpu: Gpu) -> float | None:
     from janus_cluster.errors import UsageError
+    from janus_cluster.modelspec.sizes import load_sizes
     from janus_cluster.plan.choose import plan_option
-    from janus_cluster.plan.sizes import load_sizes
 
     try:
-        resolved = ResolvedJob.load(text)
+        resolved = load_resolved(bundle)
         option = plan_option(
             resolved.job, sizes=load_sizes(resolved.job.model), ranks_per_node=resolved.processes_per_node, gpu=gpu
         )
-    except (UsageError, ValueError):
-        # Another version's keys, or a model that is gone from this disk.
+    except (UsageError, OSError, ValueError):
+        # Another version's keys, or a model that is no longer on this disk.
         return None
     return option.time.total
 

@@ -1,4 +1,4 @@
-"""All logs of one run, read as they grow and shown in the order of their times."""
+"""Read all logs of one run as they grow, and show them in the order of their times."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from janus_cluster.observe.logfile import MAX_BACK_BYTES, GrowingFile, LogLine
 from janus_cluster.observe.merge import HOLD_S, Group, Merge
 from janus_cluster.observe.noise import classify, shorten_bar
 from janus_cluster.observe.tail_view import LogSource, View, parse_log_source, render_label
-from janus_cluster.observe.text import clean_line, load_secrets, redact
-from janus_cluster.rundir import RunDir, read_json
-from janus_cluster.slurm.recorded import load_status
-from janus_cluster.stamped import render_stamp
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.attempt import AttemptRecord
+from janus_cluster.run.records.submission import load_status
+from janus_cluster.run.stamped import render_stamp
+from janus_cluster.run.text import clean_line, load_secrets, redact
 
 _BATCH_COLOUR, _SEVERAL_NODES_COLOUR = 35, 37
 _NODE_COLOURS = (36, 33, 32, 94, 96, 93, 92, 34)
@@ -27,7 +28,7 @@ _BAR_LIVES_S = 30.0
 
 
 class Follower:
-    """What has been read of the run's logs, and what is shown of it."""
+    """The run's logs as far as they have been read, and what is shown of them."""
 
     def __init__(self, run: RunDir, view: View, screen: Screen) -> None:
         self.run = run
@@ -39,13 +40,13 @@ class Follower:
         self.num_left_out = 0
         self._bar, self._bar_at = "", 0.0
         self._files: dict[Path, tuple[LogSource, GrowingFile]] = {}
-        # Whose logs are there and not asked for.
+        # Sources with logs that the view leaves out.
         self._others: set[LogSource] = set()
         self._merge = Merge(collapses=not view.raw)
         self._newest_attempt = 0
         self._shown_attempt = 0
         self._num_looks = 0
-        # Of what was said long ago nothing more is to come that could join it.
+        # For lines of long ago, no more equal ones are to come.
         self._reads_past = view.num_lines is None
         self._secrets = load_secrets(run)
         # In the order of the allocation: a node's place decides its colour.
@@ -53,7 +54,7 @@ class Follower:
 
     @property
     def has_more(self) -> bool:
-        """Whether there is something unread at this moment."""
+        """Whether there is something unread now."""
         return any(file.has_more for _, file in self._files.values())
 
     @property
@@ -62,24 +63,24 @@ class Follower:
         return self._bar if time.monotonic() - self._bar_at < _BAR_LIVES_S else ""
 
     def print_last(self) -> None:
-        """The last lines of what is there now are printed, or all since the view's time are about to be."""
+        """Print the last lines of what is there now, or prepare to print all since the view's time."""
         self._find_files()
-        self._tell_none_fits()
+        self._show_what_there_is()
         since, num_lines = self.view.since, self.view.num_lines
         if num_lines is None:
             for _, file in self._files.values():
                 file.start_at_time(since or 0.0)
             return
         now = time.monotonic()
-        # What all ranks say alike is one line.
-        most = num_lines * max(1, *self._count_speakers())
+        # Equal lines of all ranks become one.
+        most = num_lines * max(1, *self._count_sources())
         num_found, enough_in = 0, 0
         for source, file in sorted(self._files.values(), key=lambda pair: -pair[0].attempt):
             # Earlier attempts had ended by then, and may be many.
             if 0 < source.attempt < enough_in:
                 file.skip_to_end()
                 continue
-            lines = file.start_at_end(num_lines, self._wants)
+            lines = file.start_at_end(num_lines, self._is_shown)
             self._merge.add(source, [line for line in lines if since is None or line.time >= since], now=now)
             num_found += len(lines) if source.attempt else 0
             if num_found >= most and not enough_in:
@@ -94,37 +95,38 @@ class Follower:
         self.screen.flush()
 
     def print_new(self, *, at_end: bool = False) -> bool:
-        """What came since the last look is printed. Returns: whether anything came."""
+        """Print what is new. Returns: whether there was anything new."""
         self._find_files()
         now = time.monotonic()
-        came = False
+        has_new = False
         behind = [source for source, file in self._files.values() if file.has_more]
         until = min((self._merge.newest_of(source) for source in behind), default=None)
         for source, file in self._files.values():
-            # Others are waited for, lest the lines of the file that is ahead fill the memory.
+            # The others are waited for, so that the lines of the file that is ahead do not fill the memory.
             if file.has_more and until is not None and self._merge.newest_of(source) > until:
                 continue
-            if not at_end and not file.has_more and not self._is_due(source):
+            is_due = file.has_more or (file.is_due(now) and self._is_current(source))
+            if not at_end and not is_due:
                 continue
             before = file.offset
             lines, was_cut = file.read_new()
-            came = came or was_cut or file.offset != before
+            has_new = has_new or was_cut or file.offset != before
             if was_cut:
                 self.mark(f"{source.label}: the log was cut short or replaced; from its beginning:")
             lines += file.read_partial(at_end=at_end)
-            wanted = [line for line in lines if self._wants(line, is_new=True)]
+            wanted = [line for line in lines if self._is_shown(line, is_new=True)]
             self._merge.add(source, wanted, now=now, read_to=lines[-1].time if lines else 0.0)
         self._num_looks += 1
         self._show(self._take(now, at_end=at_end))
         self.screen.flush()
-        return came
+        return has_new
 
     def print_held(self) -> None:
-        """Lines that waited for others to join them are printed."""
+        """Print the lines that waited for others to join them."""
         self._show(self._merge.take(now=time.monotonic(), everything=True))
 
     def mark(self, text: str) -> None:
-        """A line of tail itself is printed."""
+        """Print a line of tail itself."""
         line = f"── {redact(clean_line(text), self._secrets)} ──"
         self.screen.write([f"\x1b[1m{line}\x1b[0m" if self.screen.has_colours else line])
         self.screen.flush()
@@ -138,7 +140,7 @@ class Follower:
         self._reads_past = False
         return groups
 
-    def _wants(self, line: LogLine, *, is_new: bool = False) -> bool:
+    def _is_shown(self, line: LogLine, *, is_new: bool = False) -> bool:
         if self.view.shows_line(line.text, folds_steps=self.folds_steps):
             return True
         if is_new and self.view.grep is None:
@@ -151,7 +153,7 @@ class Follower:
                 self.num_left_out += 1
         return False
 
-    def _is_due(self, source: LogSource) -> bool:
+    def _is_current(self, source: LogSource) -> bool:
         return source.attempt in (0, self._newest_attempt) or self._num_looks % _OLD_EVERY == 0
 
     def _find_files(self) -> None:
@@ -174,21 +176,23 @@ class Follower:
                     self._others.add(source)
         if found:
             self._files = dict(sorted((self._files | found).items(), key=lambda item: item[1][0].order))
-            # Alone, nobody else will say the same.
-            self._merge.hold_s = HOLD_S if max(self._count_speakers()) > 1 else 0.0
+            # A single source prints no line twice.
+            self._merge.hold_s = HOLD_S if max(self._count_sources()) > 1 else 0.0
 
-    def _tell_none_fits(self) -> None:
-        """A mistyped node or rank is told with those that there are; one that is late will be shown all the same."""
+    def _show_what_there_is(self) -> None:
+        """List the nodes and ranks that have logs, for a mistyped one; one whose log comes later is still shown."""
         if self._files or not self._others:
             return
         view = self.view
-        asked = [
+        requested = [
             *([f"node {view.node}"] if view.node else []),
             *([f"rank {view.rank}"] if view.rank is not None else []),
         ]
-        self.mark(f"no log of {', '.join(asked)} is here yet; there are those of {render_label(list(self._others))}")
+        self.mark(
+            f"no log of {', '.join(requested)} is here yet; there are those of {render_label(list(self._others))}"
+        )
 
-    def _count_speakers(self) -> tuple[int, int]:
+    def _count_sources(self) -> tuple[int, int]:
         """How many ranks there are, and how many nodes."""
         sources = [source for source, _ in self._files.values()]
         return len({s.rank for s in sources} - {None}), len({s.node for s in sources} - {None})
@@ -210,14 +214,13 @@ class Follower:
         self.screen.write(lines)
 
     def _describe_attempt(self, attempt: int) -> str:
-        try:
-            from_step = int(read_json(self.run.attempt_json(attempt))["from_step"])
-        except (OSError, ValueError, KeyError, TypeError):
+        if (record := AttemptRecord.load(self.run.attempt_json(attempt))) is None:
             return f"attempt {attempt}"
-        return f"attempt {attempt}, on from step {from_step}" if from_step else f"attempt {attempt}, from the beginning"
+        start = f"on from step {record.from_step}" if record.from_step else "from the beginning"
+        return f"attempt {attempt}, {start}"
 
     def _choose_colour(self, group: Group) -> int:
-        """A node's own, the same at every call for the same run."""
+        """The colour of the line's node, the same at every call for the same run."""
         first, *others = {source.node for source in group.sources}
         if others:
             return _SEVERAL_NODES_COLOUR

@@ -1,4 +1,4 @@
-"""What of a run's logs is to be shown: which files, which lines, from when on."""
+"""Which part of a run's logs is shown: files, lines, and from when on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 from janus_cluster.errors import UsageError
 from janus_cluster.observe.noise import classify
-from janus_cluster.rundir import RunDir
+from janus_cluster.run.hosts import fold_nodes
+from janus_cluster.run.paths import RunDir
 
 _SPAN_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -45,13 +46,13 @@ class View:
     raw: bool = False
 
     def shows_file(self, source: LogSource) -> bool:
-        """Whether the file's lines are wanted at all."""
+        """Whether any of the file's lines are shown."""
         if self.rank is not None and source.rank != self.rank:
             return False
         return self.node is None or source.node == self.node
 
     def shows_line(self, text: str, *, folds_steps: bool = False) -> bool:
-        """Whether the line is wanted. What was asked for by an expression is no noise, except for progress bars."""
+        """Whether the line is shown. A line that matches the expression is no noise, except for progress bars."""
         if self.grep is not None and self.grep.search(text) is None:
             return False
         if self.raw:
@@ -63,7 +64,7 @@ class View:
 
 
 def parse_log_source(run: RunDir, path: Path) -> LogSource | None:
-    """What the file's place and name say; None for a file that is no log of ours."""
+    """The source that the file's place and name give; None for a file that is no log of ours."""
     if path == run.batch_log:
         return LogSource(attempt=0, node=None, rank=None)
     attempt = re.fullmatch(r"attempt_(\d+)", path.parent.name)
@@ -75,7 +76,7 @@ def parse_log_source(run: RunDir, path: Path) -> LogSource | None:
 
 
 def render_label(sources: Sequence[LogSource]) -> str:
-    """`batch`, `h800-01`, `h800-01:3`; of several that say the same `h800-01,02:0-15`."""
+    """`batch`, `h800-01`, `h800-01:3`; of several with equal lines `h800-01,02:0-15`, `h800-[01-04]:0-31`."""
     if len(sources) == 1 and sources[0].node is not None:
         source = sources[0]
         return f"{source.node}:{source.rank}" if source.rank is not None else f"{source.node}"
@@ -87,7 +88,9 @@ def render_label(sources: Sequence[LogSource]) -> str:
 
 
 def _join_nodes(nodes: Sequence[str]) -> str:
-    """`h800-01,02`: of names that differ in their last number only the first one is written out."""
+    """`h800-01,02`: of two names that differ in their last number only the first one is written in full."""
+    if len(nodes) > 2:
+        return fold_nodes(nodes).replace(", ", ",")
     stem = re.sub(r"\d+$", "", nodes[0])
     if stem != nodes[0] and all(re.fullmatch(r"\d+", node.removeprefix(stem)) for node in nodes):
         return ",".join([nodes[0], *(node.removeprefix(stem) for node in nodes[1:])])

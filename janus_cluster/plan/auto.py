@@ -1,7 +1,7 @@
-"""`training.memory: auto` becomes keys of the job: the way to train that fits, and what is tried next. No torch.
+"""`training.memory: auto`: choose the keys of a way to train that fits, and what is tried next. No torch.
 
-Nodes, sample and effective batch stay. Keys of --set, and those that a variable of the shell gave, stay too; what
-stands in the job file is where one would start from.
+Nodes, sample and effective batch are kept. So are keys of --set, and those from a variable of the shell; values of the
+job file are only a starting point.
 """
 
 from __future__ import annotations
@@ -10,26 +10,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from janus_cluster.config.load import LoadedJob, value_of, with_values
-from janus_cluster.config.resolve import processes_per_node
-from janus_cluster.config.schema import JobConfig, MemoryOption, MemoryPlan, Model
 from janus_cluster.errors import UsageError
+from janus_cluster.job.load import LoadedJob, value_of, with_values
+from janus_cluster.job.nearest import did_you_mean
+from janus_cluster.job.resolve import processes_per_node
+from janus_cluster.job.resolved import MemoryOption, MemoryPlan
+from janus_cluster.job.schema import MOST_NODES, JobConfig, Model
+from janus_cluster.modelspec.sizes import Sizes, load_sizes, preset_sizes
 from janus_cluster.plan.choose import (
     ACCUMULATION,
     DECIDED,
     MICRO_BATCH,
     Option,
     all_options,
+    batches_to_type,
     choose_least_recomputing,
     describe_recompute,
+    nodes_to_plan,
     other_samples,
     wanted_batch,
 )
-from janus_cluster.plan.hardware import GPUS, Gpu, known_gpu
+from janus_cluster.plan.hardware import Gpu, known_gpu, known_gpus
 from janus_cluster.plan.memory import GB
-from janus_cluster.plan.sizes import Sizes, load_sizes, preset_sizes
-from janus_cluster.render.deepspeed import resolve_ds_config
-from janus_cluster.render.load import load_ds_profile
 
 ORIGIN = "training.memory: auto"
 # The one chosen, and what is tried where it runs out of memory in its first step.
@@ -37,7 +39,7 @@ _MOST_OPTIONS = 4
 # The next one needs at most this share: less of a step would meet the same end.
 _LESS = 0.9
 _MANUAL = "--set training.memory=manual"
-# Under deepspeed.overrides these may only repeat what the job says.
+# Under deepspeed.overrides these may only repeat the job's values.
 _IN_DEEPSPEED = {"train_micro_batch_size_per_gpu": MICRO_BATCH, "gradient_accumulation_steps": ACCUMULATION}
 
 
@@ -66,14 +68,15 @@ class _Search:
             pinned=self.pinned,
         )
         if self.job.hardware.device == "cpu":
-            # Offloaded, it would lie in the same memory.
+            # Offloaded, it would be in the same memory.
             found = [option for option in found if not option.setup.offload_optimizer]
         if not found:
             ranks = self.job.nodes * self.ranks_per_node
             own = "".join(f", {key}: {value_of(self.job, key)}" for key in sorted(self.pinned))
+            divided = self.batch % ranks == 0
             raise UsageError(
                 f"training.memory: auto: nothing gives the effective batch of {self.batch} on {ranks} ranks{own}",
-                hint="an effective_batch_size that the ranks divide, or leave out what was given",
+                hint="leave out what was given" if divided else batches_to_type(self.batch, ranks=ranks),
             )
         return found
 
@@ -85,7 +88,7 @@ def plan_memory_keys(
     below_gb: float | None = None,
     gpu: Gpu | None = None,
 ) -> tuple[LoadedJob, MemoryPlan | None]:
-    """The job with the keys that `training.memory: auto` stands for, and how they were found; as it is where manual.
+    """The job with the keys that `training.memory: auto` chose, and the plan; unchanged where manual.
 
     `batch` is the effective batch to keep, where it is not the job's; what was planned with `below_gb` has run out of
     memory, so clearly less is chosen.
@@ -98,7 +101,7 @@ def plan_memory_keys(
     if gpu is None:
         raise _unknown_gpu(loaded)
     batch = batch or wanted_batch(job, ranks_per_node=processes_per_node(job))
-    search = _Search(job=_as_trained(job), sizes=_sizes(job.model), gpu=gpu, batch=batch, pinned=pinned_keys(loaded))
+    search = _Search(job=as_trained(job), sizes=_sizes(job.model), gpu=gpu, batch=batch, pinned=pinned_keys(loaded))
     options = search.options()
     usable = [o for o in options if o.fits and (below_gb is None or o.memory.total <= _LESS * below_gb * GB)]
     chosen = choose_least_recomputing(usable)
@@ -111,7 +114,7 @@ def plan_memory_keys(
         gpu=gpu.name,
         gpu_memory_gb=gpu.memory_gb,
         limit_gb=round(chosen.memory_limit / GB, 3),
-        options=tuple(_as_option(option, job) for option in row),
+        options=tuple(map(_as_option, row)),
         reasons=(*_reasons(row, usable, loaded), *_ran_out(below_gb)),
         out_of_memory_gb=below_gb,
     )
@@ -119,19 +122,19 @@ def plan_memory_keys(
 
 
 def pinned_keys(loaded: LoadedJob) -> frozenset[str]:
-    """What of it was asked for in so many words: on the command line, by a variable of the shell, or to DeepSpeed."""
+    """Keys that were set explicitly: on the command line, by a variable of the shell, or in deepspeed.overrides."""
     given = {key for key in DECIDED if loaded.origins.get(key, "").startswith(("--set", "resume --set", "$"))}
     return frozenset(given | {_IN_DEEPSPEED[key] for key in loaded.config.deepspeed.overrides if key in _IN_DEEPSPEED})
 
 
 def _sizes(model: Model) -> Sizes:
-    """As load_sizes; but weights that the nodes alone can see are taken for the preset's own."""
+    """As load_sizes; for weights that only the nodes can see, the preset's sizes."""
     is_here = model.path is not None and (Path(model.path).expanduser() / "config.json").is_file()
     return load_sizes(model) if is_here else preset_sizes(model.preset)
 
 
-def _as_trained(job: JobConfig) -> JobConfig:
-    """The job with what `compat` stands for."""
+def as_trained(job: JobConfig) -> JobConfig:
+    """The job with the settings of `compat` applied."""
     return job if job.compat == "none" else with_values(job, {"data.image_mode": "pad"})
 
 
@@ -149,14 +152,9 @@ def _smaller(chosen: Option, usable: Sequence[Option]) -> list[Option]:
     return row[1:]
 
 
-def _as_option(option: Option, job: JobConfig) -> MemoryOption:
-    keys = {key: value_of(option.job, key) for key in DECIDED}
-    planned = with_values(job, keys)
+def _as_option(option: Option) -> MemoryOption:
     return MemoryOption(
-        keys=keys,
-        ds_config=resolve_ds_config(
-            load_ds_profile(planned.deepspeed.profile), planned, world_size=option.setup.world_size
-        ),
+        keys={key: value_of(option.job, key) for key in DECIDED},
         planned_gb=round(option.memory.total / GB, 3),
         step_s=round(option.time.total, 3),
         words=describe_way(option),
@@ -164,7 +162,7 @@ def _as_option(option: Option, job: JobConfig) -> MemoryOption:
 
 
 def describe_way(option: Option) -> str:
-    """The option in words: zero2, batch 2×8, recompute every 2nd layer."""
+    """The option as text: zero2, batch 2×8, recompute every 2nd layer."""
     setup, again = option.setup, describe_recompute(option.setup.work.recompute_every)
     layers = {"none": "", "all": " layers"}.get(again, " layer")
     return f"{option.profile}, batch {setup.micro_batch}×{setup.accumulation}, recompute {again}{layers}"
@@ -189,7 +187,7 @@ def _reasons(row: Sequence[Option], usable: Sequence[Option], loaded: LoadedJob)
         for key in DECIDED
         if value_of(before, key) != value_of(chosen.job, key) and loaded.origins.get(key, "default") != "default"
     ]
-    return [*lines, *([f"instead of what stands in {loaded.source}: " + ", ".join(replaced)] if replaced else [])]
+    return [*lines, *([f"instead of the values in {loaded.source}: " + ", ".join(replaced)] if replaced else [])]
 
 
 def _ran_out(below_gb: float | None) -> list[str]:
@@ -206,22 +204,24 @@ def show_gb(gb: float) -> str:
 
 
 def describe_memory(plan: MemoryPlan) -> list[str]:
-    """What was chosen and why, a line each; the first says what is planned."""
+    """The choice and its reasons, a line each; the first is the plan."""
     option = plan.option
     head = f"{option.words}: {show_gb(option.planned_gb)} of {show_gb(plan.limit_gb)} planned per {plan.gpu}"
-    if plan.gpu in {gpu.name for gpu in GPUS.values()}:
+    if plan.gpu in {gpu.name for gpu in known_gpus().values()}:
         head += f", {option.step_s:.1f} s a step predicted"
-    return [head, *([plan.because] if plan.because else []), *plan.reasons]
+    return [head, *plan.reasons]
 
 
 def _unknown_gpu(loaded: LoadedJob) -> UsageError:
     hardware, where = loaded.config.hardware, loaded.origins.get("training.memory", loaded.source)
     if hardware.device == "cpu":
-        said = "hardware.device is cpu, and how much memory a rank has is not known"
+        problem = "hardware.device is cpu, and how much memory a rank has is not known"
     else:
-        said = f"hardware.gpu_type {hardware.gpu_type!r} is not known; known: {', '.join(GPUS)}"
+        known = known_gpus()
+        guess = did_you_mean(hardware.gpu_type, known)
+        problem = f"hardware.gpu_type {hardware.gpu_type!r} is not known{guess}; known: {', '.join(known)}, or a path"
     return UsageError(
-        f"{where}: training.memory: auto: {said}",
+        f"{where}: training.memory: auto: {problem}",
         hint=f"--set hardware.gpu_memory_gb=… (of one {'rank' if hardware.device == 'cpu' else 'GPU'}), or {_MANUAL}",
     )
 
@@ -244,8 +244,10 @@ def _ways_out(search: _Search) -> list[str]:
     job, found = search.job, []
     if search.pinned and _fits(replace(search, pinned=frozenset())):
         found.append(f"leave out {', '.join(f'--set {key}' for key in sorted(search.pinned))}")
-    if job.nodes == 1 and _fits(replace(search, job=job.model_copy(update={"nodes": 2}))):
-        found.append("--nodes 2")
+    more = (n for n in nodes_to_plan(MOST_NODES) if n > job.nodes)
+    enough = next((n for n in more if _fits(replace(search, job=job.model_copy(update={"nodes": n})))), None)
+    if enough is not None:
+        found.append(f"--nodes {enough}")
     samples = [(text, other) for text, other in other_samples(job) if _fits(replace(search, job=other))]
     # The longest history that fits, and the largest frame.
     for prefix in ("data.history", "data.max_pixels"):

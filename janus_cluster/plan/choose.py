@@ -1,6 +1,6 @@
 """Every way to train a job that is worth looking at, what each needs, and which one to take. No torch.
 
-All ways compared learn the same: the effective batch stays, so does the sample. Only nodes, ZeRO, micro-batch and
+All ways compared train the same: effective batch and sample are kept. Only nodes, ZeRO, micro-batch and
 recomputing differ; for each of those the least recomputing that fits is taken.
 """
 
@@ -10,15 +10,15 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from janus_cluster.config.load import with_values
-from janus_cluster.config.schema import JobConfig
 from janus_cluster.errors import UsageError
+from janus_cluster.job.load import with_values
+from janus_cluster.job.schema import MOST_NODES, JobConfig
+from janus_cluster.modelspec.sizes import Sizes
 from janus_cluster.plan.flops import Flops, count_flops
 from janus_cluster.plan.hardware import Gpu, assumptions_for
 from janus_cluster.plan.memory import GB, Memory, plan_memory
 from janus_cluster.plan.sample import Sample, plan_sample
 from janus_cluster.plan.setup import Setup
-from janus_cluster.plan.sizes import Sizes
 from janus_cluster.plan.time import StepTime, plan_step
 
 PROFILES = ("zero1", "zero2", "zero2_offload", "zero3")
@@ -66,7 +66,7 @@ class Option:
 
 
 def plan_option(job: JobConfig, *, sizes: Sizes, ranks_per_node: int, gpu: Gpu) -> Option:
-    """What training `job` as it stands needs. Raises: UsageError for keys that contradict each other."""
+    """Memory and time of `job` with the keys as given. Raises: UsageError for keys that contradict each other."""
     assumed = assumptions_for(job.hardware)
     setup = Setup.of(job, ranks_per_node=ranks_per_node)
     sample = plan_sample(job.data)
@@ -81,9 +81,13 @@ def plan_option(job: JobConfig, *, sizes: Sizes, ranks_per_node: int, gpu: Gpu) 
     )
 
 
-def plan_options(
-    job: JobConfig, *, sizes: Sizes, ranks_per_node: int, gpu: Gpu, nodes: Sequence[int] = (1, 2)
-) -> list[Option]:
+def nodes_to_plan(nodes: int) -> tuple[int, ...]:
+    """1, 2, 4, … up to the job's number of nodes, which is among them; at least 1 and 2."""
+    doubled = {2**k for k in range(MOST_NODES.bit_length())}
+    return tuple(sorted({1, 2, nodes} | {number for number in doubled if number <= nodes}))
+
+
+def plan_options(job: JobConfig, *, sizes: Sizes, ranks_per_node: int, gpu: Gpu, nodes: Sequence[int]) -> list[Option]:
     """Every combination of nodes, ZeRO profile and micro-batch with the job's effective batch; those that fit first,
     the fastest first.
 
@@ -115,14 +119,14 @@ def all_options(
 ) -> list[Option]:
     """Every way to train the job on its nodes with that effective batch; what is `pinned` is as the job has it.
 
-    Of one profile and micro-batch the least recomputing comes first.
+    Within one profile and micro-batch, least recomputing first.
     """
     ways = _ways(job, world_size=job.nodes * ranks_per_node, batch=batch, pinned=pinned)
     return [plan_option(with_values(job, way), sizes=sizes, ranks_per_node=ranks_per_node, gpu=gpu) for way in ways]
 
 
 def wanted_batch(job: JobConfig, *, ranks_per_node: int) -> int:
-    """The effective batch that the job says it means, else what its numbers give."""
+    """`effective_batch_size` of the job, else the product of its numbers."""
     training = job.training
     own = training.per_device_batch_size * training.gradient_accumulation_steps * job.nodes * ranks_per_node
     return training.effective_batch_size or own
@@ -136,13 +140,22 @@ def with_wanted_batch(job: JobConfig, *, ranks_per_node: int) -> JobConfig:
     per_step = job.training.per_device_batch_size * job.nodes * ranks_per_node
     batch = wanted_batch(job, ranks_per_node=ranks_per_node)
     if batch % per_step:
+        ranks = job.nodes * ranks_per_node
         raise UsageError(
             f"training.effective_batch_size: {batch}: not a multiple of per_device_batch_size "
-            f"{job.training.per_device_batch_size} × {job.nodes * ranks_per_node} ranks",
-            hint="--set training.per_device_batch_size=1, or another effective_batch_size",
+            f"{job.training.per_device_batch_size} × {ranks} ranks",
+            hint="--set training.per_device_batch_size=1"
+            if batch % ranks == 0
+            else batches_to_type(batch, ranks=ranks),
         )
     update = {"gradient_accumulation_steps": batch // per_step}
     return job.model_copy(update={"training": job.training.model_copy(update=update)})
+
+
+def batches_to_type(batch: int, *, ranks: int) -> str:
+    """The next smaller and the next larger effective batch that the ranks divide, as --set takes them."""
+    near = sorted({batch // ranks * ranks, -(-batch // ranks) * ranks} - {0})
+    return " or ".join(f"--set training.effective_batch_size={number}" for number in near)
 
 
 def _ways(
@@ -179,7 +192,7 @@ def _recompute_levels(job: JobConfig, pinned: Collection[str]) -> list[int]:
 def choose(options: Sequence[Option], *, nodes: int) -> Option | None:
     """The option to take on `nodes` nodes: the fastest that fits; among those about as fast, the roomiest.
 
-    There, ZeRO-3 and offloading come last: what their hooks and copies cost is the least certain of all.
+    There, ZeRO-3 and offloading rank last: the cost of their hooks and copies is the least certain.
     Returns: None where nothing fits.
     """
     return choose_among([option for option in options if option.fits and option.setup.nodes == nodes])
@@ -201,32 +214,32 @@ def choose_among(fitting: Sequence[Option]) -> Option | None:
 
 
 def describe_choice(chosen: Option | None, job_as_it_is: Option, gpu: Gpu) -> str:
-    """Why this one: what it needs, and against the job as it stands."""
+    """Reason for the choice: its needs, compared with the job as given."""
     limit_gb = job_as_it_is.memory_limit / GB
     room = f"{limit_gb:.0f} GB ({gpu.memory_gb:.0f} less {gpu.memory_gb - limit_gb:.0f} reserve)"
     if chosen is None:
         least = job_as_it_is.memory.total / GB
         return (
-            f"nothing fits into {room} with this batch; the job as it stands needs about {least:.0f} GB. "
-            "A shorter data.history, a smaller data.max_pixels, LoRA or the other number of nodes need less"
+            f"nothing fits into {room} with this batch; the job as given needs about {least:.0f} GB. "
+            "A shorter data.history, a smaller data.max_pixels, LoRA or more nodes need less"
         )
     need = f"about {chosen.memory.total / GB:.0f} of {room}"
     if keys_of(chosen.job) == keys_of(job_as_it_is.job):
-        return f"the job as it stands: {need}; nothing that fits is more than {TIE:.0%} faster"
+        return f"the job as given: {need}; nothing that fits is more than {TIE:.0%} faster"
     if not job_as_it_is.fits:
-        return f"{need}; the job as it stands needs about {job_as_it_is.memory.total / GB:.0f} GB and does not fit"
+        return f"{need}; the job as given needs about {job_as_it_is.memory.total / GB:.0f} GB and does not fit"
     gain = job_as_it_is.time.total / chosen.time.total
     if gain < 1 + TIE:
         saved = (job_as_it_is.memory.total - chosen.memory.total) / GB
-        return f"{need}; as fast as the job as it stands, with {saved:.0f} GB less"
+        return f"{need}; as fast as the job as given, with {saved:.0f} GB less"
     return (
-        f"{need}; {gain:.2f}× as fast as the job as it stands ({job_as_it_is.time.total:.1f} s a step), "
+        f"{need}; {gain:.2f}× as fast as the job as given ({job_as_it_is.time.total:.1f} s a step), "
         "with the same effective batch"
     )
 
 
 def describe_recompute(every: int) -> str:
-    """How much is computed again, in words."""
+    """Description of how much is recomputed."""
     return {0: "none", 1: "all", 2: "every 2nd", 3: "every 3rd"}.get(every, f"every {every}th")
 
 

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 
-from janus_cluster.config.schema import Lora, Tune
+from janus_cluster.job.schema import Lora, Tune
+from janus_cluster.modelspec.sizes import Sizes
 from janus_cluster.plan.sample import Sample
-from janus_cluster.plan.sizes import Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,6 @@ class Work:
     causal: bool = True
     whole_vggt: bool = False
     head_on_all: bool = False
-
-    @property
-    def reaches_vision(self) -> bool:
-        return self.tune.vision
 
     @property
     def reaches_language(self) -> bool:
@@ -72,7 +68,7 @@ class Flops:
 
     @property
     def backward(self) -> float:
-        """What gradient communication can hide behind: the language model's backward pass with its recomputing."""
+        """What gradient communication can overlap with: the language model's backward pass with its recomputing."""
         return self.llm_backward + self.recompute
 
     @cached_property

@@ -1,62 +1,73 @@
-"""What the GPUs and their links can do, and what of it is taken to be reached: each number with its source.
+"""What the GPUs and their links can do, and what of it is taken to be reached.
 
-Data sheets give peaks. `Assumptions` are not measured on an H800; docs/performance.md says where each comes from.
+The GPUs are those of the gate (templates/gpu, each number with its source). `Assumptions` are not measured on an H800;
+docs/performance.md has the source of each.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from janus_cluster.config.schema import Hardware
+from janus_cluster.job.gpu_part import GpuPart
+from janus_cluster.job.home import site_dir
+from janus_cluster.job.profiles import is_path, load_part, load_parts
+from janus_cluster.job.ring import ring_bus_gb_per_s
+from janus_cluster.job.schema import Hardware
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU and its links.
-
-    Units: memory in GB (1e9 bytes); bus_gb_per_s is NCCL's bus bandwidth of an all-reduce, by number of nodes;
-    nvlink and rail are data-sheet rates in one direction, for one GPU.
-    """
+    """One GPU. Units: GB of 1e9 bytes; bus_…: NCCL's bus bandwidth of an all-reduce on one node and on two."""
 
     name: str
     peak_tflops: float
     memory_gb: float
     hbm_gb_per_s: float
-    nvlink_gb_per_s: float
-    rail_gb_per_s: float
-    bus_gb_per_s: dict[int, float]
+    bus_one_node_gb_per_s: float
+    bus_two_nodes_gb_per_s: float
+
+    def bus_gb_per_s(self, nodes: int, gpus_per_node: int) -> float:
+        """NCCL's bus bandwidth of an all-reduce over all GPUs of so many nodes."""
+        if nodes == 1:
+            return self.bus_one_node_gb_per_s
+        return ring_bus_gb_per_s(self.bus_two_nodes_gb_per_s, nodes=nodes, gpus_per_node=gpus_per_node)
+
+    @classmethod
+    def of(cls, part: GpuPart) -> Gpu:
+        """The bus bandwidths are what the gate demands at least: a node below them does not train."""
+        return cls(
+            name=part.label,
+            peak_tflops=part.peak_tflops,
+            memory_gb=part.memory_gb,
+            hbm_gb_per_s=part.hbm_gb_per_s,
+            bus_one_node_gb_per_s=part.bus_gb_per_s.one_node.fail_below,
+            bus_two_nodes_gb_per_s=part.bus_gb_per_s.two_nodes.fail_below,
+        )
 
 
-GPUS = {
-    "h800": Gpu(
-        name="H800",
-        peak_tflops=989.0,  # dense bf16, data sheet of the H100 SXM, whose compute units it has
-        memory_gb=80.0,  # nominal; nvidia-smi reports 81,559 MiB, 85.5 GB
-        hbm_gb_per_s=3350.0,
-        nvlink_gb_per_s=200.0,  # 400 GB/s both ways
-        rail_gb_per_s=50.0,  # 400 Gb/s
-        # What the gate demands at least (templates/preflight/h800-ib.yaml): a node below it does not train.
-        bus_gb_per_s={1: 135.0, 2: 130.0},
-    ),
-    "h200": Gpu(
-        name="H200",
-        peak_tflops=989.0,
-        memory_gb=141.0,
-        hbm_gb_per_s=4800.0,
-        nvlink_gb_per_s=450.0,
-        rail_gb_per_s=50.0,
-        # The H800's share of NVLink on one node; on two, the same share of the eight rails, which are slower.
-        bus_gb_per_s={1: 304.0, 2: 260.0},
-    ),
-}
+def known_gpus() -> dict[str, Gpu]:
+    """Every kind of GPU by the name that hardware.gpu_type gives it: the shipped ones and the site's own."""
+    return _known_gpus(site_dir())
+
+
+@functools.cache
+def _known_gpus(site: Path) -> dict[str, Gpu]:
+    return {name: Gpu.of(part) for name, part in load_parts(site).items()}
+
+
+def find_gpu(gpu_type: str) -> Gpu | None:
+    """The GPU of hardware.gpu_type, a name or a path; None for a name without figures. Raises: UsageError."""
+    return Gpu.of(load_part(gpu_type)) if is_path(gpu_type) else known_gpus().get(gpu_type.lower())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What no data sheet says.
+    """Assumptions that no data sheet covers.
 
     efficiency: share of the peak over everything computed, recomputing included.
-    hidden: share of a collective that can run behind computing, at most as long as that computing lasts.
+    hidden: share of a collective that can overlap with computing, at most as long as that computing takes.
     straggler: how much longer the slowest of all ranks takes than the mean, per doubling of the ranks.
     module_call_s: host time that ZeRO-3's hooks add to one call of a module.
     reserve_gb: left free for the CUDA context, NCCL, cuBLAS workspaces and fragmentation.
@@ -82,13 +93,13 @@ def known_gpu(hardware: Hardware, name: str | None = None) -> Gpu | None:
     A GPU of which only the memory is known is timed as an H800, and so is a rank on a CPU: from option to option that
     decides little.
     """
-    wanted, own_gb = name or hardware.gpu_type.lower(), hardware.gpu_memory_gb
+    own_gb = hardware.gpu_memory_gb
     is_cpu = hardware.device == "cpu" and name is None
+    found = None if is_cpu else find_gpu(name or hardware.gpu_type)
     if own_gb is None:
-        return None if is_cpu else GPUS.get(wanted)
+        return found
     label = "CPU rank" if is_cpu else hardware.gpu_type or "GPU"
-    base = GPUS["h800"] if is_cpu else GPUS.get(wanted, replace(GPUS["h800"], name=label))
-    return replace(base, name=label if is_cpu else base.name, memory_gb=own_gb)
+    return replace(found or replace(known_gpus()["h800"], name=label), memory_gb=own_gb)
 
 
 def assumptions_for(hardware: Hardware) -> Assumptions:

@@ -1,6 +1,6 @@
 """Bytes on one GPU at the fullest moment of a step, part by part. No torch.
 
-What lies there all the time (weights, gradients, optimizer state, VGGT, buckets) plus the larger of three moments:
+What is allocated all the time (weights, gradients, optimizer state, VGGT, buckets) plus the larger of three moments:
 encoding the frames, the start of the backward pass, and the optimizer's step. e is the bytes of an element.
 """
 
@@ -10,9 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from janus_cluster.modelspec.sizes import Sizes
 from janus_cluster.plan.sample import Sample
 from janus_cluster.plan.setup import Setup
-from janus_cluster.plan.sizes import Sizes
 
 GB = 1e9
 # fp32 master weight and AdamW's two moments.
@@ -20,7 +20,7 @@ OPTIMIZER_BYTES = 12
 FP32 = 4
 FP64 = 8
 # Widths of temporaries that live at once inside one block without gradient, followed through the real networks
-# (benchmarks/plan_counts.py): 17.8 in VGGT's global block, 17.4 in Qwen's vision block (it turns queries and keys in
+# (tests/janusvln/plan_on_meta.py): 17.8 in VGGT's global block, 17.4 in Qwen's vision block (queries and keys turned in
 # fp32).
 VGGT_WIDTHS = 18
 VISION_WIDTHS = 18
@@ -28,7 +28,7 @@ VISION_WIDTHS = 18
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one GPU. `optimizer` is what lies on the GPU; `host_per_node` what offloading moves off it."""
+    """Bytes on one GPU. `optimizer`: on the GPU; `host_per_node`: moved to the host by offloading."""
 
     weights: float
     gradients: float
@@ -43,7 +43,7 @@ class Memory:
 
     @property
     def states(self) -> float:
-        """What lies there all the time, VGGT's weights included."""
+        """Allocated all the time, VGGT's weights included."""
         return self.weights + self.gradients + self.optimizer + self.vggt
 
     @property
@@ -52,7 +52,7 @@ class Memory:
 
     @property
     def passing(self) -> float:
-        """What comes and goes: the fullest of the three moments of a step."""
+        """Temporary: the fullest of the three moments of a step."""
         return max(self.encoder, self.activations + self.logits, self.step)
 
     @property
@@ -116,7 +116,7 @@ def _gradient_copies(sizes: Sizes, setup: Setup) -> float:
 def touched_elements(groups: Sequence[Sequence[int]], ranks: int) -> int:
     """Elements of all tensors of which a rank's part has a piece, on the rank where they are most.
 
-    Each group lies flat, one tensor after the other, and is cut into equal parts.
+    Each group is flat, one tensor after the other, and is cut into equal parts.
     """
     held = [0] * ranks
     for group in groups:
@@ -222,7 +222,7 @@ def _logits(sizes: Sizes, sample: Sample, setup: Setup) -> float:
 
 def _encoder(sizes: Sizes, sample: Sample, setup: Setup) -> float:
     """The fuller of two moments: the vision tower's pass (the whole micro-batch), and VGGT's after it (one sample at a
-    time), with what the tower's merger keeps. Patches and frames in fp32 lie there during both."""
+    time), with what the tower's merger keeps. Patches and frames in fp32 are allocated during both."""
     e, rows, vision = setup.element_bytes, setup.micro_batch, sizes.vision
     patches = rows * sample.vision_patches
     frames = 3 * FP32 * sample.frames * sample.width * sample.height

@@ -1,4 +1,4 @@
-"""A plan as people and programs read it: the table, the choice, and how far the figures can be trusted."""
+"""Render a plan for people and programs: the table, the choice, and how far the figures can be trusted."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from janus_cluster.modelspec.sizes import Sizes
 from janus_cluster.plan.choose import Option, describe_recompute
 from janus_cluster.plan.hardware import ASSUMED, Gpu
 from janus_cluster.plan.memory import GB
-from janus_cluster.plan.sizes import Sizes
 from janus_cluster.plan.time import LOGGED_STEP_S, predecessor_step
 
 LINE_WIDTH = 120
@@ -21,7 +21,7 @@ LINE_WIDTH = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that `janus-cluster plan` says. `samples` None: hours are for 100,000."""
+    """Result of `janus-cluster plan`. `samples` None: hours are for 100,000."""
 
     source: str
     gpu: Gpu

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from janus_cluster.config.frames import PATCH, frame_shape, qwen_grid
-from janus_cluster.config.schema import Data
 from janus_cluster.errors import UsageError
+from janus_cluster.job.schema import Data
+from janus_cluster.modelspec.frames import PATCH, frame_shape, qwen_grid
 
 MARKS = 2  # <|vision_start|> and <|vision_end|> around each image
 # Habitat's frames, as R2R and ScaleVLN walks are rendered.

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from janus_cluster.config.schema import JobConfig
+from janus_cluster.job.deepspeed import resolve_ds_config
+from janus_cluster.job.schema import JobConfig
+from janus_cluster.job.templates import load_ds_profile
 from janus_cluster.plan.flops import Work
-from janus_cluster.render.deepspeed import resolve_ds_config
-from janus_cluster.render.load import load_ds_profile
 
 # DeepSpeed's own defaults for what a profile leaves out.
 _REDUCE_BUCKET = 500_000_000

@@ -6,14 +6,14 @@ All of it is prediction; docs/performance.md names the assumptions and what they
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from janus_cluster.config.schema import Data
+from janus_cluster.job.schema import Data
+from janus_cluster.modelspec.sizes import Sizes, preset_sizes
 from janus_cluster.plan.flops import Flops, Work, count_flops
-from janus_cluster.plan.hardware import ASSUMED, GPUS, Assumptions, Gpu
+from janus_cluster.plan.hardware import ASSUMED, Assumptions, Gpu, known_gpus
 from janus_cluster.plan.sample import Sample, plan_sample
 from janus_cluster.plan.setup import Setup
-from janus_cluster.plan.sizes import Sizes, preset_sizes
 
 # Modules whose hooks run in one pass: a language layer is itself, two norms, attention with four projections, the MLP
 # with three and its activation; a vision block likewise, with one projection for queries, keys and values.
@@ -61,7 +61,7 @@ def plan_traffic(sizes: Sizes, setup: Setup) -> Traffic:
     ZeRO-0: the gradients once a step. ZeRO-1: the same, then the new weights are gathered. ZeRO-2: gradients at every
     micro-step (DeepSpeed 0.19 all-reduces the buckets and keeps its part), weights gathered once. ZeRO-3: all weights
     before the forward pass of every micro-step, and once more those that the backward pass goes through, frozen ones
-    too; then a reduce-scatter. Equal to the byte to what the engines send (tests/training/test_plan_traffic.py).
+    too; then a reduce-scatter. Equal to the byte to what the engines send (tests/janusvln/test_plan_traffic.py).
     """
     e, work = setup.element_bytes, setup.work
     trained = float(e * sizes.trained_parameters(work.tune, work.lora))
@@ -130,7 +130,7 @@ def _communication(sizes: Sizes, setup: Setup, flops: Flops, gpu: Gpu, assumed: 
     weights after the optimizer has nothing beside it.
     """
     traffic = plan_traffic(sizes, setup)
-    seconds = 1 / (gpu.bus_gb_per_s[setup.nodes] * 1e9)
+    seconds = 1 / (gpu.bus_gb_per_s(setup.nodes, setup.ranks_per_node) * 1e9)
     share = (setup.world_size - 1) / setup.world_size * seconds
     rate = gpu.peak_tflops * 1e12 * assumed.efficiency
     backward_s = setup.micro_batch * (flops.backward + flops.head) / rate
@@ -162,21 +162,8 @@ def _optimizer_time(sizes: Sizes, setup: Setup, gpu: Gpu, assumed: Assumptions) 
     return on_node * assumed.host_optimizer_bytes / (assumed.host_gb_per_s * 1e9) + over_pcie
 
 
-def node_gain(
-    sizes: Sizes, sample: Sample, setup: Setup, gpu: Gpu, *, same_batch: bool, assumed: Assumptions = ASSUMED
-) -> float:
-    """How many times the samples per second of one node two nodes bring; `setup` is that of one node.
-
-    With the same effective batch each rank does half the micro-steps; else the batch doubles with the ranks.
-    """
-    accumulation = max(1, setup.accumulation // 2) if same_batch else setup.accumulation
-    two = replace(setup, nodes=2, accumulation=accumulation)
-    seconds = [plan_step(sizes, sample, s, gpu, assumed=assumed).total for s in (setup, two)]
-    return (two.effective_batch / seconds[1]) / (setup.effective_batch / seconds[0])
-
-
 def predecessor_step(assumed: Assumptions = ASSUMED) -> StepTime:
-    """What this model says of the predecessor's logged run: 54.7 s a step of 64 samples."""
+    """This model's prediction for the predecessor's logged run: 54.7 s a step of 64 samples."""
     setup = Setup(
         nodes=1, ranks_per_node=8, stage=3, offload_optimizer=False, offload_parameters=False, micro_batch=1,
         accumulation=8, element_bytes=2, live_parameters=1_000_000_000,
@@ -184,4 +171,4 @@ def predecessor_step(assumed: Assumptions = ASSUMED) -> StepTime:
     )  # fmt: skip
     sample = plan_sample(Data(image_mode="pad"))
     sizes = preset_sizes("qwen2.5-vl-7b")
-    return plan_step(sizes, sample, setup, GPUS["h800"], vggt_calls=LOGGED_VGGT_CALLS, assumed=assumed)
+    return plan_step(sizes, sample, setup, known_gpus()["h800"], vggt_calls=LOGGED_VGGT_CALLS, assumed=assumed)

@@ -1,4 +1,4 @@
-"""Run a program of the node that may be missing, broken or hung, and always come back."""
+"""Run a program of the node that may be missing, broken or hung; the call always returns."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from dataclasses import dataclass
 
 _MOST_BYTES = 4_000_000  # nvidia-smi -q of eight GPUs is 75 kB
 _KILL_WAIT_S = 1.0
-# ibstat lies in /usr/sbin on Debian, which is not on a user's PATH there.
+# ibstat is in /usr/sbin on Debian, which is not on a user's PATH there.
 _ALSO_IN = ("/usr/sbin", "/sbin")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandOutput:
-    """What a program said. `error` says why it said nothing: not on PATH, no answer in time; then `rc` is None."""
+    """Output of a program. `error`: why there is none (not on PATH, no answer in time); then `rc` is None.
+
+    `is_cut`: there was more output than is kept.
+    """
 
     program: str
     rc: int | None
@@ -27,19 +30,20 @@ class CommandOutput:
     stderr: str
     error: str | None
     duration_s: float
+    is_cut: bool = False
 
     @property
     def problem(self) -> str | None:
-        """Why the output is not to be trusted as whole: the error, or a bad exit code with its first words."""
+        """Why the output may be incomplete: the error, or a bad exit code with the output's beginning."""
         if self.error is not None:
             return self.error
         if self.rc == 0:
-            return None
-        said = " ".join((self.stderr.strip() or self.stdout.strip()).split())
-        return f"{self.program} ended with {self.rc}" + (f": {said[:200]}" if said else "")
+            return f"{self.program} printed more than is read" if self.is_cut else None
+        output = " ".join((self.stderr.strip() or self.stdout.strip()).split())
+        return f"{self.program} ended with {self.rc}" + (f": {output[:200]}" if output else "")
 
 
-def run_command(argv: Sequence[str], *, timeout_s: float) -> CommandOutput:
+def run_command(argv: Sequence[str], *, timeout_s: float, most_bytes: int = _MOST_BYTES) -> CommandOutput:
     """The program has ended, or was killed with all its children, or is left behind because nothing ends it.
 
     Output goes through files: a pipe would be waited for as long as any orphan holds it, and a process in state D
@@ -67,12 +71,19 @@ def run_command(argv: Sequence[str], *, timeout_s: float) -> CommandOutput:
         except subprocess.TimeoutExpired:
             _kill_group(process)
             return _silent(program, f"{program} did not answer within {timeout_s:g} s", begun)
-        texts = []
+        texts, is_cut = [], False
         for file in (out, err):
             file.seek(0)
-            texts.append(file.read(_MOST_BYTES).decode("utf-8", errors="replace"))
+            texts.append(file.read(most_bytes).decode("utf-8", errors="replace"))
+            is_cut = is_cut or file.read(1) != b""
     return CommandOutput(
-        program=program, rc=rc, stdout=texts[0], stderr=texts[1], error=None, duration_s=time.monotonic() - begun
+        program=program,
+        rc=rc,
+        stdout=texts[0],
+        stderr=texts[1],
+        error=None,
+        duration_s=time.monotonic() - begun,
+        is_cut=is_cut,
     )
 
 
@@ -83,7 +94,7 @@ def _silent(program: str, error: str, begun: float) -> CommandOutput:
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL at once: what did not answer in time is not asked politely, because SIGTERM can be ignored."""
+    """SIGKILL at once: a program that did not answer in time may ignore SIGTERM."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):

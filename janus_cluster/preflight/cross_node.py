@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from janus_cluster.preflight.agreement import find_reference
 from janus_cluster.preflight.interfaces import find_rails, judge_links
-from janus_cluster.preflight.model import Check, CheckResult, State
+from janus_cluster.preflight.model import Check
+from janus_cluster.run.hosts import join_endpoint
+from janus_cluster.run.records.rails import attribute_ends
+from janus_cluster.run.records.verdict import CheckResult, State, join_few
 
 # Judged by their own family already; so is a path that one node does not have.
 _JUDGED_ELSEWHERE = frozenset({"versions"})
-_SHOWN = 3
 
 
 def judge_cross_node(facts_by_node: Mapping[str, dict[str, Any] | None]) -> list[CheckResult]:
-    """What the facts of all nodes say together. Nothing for a single node, or where a node did not report."""
+    """Compare the facts of all nodes. Nothing for a single node, or where a node did not report."""
     present = {node: facts for node, facts in facts_by_node.items() if facts is not None}
     if len(present) < 2 or len(present) < len(facts_by_node):
         return []
@@ -26,10 +31,11 @@ def judge_cross_node(facts_by_node: Mapping[str, dict[str, Any] | None]) -> list
 
 
 def judge_agreement(tables: Mapping[str, Mapping[str, Mapping[str, Any] | None]]) -> list[CheckResult]:
-    """One result per group: who differs from the first node, in what. ERROR where a node gave no answer (None).
+    """Results per group: who differs, in what. SKIP where a node gave no answer (None).
 
-    Which of two that differ is right cannot be known: the result is of all nodes, and excludes none. Files that differ
-    in their time of change only are a WARN: a copy is as good as the original.
+    Of three or more the odd one is who differs from the most. Otherwise none is known to be right: the result is of
+    all nodes, and excludes none. Files that differ in their time of change only are a WARN: a copy is as good as the
+    original. So are HCAs of another firmware.
     """
     nodes = list(tables)
     groups = sorted({group for table in tables.values() for group in table} - _JUDGED_ELSEWHERE)
@@ -38,71 +44,97 @@ def judge_agreement(tables: Mapping[str, Mapping[str, Mapping[str, Any] | None]]
         check = Check(
             id=f"same.{group}",
             node=",".join(nodes),
-            expected=f"the same on {' and '.join(nodes)}",
+            expected=f"the same on {' and '.join(nodes) if len(nodes) <= 3 else f'all {len(nodes)} nodes'}",
             source="agreement of nodes",
             phase="cross_node",
         )
         silent = [node for node in nodes if tables[node].get(group, {}) is None]
         if silent:
-            told = f"nothing to compare: {' and '.join(silent)} gave no answer"
-            results.append(check.judged("ERROR", told, fix=f"see the other faults of {' and '.join(silent)}"))
+            # Its own check has failed already: one cause is one line.
+            measured = f"nothing to compare: {' and '.join(silent)} gave no answer (gpu.count)"
+            results.append(check.judged("SKIP", measured))
             continue
-        reference = tables[nodes[0]].get(group) or {}
-        differing, harmless = _differences({node: tables[node].get(group) or {} for node in nodes}, group)
-        if not differing and not any(value is not None for value in reference.values()):
+        of_nodes = {node: tables[node].get(group) or {} for node in nodes}
+        first, is_majority = find_reference(of_nodes)
+        differing, harmless = _differences(of_nodes, group, first=first)
+        if not differing and not any(value is not None for value in of_nodes[first].values()):
             continue
-        more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+        fix = _AGREEMENT_FIXES.get(group, "make the nodes alike")
+        if is_majority and differing and not harmless:
+            results += _judge_odd_ones(check, of_nodes, group, first=first, fix=fix)
+            continue
         state: State = "PASS" if not differing else ("WARN" if harmless else "FAIL")
-        measured = "; ".join(differing[:_SHOWN]) + more if differing else f"{len(reference)} values"
-        results.append(check.judged(state, measured, fix=_AGREEMENT_FIXES.get(group, "make the nodes alike")))
+        results.append(check.judged(state, join_few(differing) or f"{len(of_nodes[first])} values", fix=fix))
     return results
 
 
-def _differences(of_nodes: Mapping[str, Mapping[str, Any]], group: str) -> tuple[list[str], bool]:
-    """What differs from the first node, in words; and whether it is nothing but times of change."""
-    (first, reference), *others = of_nodes.items()
+def _judge_odd_ones(
+    check: Check, of_nodes: Mapping[str, Mapping[str, Any]], group: str, *, first: str, fix: str
+) -> list[CheckResult]:
+    """FAIL for each node that differs from the most in more than times of change."""
+    results = []
+    for node, own in of_nodes.items():
+        differing, harmless = _differences({first: of_nodes[first], node: own}, group, first=first)
+        if differing and not harmless:
+            alone = replace(check, node=node, expected=f"as on {first} and most of the others")
+            results.append(alone.judged("FAIL", join_few(differing), fix=fix))
+    return results
+
+
+def _differences(of_nodes: Mapping[str, Mapping[str, Any]], group: str, *, first: str) -> tuple[list[str], bool]:
+    """(what differs from node `first`; whether it does no harm)."""
+    reference = of_nodes[first]
     differing: list[str] = []
     harmless = True
-    for node, theirs in others:
+    for node, theirs in of_nodes.items():
+        if node == first:
+            continue
         for key in sorted({*reference, *theirs}):
             is_elsewhere = group == "files" and None in (reference.get(key), theirs.get(key))
             if reference.get(key) != theirs.get(key) and not is_elsewhere:
-                differing.append(f"{key}: {first} {_told(reference.get(key))}, {node} {_told(theirs.get(key))}")
-                harmless = harmless and key.endswith(".mtime")
+                differing.append(f"{key}: {first} {_shown(reference.get(key))}, {node} {_shown(theirs.get(key))}")
+                harmless = harmless and (key.endswith(".mtime") or key in _HARMLESS.get(group, ()))
     return differing, harmless
 
 
+_HARMLESS = {"hcas": ("firmware",)}
 _AGREEMENT_FIXES = {
     "driver": "install one driver on all nodes",
-    "gpus": "compare nvidia-smi -L on both nodes; drain the one that lost a GPU",
-    "hcas": "compare ibstat on both nodes; one rail's cable, rate or firmware differs",
+    "gpus": "compare nvidia-smi -L on the nodes; drain the one that lost a GPU",
+    "hcas": "compare ibstat on the nodes; the number, rate, PCIe link or firmware of their rails differs",
     "files": "copy the folder again, or mount the same file system on all nodes",
 }
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     return "nothing" if value is None else str(value)
 
 
 def judge_connections(
     reports: Mapping[str, dict[str, Any] | None], *, address: str, port: int, clock_warn_s: float
 ) -> list[CheckResult]:
-    """The master port answered from every node, and every node answered back; clocks are close.
+    """The master port is reachable from every node, every node is reachable from it, and clocks are close.
 
-    A connection has two ends: a failed one is of the pair, and excludes no node.
+    A connection has two ends: a failed one is of the pair, and excludes no node. Where node 0 was reached by others it
+    is of the other end.
     """
     nodes = list(reports)
+    endpoint = join_endpoint(address, port)
+    problems = {node: _connection_problem(reports[nodes[0]], reports[node], node, endpoint) for node in nodes[1:]}
+    pairs = {node: (nodes[0], node) for node in problems}
+    ends = attribute_ends(
+        (pairs[n] for n, problem in problems.items() if problem), (pairs[n] for n, p in problems.items() if not p)
+    )
     results = []
-    for node in nodes[1:]:
-        pair = f"{nodes[0]},{node}"
+    for node, problem in problems.items():
+        pair = node if node in ends.bad else f"{nodes[0]},{node}"
         check = Check(
             id="master_port",
             node=pair,
-            expected=f"{node} connects to {nodes[0]} on {address}:{port}, and back",
+            expected=f"{node} connects to {nodes[0]} on {endpoint}, and back",
             source="TCP, both ways, with real listeners",
             phase="cross_node",
         )
-        problem = _connection_problem(reports[nodes[0]], reports[node], node, f"{address}:{port}")
         fix = f"from {node}: nc -vz {address} {port}; firewall, or does {address} mean another interface there?"
         results.append(check.judged("FAIL" if problem else "PASS", problem or "both ways", fix=fix))
     offsets = {n: r["clock_offset_s"] for n, r in reports.items() if r and r.get("clock_offset_s") is not None}
@@ -118,10 +150,10 @@ def _connection_problem(
         return f"listening on {endpoint}: {master['error']}"
     if own.get("error"):
         return f"{node} to {endpoint}: {own['error']}"
-    heard = next((p for p in master.get("peers", []) if p["node"] == node), None)
-    if heard is None:
+    accepted = next((p for p in master.get("peers", []) if p["node"] == node), None)
+    if accepted is None:
         return f"{node} connected to {endpoint}, but another program answered there"
-    return f"back to {node} at {heard['back']}: {heard['error']}" if heard["error"] else None
+    return f"back to {node} at {accepted['back']}: {accepted['error']}" if accepted["error"] else None
 
 
 def judge_clocks(offsets_s: Mapping[str, float], nodes: Sequence[str], *, warn_above_s: float) -> list[CheckResult]:
@@ -138,10 +170,19 @@ def judge_clocks(offsets_s: Mapping[str, float], nodes: Sequence[str], *, warn_a
         unit="s",
         phase="cross_node",
     )
-    told = f"{spread:.3g} s apart" + "".join(f"; {n} {o:+.3g} s" for n, o in offsets_s.items())
+    furthest = join_few([f"{node} {offsets_s[node]:+.3g} s" for node in _furthest_first(all_offsets)])
+    measured = f"{spread:.3g} s apart; {furthest}"
     return [
-        check.judged("WARN" if spread > warn_above_s else "PASS", told, fix="timedatectl; is chrony or ntp running?")
+        check.judged(
+            "WARN" if spread > warn_above_s else "PASS", measured, fix="timedatectl; is chrony or ntp running?"
+        )
     ]
+
+
+def _furthest_first(offsets_s: Mapping[str, float]) -> list[str]:
+    """The nodes but the first, whose clock is the measure, that which is furthest from the median on top."""
+    middle = statistics.median(offsets_s.values())
+    return sorted(list(offsets_s)[1:], key=lambda node: -abs(offsets_s[node] - middle))
 
 
 def describe_loopback(reports: Mapping[str, dict[str, Any] | None]) -> str:

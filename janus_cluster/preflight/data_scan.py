@@ -1,4 +1,4 @@
-"""A data set as a user means it: episodes, frames and annotations counted, one frame decoded, unreadable ones named."""
+"""Scan a data set: count episodes, frames and annotations, decode one frame, name the unreadable files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = 5
 def scan_data(root: Path, *, budget_s: float) -> dict[str, Any]:
     """Counts under `root`, at most two folders deep; `partial` when the time ran out on a slow file system.
 
-    Returns: episodes, frames, annotations, other, unreadable (names), sample (what decoding one frame said), names
+    Returns: episodes, frames, annotations, other, unreadable (names), sample (result of decoding one frame), names
              (hash of the root's listing, to be compared between nodes).
     """
     deadline = time.monotonic() + budget_s

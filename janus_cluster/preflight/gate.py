@@ -1,6 +1,6 @@
 """The gate: each node reads facts about itself, one judge gives the verdict, training trusts only a fresh one.
 
-on every node    read_facts        nothing is judged, so nothing can be talked out of a verdict
+on every node    read_facts        measurements only; every verdict is made on node 0
 on node 0        judge_static      per node and across nodes; a node without facts is FAIL
                  judge_cross_node  nodes against each other; judge_connections: the master port, clocks
                  judge_active      GEMM, the all-reduce in the node, each rail, all ranks, links, transport
@@ -13,21 +13,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.errors import GateFailed, GateUndetermined
-from janus_cluster.preflight.all_reduce import judge_all_reduce
-from janus_cluster.preflight.bandwidth import judge_counters, judge_gemm, judge_intra_node, judge_rails
+from janus_cluster.job.resolved import ResolvedJob
+from janus_cluster.preflight.all_reduce import ProbeError, floor_of, judge_all_reduce
+from janus_cluster.preflight.bandwidth import judge_counters, judge_gemm, judge_intra_node
 from janus_cluster.preflight.cross_node import judge_connections, judge_cross_node
 from janus_cluster.preflight.facts import read_facts
 from janus_cluster.preflight.gpu_load import judge_gpu_load, loads_gpus
-from janus_cluster.preflight.model import CheckResult, Verdict, worst
+from janus_cluster.preflight.rails import judge_rails
 from janus_cluster.preflight.rate import baseline_limits
 from janus_cluster.preflight.static import judge_static
 from janus_cluster.preflight.transport import judge_transport
+from janus_cluster.run.records.rails import RailTest, without_doubles
+from janus_cluster.run.records.verdict import CheckResult, Verdict, worst
 
 __all__ = [
     "MAX_AGE_S",
-    "Surroundings",
+    "ProbeContext",
     "build_verdict",
     "judge_active",
     "judge_connections",
@@ -41,48 +43,59 @@ MAX_AGE_S = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """What was read around the probe. `counters`: node → port → how much each rose, None where it was not read;
-    `nccl`: node → facts of NCCL's own log, None where there is none; `gpu_load`: node → nvidia-smi's tables."""
+class ProbeContext:
+    """Measurements taken around the probe.
+
+    counters: node → port → by how much each rose, None where not read. nccl: node → facts of NCCL's own log, None
+    without one. gpu_load: node → nvidia-smi's tables. evidence: other facts on the hosts, for a rail's message. errors:
+    node → why its probe did not report.
+    """
 
     counters: Mapping[str, Mapping[str, Mapping[str, int]] | None]
     nccl: Mapping[str, Mapping[str, Any] | None]
     gpu_load: Mapping[str, Sequence[Mapping[str, Any]] | None] = field(default_factory=dict)
     evidence: str = ""
+    errors: Mapping[str, ProbeError | None] = field(default_factory=dict)
 
 
 def judge_active(
-    measured: Mapping[str, dict[str, Any] | None], resolved: ResolvedJob, around: Surroundings | None = None
+    measured: Mapping[str, dict[str, Any] | None], resolved: ResolvedJob, context: ProbeContext | None = None
 ) -> list[CheckResult]:
-    """The probe of every node: devices, rails, all ranks. Without `around` links and transport are not judged."""
+    """The probe of every node: devices, rails, all ranks. Without `context` links and transport are not judged."""
     profile, nodes = resolved.preflight_thresholds, list(measured)
-    floor = profile["all_reduce"]["busbw_gb_per_s"][str(resolved.job.nodes)]
+    own = profile["all_reduce"]
+    floor = floor_of(
+        own["busbw_gb_per_s"],
+        nodes=resolved.job.nodes,
+        gpus_per_node=resolved.processes_per_node,
+        payload_bytes=round(float(resolved.job.preflight.all_reduce_mb or own["payload_mb"]) * 1e6),
+    )
     present = {node: facts for node, facts in measured.items() if facts is not None}
     results = [
         judge_all_reduce(
             facts,
             node=node,
             world_size=resolved.world_size,
-            floor_gb_per_s=floor["fail_below"],
-            source=floor["source"],
+            floor=floor,
             more_limits=baseline_limits(profile, "all_reduce"),
+            error=context.errors.get(node) if context else None,
         )
         for node, facts in measured.items()
     ]
     for node, facts in present.items():
         results += [judge_gemm(facts, profile, node=node), judge_intra_node(facts, profile, node=node)]
-    if around is None or not present:
+    if context is None or not present:
         return results
-    deltas = {node: counters or {} for node, counters in around.counters.items()}
-    rails = next(iter(present.values()))["rails"]
-    results += judge_rails(rails, profile, nodes=nodes, deltas=deltas, evidence=around.evidence)
+    deltas = {node: counters or {} for node, counters in context.counters.items()}
+    rails = without_doubles(RailTest.from_json(test) for facts in present.values() for test in facts["rails"])
+    results += judge_rails(rails, profile, nodes=nodes, deltas=deltas, evidence=context.evidence)
     for node in present:
         is_wanted = bool(profile["hca"]["wanted"])
-        results.append(judge_counters(around.counters.get(node), node=node, is_wanted=is_wanted))
+        results.append(judge_counters(context.counters.get(node), node=node, is_wanted=is_wanted))
         if loads_gpus(resolved):
             gpus = resolved.job.hardware.gpus_per_node
-            results += judge_gpu_load(around.gpu_load.get(node), profile["gpu"], node=node, gpus_per_node=gpus)
-        results += judge_transport(around.nccl.get(node), profile["transport"], node=node, num_nodes=len(nodes))
+            results += judge_gpu_load(context.gpu_load.get(node), profile["gpu"], node=node, gpus_per_node=gpus)
+        results += judge_transport(context.nccl.get(node), profile["transport"], node=node, num_nodes=len(nodes))
     return results
 
 

@@ -1,4 +1,8 @@
-"""The GPUs while the probe runs: PCIe generation, which an idle link lowers, and what holds the clocks down."""
+"""The GPUs while the probe runs: PCIe generation, which an idle link lowers, and what holds the clocks down.
+
+The generation is judged by the GPU's own highest and the profile's; what the slot allows (pcie.link.gen.max) is itself
+under test.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,20 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from janus_cluster.config.schema import ResolvedJob
+from janus_cluster.job.resolved import ResolvedJob
 from janus_cluster.preflight.gpu import parse_number
-from janus_cluster.preflight.gpu_health import Opinion, Row, judge_pcie, judge_throttle
-from janus_cluster.preflight.gpu_query import LOAD, ask_gpus
-from janus_cluster.preflight.model import Check, CheckResult, worst
+from janus_cluster.preflight.gpu_health import Opinion, judge_pcie, judge_throttle
+from janus_cluster.preflight.gpu_known import LOST, Row, is_same_for_all
+from janus_cluster.preflight.gpu_query import LOAD, query_gpus
+from janus_cluster.preflight.model import Check
+from janus_cluster.run.records.verdict import CheckResult, join_few, worst
 
 _EVERY_S = 0.5
 _MOST_SAMPLES = 128
-_SHOWN = 3
 
 
 class GpuSampler:
-    """Inside `with`, nvidia-smi is asked again and again; `samples` are its tables. One that hangs is asked once."""
+    """Inside `with`, queries nvidia-smi periodically; `samples` are its tables. Stops after one query that hangs."""
 
     def __init__(self, *, timeout_s: float) -> None:
         self.samples: list[dict[str, Any]] = []
@@ -37,7 +42,7 @@ class GpuSampler:
     def _run(self) -> None:
         every_s = _EVERY_S
         while not self._stop.wait(every_s):
-            self.samples.append(ask_gpus(LOAD, timeout_s=self._timeout_s))
+            self.samples.append(query_gpus(LOAD, timeout_s=self._timeout_s))
             if self.samples[-1]["error"] is not None:
                 return
             if len(self.samples) >= _MOST_SAMPLES:
@@ -54,16 +59,16 @@ def loads_gpus(resolved: ResolvedJob) -> bool:
 def judge_gpu_load(
     samples: Sequence[Mapping[str, Any]] | None, profile: Mapping[str, Any], *, node: str, gpus_per_node: int
 ) -> list[CheckResult]:
-    """Each GPU's PCIe link and clocks over all samples; ERROR where nvidia-smi did not tell, never a pass.
+    """Each GPU's PCIe link and clocks over all samples; ERROR where nvidia-smi gave no value, never a pass.
 
-    `samples`: tables of nvidia-smi taken while the probe ran; None where it was not asked.
+    `samples`: tables of nvidia-smi taken while the probe ran; None where it was not queried.
     """
-    width = int(profile["pcie_width_min"])
+    width, generation = int(profile["pcie_width_min"]), int(profile["pcie_generation"])
     pcie = Check(
         id="gpu.pcie_load",
         node=node,
-        expected=f"x{width} and the link's highest generation while the probe runs",
-        source=f"{profile['source']}; pcie.link.gen.max",
+        expected=f"x{width} and generation {generation} while the probe runs",
+        source=f"{profile['source']}; pcie.link.gen.gpumax",
         phase="active",
     )
     clocks = Check(
@@ -83,41 +88,52 @@ def judge_gpu_load(
             rows.setdefault(row.get("index", "?"), []).append(row)
     top = max((parse_number(r.get("clocks.current.sm", "")) or 0 for own in rows.values() for r in own), default=0)
     detail = f"{len(rows)} GPUs, {len(samples)} samples, SM clock up to {top:g} MHz"
-    links = {index: judge_link(own, width) for index, own in rows.items()}
+    slots = [row for own in rows.values() for row in own[:1]]
+    is_of_site = len(slots) == len(rows) and is_same_for_all(slots, "pcie.link.gen.max")
+    links = {index: judge_link(own, width, generation=generation, is_of_site=is_of_site) for index, own in rows.items()}
     reasons = {index: _worst_of([judge_throttle(row) for row in own]) for index, own in rows.items()}
     pcie_fix = f"on {node}: nvidia-smi -q | grep -A8 'GPU Link Info' under load; reseat the GPU board, BIOS link speed"
     clock_fix = f"on {node}: nvidia-smi -q -d PERFORMANCE,TEMPERATURE,POWER under load; fans, inlet air, power supplies"
     return [_sum_up(pcie, links, detail, pcie_fix), _sum_up(clocks, reasons, detail, clock_fix)]
 
 
-def judge_link(rows: Sequence[Row], width: int) -> Opinion:
-    """One GPU: the narrowest width seen, and the best generation. One that never left idle has not shown its own."""
+def judge_link(rows: Sequence[Row], width: int, *, generation: int | None = None, is_of_site: bool = False) -> Opinion:
+    """One GPU: the narrowest width and the best generation seen. WARN for one that was never seen busy.
+
+    The generation wanted is the greatest of the profile's, the GPU's own (gpumax) and the slot's (max).
+    is_of_site: every GPU has the same slot, so that a slot of an older generation is the machine's kind: WARN.
+    """
     if not rows:
         return "ERROR", "did not answer"
+    if lost := next((value for row in rows for value in row.values() if LOST.search(value)), None):
+        return "FAIL", lost
     narrow = _worst_of([judge_pcie(row, width) for row in rows])
     if narrow[0] != "PASS":
         return narrow
     seen = [parse_number(row.get("pcie.link.gen.current", "")) for row in rows]
-    most = [parse_number(row.get("pcie.link.gen.max", "")) for row in rows]
+    of_slot, of_gpu = (parse_number(rows[0].get(f"pcie.link.gen.{key}", "")) for key in ("max", "gpumax"))
     known = [n for n in seen if n is not None]
-    if len(known) < len(rows) or most[0] is None:
-        return "ERROR", "generation not told"
-    told = f"generation {max(known):g} of {most[0]:g}"
-    if max(known) >= most[0]:
-        return "PASS", told
+    if len(known) < len(rows) or of_slot is None:
+        return "ERROR", "generation not reported"
+    best, wanted = max(known), max(of_slot, of_gpu or 0, generation or 0)
+    measured = f"generation {best:g} of {wanted:g}"
+    if best >= wanted:
+        return "PASS", measured
+    if best >= of_slot:
+        return ("WARN" if is_of_site else "FAIL"), f"{measured}: the slot allows no more"
     is_busy = any(row.get("pstate") == "P0" for row in rows)
-    return ("FAIL", f"{told} in P0") if is_busy else ("WARN", f"{told}, but never seen in P0")
+    return ("FAIL", f"{measured} in P0") if is_busy else ("WARN", f"{measured}, but never seen in P0")
 
 
 def _problem(samples: Sequence[Mapping[str, Any]] | None) -> str | None:
     if samples is None:
-        return "nvidia-smi was not asked while the probe ran"
+        return "nvidia-smi was not queried while the probe ran"
     if not samples:
-        return "the probe was over before nvidia-smi was asked"
+        return "the probe was over before nvidia-smi was queried"
     for sample in samples:
-        told = sample["error"] or sample["problem"] or (sample["damaged"] and f"not understood: {sample['damaged'][0]}")
-        if told:
-            return str(told)
+        problem = sample["error"] or sample["problem"] or (sample["damaged"] and f"not parsed: {sample['damaged'][0]}")
+        if problem:
+            return str(problem)
     return None
 
 
@@ -127,7 +143,6 @@ def _worst_of(opinions: Sequence[Opinion]) -> Opinion:
 
 
 def _sum_up(check: Check, opinions: Mapping[str, Opinion], detail: str, fix: str) -> CheckResult:
-    told = [f"GPU {index}: {text}" for index, (state, text) in opinions.items() if state != "PASS"]
-    more = f"; and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
+    findings = [f"GPU {index}: {text}" for index, (state, text) in opinions.items() if state != "PASS"]
     state = worst([state for state, _ in opinions.values()])
-    return check.judged(state, "; ".join(told[:_SHOWN]) + more if told else detail, fix=fix)
+    return check.judged(state, join_few(findings) or detail, fix=fix)

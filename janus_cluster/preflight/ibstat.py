@@ -1,4 +1,4 @@
-"""What `ibstat` says: channel adapters and ports, and every line that does not belong to one."""
+"""Parsed output of `ibstat`: channel adapters and ports, and every line that does not belong to one."""
 
 from __future__ import annotations
 
@@ -7,33 +7,37 @@ from typing import Any
 
 from janus_cluster.preflight.command import run_command
 
-_CA = re.compile(r"^CA '([^']+)'$")
+# The heading of an adapter: `CA 'mlx5_0'`, `iWARP RNIC 'i40iw0'`. Source: rdma-core, ibstat.c node_type_str.
+_ADAPTER = re.compile(r"^(?P<type>\S[^':]*) '(?P<name>[^']+)'$")
 _PORT = re.compile(r"^Port (\d+):$")
-_PAIR = re.compile(r"^([A-Z][A-Za-z ]*): (.+)$")
-_CA_KEYS = {"CA type": "ca_type", "Number of ports": "num_ports", "Firmware version": "firmware"}
+_PAIR = re.compile(r"^([A-Za-z][^:]*): *(.*)$")
+_CA_KEYS = {"CA type": "ca_type", "Firmware version": "firmware"}
+# Without one of these a port is cut. Other keys, also those of a newer rdma-core, are not read.
 _PORT_KEYS = {"State": "state", "Physical state": "phys_state", "Rate": "rate", "Link layer": "link_layer"}
-# Told but not judged; a key that is on neither list is kept as damage.
-_OTHER_KEYS = frozenset(
-    ["Hardware version", "Node GUID", "System image GUID", "Base lid", "LMC", "SM lid", "Capability mask", "Port GUID"]
-)
 
 
 def read_ibstat(*, timeout_s: float) -> dict[str, Any]:
-    """Facts: its text and why it is not to be trusted as whole (ibpanic ends it with 255 after valid blocks)."""
+    """Facts: its text, and why it may be incomplete (ibpanic ends it with 255 after valid blocks)."""
     out = run_command(["ibstat"], timeout_s=timeout_s)
     return {"text": out.stdout, "stderr": out.stderr.strip()[:500], "problem": out.problem, "error": out.error}
 
 
 def read_verbs(*, timeout_s: float) -> dict[str, Any]:
-    """Facts: what ibv_devices lists, that is what libibverbs (and so NCCL) can open."""
+    """Facts: what ibv_devices lists, and what ibv_devinfo can open, as libibverbs (and so NCCL) must."""
     out = run_command(["ibv_devices"], timeout_s=timeout_s)
-    return {"text": out.stdout, "problem": out.problem, "error": out.error}
+    info = run_command(["ibv_devinfo"], timeout_s=timeout_s)
+    opened = {"text": info.stdout, "problem": info.problem, "error": info.error}
+    return {"text": out.stdout, "problem": out.problem, "error": out.error, "opened": opened}
 
 
 def parse_ibstat(text: str) -> dict[str, Any]:
-    """Ports with their adapter's type and firmware; under `damaged` what is cut, twice there or of no known shape."""
+    """Ports with their adapter's type and firmware; under `foreign` the adapters that are no InfiniBand CA.
+
+    `damaged`: lines outside an adapter or without a value, repeated ones, and ports with a needed key missing.
+    """
     ports: list[dict[str, str]] = []
     damaged: list[str] = []
+    foreign: list[str] = []
     ca: dict[str, str] | None = None
     port: dict[str, str] | None = None
     seen: set[str] = set()
@@ -41,11 +45,15 @@ def parse_ibstat(text: str) -> dict[str, Any]:
         line = raw.strip()
         if not line:
             continue
-        if match := _CA.match(line):
-            ca, port = {"device": match[1]}, None
-            if match[1] in seen:
+        if match := _ADAPTER.match(line):
+            ca, port = ({"device": match["name"]} if match["type"] == "CA" else None), None
+            if match["type"] != "CA":
+                foreign.append(match["name"])
+            elif match["name"] in seen:
                 damaged.append(line)
-            seen.add(match[1])
+            seen |= {match["name"]} if ca is not None else set()
+        elif foreign and ca is None:
+            continue
         elif (match := _PORT.match(line)) and ca is not None:
             port = {"device": ca["device"], "port": match[1]}
             if any((p["device"], p["port"]) == (port["device"], port["port"]) for p in ports):
@@ -56,23 +64,27 @@ def parse_ibstat(text: str) -> dict[str, Any]:
             damaged.append(line[:200])
     damaged += [f"{p['device']}:{p['port']}: cut" for p in ports if not {*_PORT_KEYS.values()} <= p.keys()]
     damaged += [f"{device}: no port" for device in sorted(seen - {p["device"] for p in ports})]
-    return {"ports": ports, "damaged": damaged}
+    return {"ports": ports, "damaged": damaged, "foreign": foreign}
 
 
 def _take_pair(line: str, ca: dict[str, str] | None, port: dict[str, str] | None) -> bool:
-    """True when the line is a value of this adapter or port that was not told before."""
+    """True for a value of this adapter or port; False for a line of another shape, or a read key that comes twice."""
     match = _PAIR.match(line)
     if match is None or ca is None:
         return False
-    key, value = match[1], match[2]
-    if key in _OTHER_KEYS:
-        return True
     into, names = (port, _PORT_KEYS) if port is not None else (ca, _CA_KEYS)
-    name = names.get(key)
-    if name is None or name in into:
+    name = names.get(match[1])
+    if name is None:
+        return True
+    if name in into:
         return False
-    into[name] = value
+    into[name] = match[2]
     return True
+
+
+def parse_opened(text: str) -> list[str]:
+    """The devices that ibv_devinfo opened."""
+    return re.findall(r"^hca_id:\s*(\S+)\s*$", text, re.MULTILINE)
 
 
 def parse_verbs(text: str) -> list[str]:

@@ -1,25 +1,25 @@
-"""What the node lets a process have: locked memory, open files, /dev/shm, free memory."""
+"""Limits of the node on a process: locked memory, open files, /dev/shm, free memory."""
 
 from __future__ import annotations
 
 import os
 import re
 import resource
-from pathlib import Path
 from typing import Any
 
-from janus_cluster.preflight.model import Check, CheckResult, State
-from janus_cluster.preflight.sysfs import NodeRoot, read_text
+from janus_cluster.preflight.model import Check
+from janus_cluster.preflight.sysfs import NodeRoot, read_cgroup_files, read_text
+from janus_cluster.run.records.verdict import CheckResult, State
 
 GIB = 2**30
 
 
 def read_limits(root: NodeRoot) -> dict[str, Any]:
-    """Facts. Units: bytes, files; None for no limit (memlock, nofile) or not told (the others)."""
+    """Facts. Units: bytes, files; None for no limit (memlock, nofile) or no value (the others)."""
     shm: dict[str, Any] = {"path": str(root.shm), "total_bytes": None, "free_bytes": None}
     try:
-        told = os.statvfs(root.shm)
-        shm |= {"total_bytes": told.f_blocks * told.f_frsize, "free_bytes": told.f_bavail * told.f_frsize}
+        stat = os.statvfs(root.shm)
+        shm |= {"total_bytes": stat.f_blocks * stat.f_frsize, "free_bytes": stat.f_bavail * stat.f_frsize}
     except OSError as e:
         shm["error"] = e.strerror
     return {
@@ -37,7 +37,7 @@ def _soft(which: int) -> int | None:
 
 
 def parse_available(meminfo: str) -> int | None:
-    """MemAvailable in bytes; None where the kernel does not tell it."""
+    """MemAvailable in bytes; None where the kernel does not report it."""
     match = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE | re.ASCII)
     return int(match[1]) * 1024 if match else None
 
@@ -47,23 +47,14 @@ def read_memory_limit(root: NodeRoot) -> int | None:
 
     Slurm gives a job what it asked for or the partition's default, --exclusive or not; past it the kernel kills.
     """
-    mounted, found = root.sys / "fs" / "cgroup", []
-    for line in (read_text(root.proc / "self" / "cgroup") or "").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        # An empty list of controllers is cgroup v2.
-        base, name = (mounted / "memory", "memory.limit_in_bytes") if controllers else (mounted, "memory.max")
-        folder = Path(path.lstrip("/"))
-        found += [read_text(base / above / name) for above in (folder, *folder.parents)]
+    found = read_cgroup_files(root, "memory", v1="memory.limit_in_bytes", v2="memory.max")
     # Version 1 writes no limit as the largest number of pages, about 8 EiB.
-    limits = [int(text) for text in found if text is not None and text.isdigit() and int(text) < 2**60]
+    limits = [int(text) for text in found if text.isdigit() and int(text) < 2**60]
     return min(limits, default=None)
 
 
 def judge_limits(fact: dict[str, Any], profile: dict[str, Any], *, node: str) -> list[CheckResult]:
-    """Each against `warn_below` and `fail_below` of the profile; no limit is more than any number."""
+    """Each limit against `warn_below` and `fail_below` of the profile; no limit passes every threshold."""
     shm = fact["shm"]
     available, limit = fact["memory_available_bytes"], fact.get("memory_limit_bytes")
     is_limited = limit is not None and (available is None or limit < available)
@@ -76,6 +67,7 @@ def judge_limits(fact: dict[str, Any], profile: dict[str, Any], *, node: str) ->
     return [
         _judge(
             "limits.memlock", fact["memlock_bytes"], profile["memlock_gib"], node, unlimited_is_none=True,
+            blames_node=False,  # Slurm may hand down the limit of the shell that submitted
             fix=f"on {node}: ulimit -l unlimited (limits.conf; slurm.conf: PropagateResourceLimitsExcept=MEMLOCK)",
         ),
         _judge(
@@ -101,6 +93,7 @@ def _judge(
     *,
     fix: str,
     unlimited_is_none: bool = False,
+    blames_node: bool = True,
     divisor: int = GIB,
     unit: str = "GiB",
 ) -> CheckResult:
@@ -112,7 +105,16 @@ def _judge(
     if value is None:
         if unlimited_is_none:
             return check.judged("PASS", "unlimited")
-        return check.judged("ERROR" if floors else "SKIP", "not told", fix=fix)
+        return check.judged("ERROR" if floors else "SKIP", "not reported", fix=fix)
     amount = value / divisor
     state: State = "FAIL" if fail and amount < fail else "WARN" if warn and amount < warn else "PASS"
-    return check.judged(state, f"{amount:.3g} {unit}" if divisor > 1 else f"{value} {unit}", fix=fix)
+    measured = render_bytes(value) if divisor > 1 else f"{value} {unit}"
+    return check.judged(state, measured, fix=fix, blames_node=blames_node)
+
+
+def render_bytes(value: int) -> str:
+    """`64 KiB`, `8 MiB`, `31.5 GiB`: in the unit in which the number is readable."""
+    for unit, size in (("GiB", GIB), ("MiB", 2**20)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1024:.3g} KiB"

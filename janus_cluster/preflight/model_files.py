@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from janus_cluster.config.check_weights import check_weights, judge_vggt_weights, load_config_values
-from janus_cluster.config.networks import PRESETS, VggtConfig
-from janus_cluster.config.safetensors_header import IS_LFS_POINTER, is_lfs_pointer
-from janus_cluster.config.schema import Model
-from janus_cluster.config.vggt_source import find_vggt
 from janus_cluster.errors import UsageError
+from janus_cluster.job.schema import Model
+from janus_cluster.modelspec.check_weights import check_weights, judge_vggt_weights, load_config_values
+from janus_cluster.modelspec.networks import PRESETS, VggtConfig
+from janus_cluster.modelspec.safetensors_header import IS_LFS_POINTER, is_lfs_pointer
+from janus_cluster.modelspec.vggt_source import find_vggt
 
 # One of each line; without a tokenizer no sample can be encoded.
 _TOKENIZER = (("tokenizer.json", "vocab.json"), ("tokenizer.json", "merges.txt"), ("tokenizer_config.json",))
@@ -18,7 +18,7 @@ _PROCESSOR = (("preprocessor_config.json", "processor_config.json"),)
 
 
 def scan_model(model: Model) -> dict[str, Any]:
-    """`told`: what the headers say; `problems`: what would stop training; `doubts`: what would not."""
+    """Facts: a line on the headers, `problems` (would stop training) and `doubts` (would not)."""
     folder = Path(str(model.path))
     problems = [f"{' or '.join(names)} is missing" for names in _TOKENIZER if not _any_of(folder, names)]
     named = dict.fromkeys(folder / name for names in _TOKENIZER for name in names)
@@ -34,16 +34,16 @@ def scan_model(model: Model) -> dict[str, Any]:
 
 
 def scan_vggt(model: Model) -> dict[str, Any]:
-    """`told` and `problems` of VGGT's own file."""
+    """The same facts of VGGT's own file."""
     try:
-        told = judge_vggt_weights(find_vggt(Path(str(model.vggt_path)), key="model.vggt_path"), _vggt_config(model))
+        summary = judge_vggt_weights(find_vggt(Path(str(model.vggt_path)), key="model.vggt_path"), _vggt_config(model))
     except UsageError as e:
         return {"told": "", "problems": [_flat(e.message)], "doubts": []}
-    return {"told": told, "problems": [], "doubts": []}
+    return {"told": summary, "problems": [], "doubts": []}
 
 
 def _vggt_config(model: Model) -> VggtConfig:
-    """As the checkpoint says, else as the preset does."""
+    """The checkpoint's value, else the preset's."""
     values = load_config_values(Path(model.path)) if model.path else {}
     return VggtConfig.from_dict(values.get("vggt_config") or PRESETS[model.preset].vggt.to_dict())
 

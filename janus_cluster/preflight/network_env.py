@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from janus_cluster.config.schema import EnvVar
-from janus_cluster.preflight.hca import is_up, port_name, rails
+from janus_cluster.job.resolved import EnvVar
+from janus_cluster.preflight.hca import port_name, usable_rails
 
 ORIGIN = "preflight of this node"
 
@@ -14,21 +14,20 @@ ORIGIN = "preflight of this node"
 def derive_network_env(
     facts: Mapping[str, Any], profile: Mapping[str, Any], user_env: Mapping[str, str]
 ) -> list[EnvVar]:
-    """Variables to export on this node; a name that `user_env` holds is left alone (lint says what it thinks of it).
+    """Variables to export on this node; a name that `user_env` holds is left unchanged (the lint judges it).
 
-    `facts` holds hca (where the profile wants InfiniBand) and route. No rail found: no list, so that NCCL_NET=IB ends
-    the job loudly instead of an empty list meaning every port.
+    `facts` holds hca (where the profile requires InfiniBand) and route. Without a rail NCCL_IB_HCA is not set:
+    NCCL_NET=IB then fails, whereas an empty list would mean every port.
     """
     derived: list[EnvVar] = []
-    sound = (
-        [port_name(p) for p in rails(facts["hca"]) if is_up(p)] if profile["hca"]["wanted"] and "hca" in facts else []
-    )
+    wanted = profile["hca"]["wanted"] and "hca" in facts
+    sound = [port_name(p) for p in usable_rails(facts["hca"], profile["hca"])] if wanted else []
     if sound:
         derived.append(
             EnvVar(
                 name="NCCL_IB_HCA",
                 value="=" + ",".join(sound),
-                reason=f"The {len(sound)} InfiniBand rails of this node, from sysfs; = means these and no others.",
+                reason=f"The {len(sound)} rails of this node, from sysfs; = means these and no others.",
                 origin=ORIGIN,
             )
         )

@@ -1,4 +1,4 @@
-"""What a node sees under a path, short enough to compare between nodes: sizes, times, and hashes of samples."""
+"""A path as one node sees it, short enough to compare between nodes: sizes, times, and hashes of samples."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _SPEED_BYTES = 16_000_000
 def read_view(path: Path, *, budget_s: float) -> dict[str, str | int | None]:
     """files, bytes, mtime (newest, s) and hash (names; both ends of up to 64 files) of a file or a folder's own files.
 
-    Of very many files bytes, mtime and names are those of 2,048. The hash is None when the time ran out: a node whose
-    cache is cold has then read less than the others, and must not seem to differ from them.
+    Of very many files bytes, mtime and names are those of 2,048. The hash is None when the time ran out: a node with
+    a cold cache has then read less than the others, and must not seem to differ from them.
     Raises: OSError where something that is listed cannot be read.
     """
     deadline = time.monotonic() + budget_s
     files = [path] if path.is_file() else _own_files(path)
-    told = [(f.name, f.stat()) for f in _spread(files, _MOST_STATS)]
+    sampled = [(f.name, f.stat()) for f in _spread(files, _MOST_STATS)]
     digest = hashlib.sha256()
-    for name, status in told:
+    for name, status in sampled:
         digest.update(f"{name}\0{status.st_size}\n".encode("utf-8", "surrogateescape"))
     is_whole = True
     for file in _spread(files, _MOST_FILES):
@@ -34,8 +34,8 @@ def read_view(path: Path, *, budget_s: float) -> dict[str, str | int | None]:
             digest.update(_both_ends(file))
     return {
         "files": len(files),
-        "bytes": sum(status.st_size for _, status in told),
-        "mtime": max((int(status.st_mtime) for _, status in told), default=0),
+        "bytes": sum(status.st_size for _, status in sampled),
+        "mtime": max((int(status.st_mtime) for _, status in sampled), default=0),
         "hash": digest.hexdigest()[:16] if is_whole else None,
     }
 

@@ -1,4 +1,4 @@
-"""Paths as the job means them: there, readable, with the right kind of content, and room where the run writes."""
+"""The job's paths: present, readable, with the right kind of content; free space where the run writes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from janus_cluster.config.schema import JobConfig
+from janus_cluster.job.schema import JobConfig
 from janus_cluster.preflight.data_scan import scan_data
-from janus_cluster.preflight.model import Check, CheckResult, State
+from janus_cluster.preflight.model import Check
 from janus_cluster.preflight.model_files import scan_model, scan_vggt
 from janus_cluster.preflight.path_view import read_speed_gb_per_s, read_view
 from janus_cluster.preflight.room import checkpoint_room_bytes
+from janus_cluster.run.records.verdict import CheckResult, State
 
 # Together under the 5 s that the static phase of a node may take.
 _SCAN_S = 2.5
@@ -45,7 +46,7 @@ def read_paths(job: JobConfig, run_dir: Path) -> dict[str, Any]:
     return {
         "paths": {check_id: _read_path(check_id, path, job) for check_id, path in wanted_paths(job).items()},
         "output": read_output(run_dir),
-        # Here, where model.path is: the verdict is found on node 0 from what the nodes say.
+        # Here, where model.path is readable: the verdict is made on node 0 from the nodes' facts.
         "room_bytes": checkpoint_room_bytes(job),
     }
 
@@ -88,12 +89,12 @@ def _is_empty(path: Path, kind: str) -> bool:
 def read_output(run_dir: Path) -> dict[str, Any]:
     """Free bytes and inodes where the run writes, and whether a file of 1 MB could be written there and removed.
 
-    Permission bits say yes on a read-only mount, to root, and over a quota; so it is tried.
+    Tried, not looked up: permission bits show writable on a read-only mount, to root, and over a quota.
     """
     fact: dict[str, Any] = {"path": str(run_dir), "error": None, "free_bytes": None, "free_inodes": None}
     try:
-        told = os.statvfs(run_dir)
-        fact |= {"free_bytes": told.f_bavail * told.f_frsize, "free_inodes": told.f_favail if told.f_files else None}
+        stat = os.statvfs(run_dir)
+        fact |= {"free_bytes": stat.f_bavail * stat.f_frsize, "free_inodes": stat.f_favail if stat.f_files else None}
         with tempfile.TemporaryFile(dir=run_dir) as probe:
             probe.write(b"\0" * _PROBE_BYTES)
             probe.flush()
@@ -104,7 +105,7 @@ def read_output(run_dir: Path) -> dict[str, Any]:
 
 
 def judge_paths(facts: dict[str, Any], job: JobConfig, *, node: str) -> list[CheckResult]:
-    """Every path, then room and inodes where the run writes."""
+    """Every path, then free space and inodes where the run writes."""
     results = [_judge_path(check_id, fact, node) for check_id, fact in facts["paths"].items()]
     min_free_gb, room_bytes = job.preflight.min_free_gb, facts["room_bytes"]
     return [*results, *judge_output(facts["output"], node=node, min_free_gb=min_free_gb, room_bytes=room_bytes)]
@@ -129,7 +130,7 @@ def judge_output(fact: dict[str, Any], *, node: str, min_free_gb: float, room_by
     free_gb = fact["free_bytes"] / 1e9
     inodes = Check(id="paths.inodes", node=node, expected=f">= {_MIN_INODES} free", source="static", unit="inodes")
     count, inode_fix = fact["free_inodes"], f"on {node}: df -i {fact['path']}"
-    # The exact number differs from node to node and moment to moment; only too few are worth telling.
+    # The exact number differs from node to node and moment to moment; it is shown only where there are too few.
     is_enough = count is not None and count >= _MIN_INODES
     counted = (
         inodes.judged("SKIP", "this file system does not count inodes")
@@ -162,7 +163,7 @@ def _judge_path(check_id: str, fact: Mapping[str, Any], node: str) -> CheckResul
 
 
 def judge_data(check: Check, fact: Mapping[str, Any]) -> CheckResult:
-    """FAIL where nothing could be learnt from; WARN where part of it cannot be read, or time was short."""
+    """FAIL where nothing can be trained on; WARN where part of it cannot be read, or the time ran out."""
     found, path = fact["data"], fact["path"]
     counts = f"{found['episodes']} episodes, {found['frames']} frames, {found['annotations']} annotations"
     fix = f"on {check.node}: ls -la {path}; see data.roots"

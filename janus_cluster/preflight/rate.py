@@ -1,4 +1,4 @@
-"""One measured rate against every limit for it: the profile's, the median of its like, the site's baseline."""
+"""One measured rate against every limit for it: the profile's, the median of its peers, the site's baseline."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from janus_cluster.preflight.model import Check, CheckResult, State
+from janus_cluster.preflight.model import Check
+from janus_cluster.run.records.verdict import CheckResult, State
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Below `value` the result is `state`; `source` says where the number comes from."""
+    """Below `value` the result is `state`; `source` is where the number is from."""
 
     value: float
     state: State

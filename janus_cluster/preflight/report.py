@@ -1,11 +1,12 @@
-"""The verdict for people: a rich table in the terminal, a few lines in a job's log, Markdown for a ticket."""
+"""Render the verdict: a rich table in the terminal, a few lines in a job's log, Markdown for a ticket."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from janus_cluster.preflight.model import FAULTS, Verdict, group_nodes
+from janus_cluster.run.hosts import fold_nodes
+from janus_cluster.run.records.verdict import FAULTS, Verdict, group_nodes
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -23,26 +24,26 @@ def render_verdict(verdict: Verdict) -> Group:
     for column in ("state", "check", "node", "measured", "expected"):
         table.add_column(column, overflow="fold", no_wrap=column == "state")
     for r, nodes in group_nodes(verdict.worst_first()):
-        row = (Text(r.id), Text(", ".join(nodes)), Text(r.measured), Text(r.expected))
+        row = (Text(r.id), Text(fold_nodes(nodes)), Text(r.measured), Text(r.expected))
         table.add_row(Text(r.state, style=_STYLE[r.state]), *row)
     mends = [
-        Text(f"mend  {', '.join(nodes)} {r.id}: {r.fix}") for r, nodes in group_nodes(verdict.worst_first()) if r.fix
+        Text(f"mend  {fold_nodes(nodes)} {r.id}: {r.fix}") for r, nodes in group_nodes(verdict.worst_first()) if r.fix
     ]
     exclude = [Text(f"without the bad nodes: --exclude={','.join(verdict.exclude)}")] if verdict.exclude else []
     return Group(table, *mends, *exclude)
 
 
 def render_summary(verdict: Verdict, *, details: str) -> list[str]:
-    """The lines of a log: how many checks, every fault with its mend, and of a sound gate what it measured.
+    """The lines of a log: how many checks, every fault with its fix, and of a passed gate what it measured.
 
-    details: where all of it stands.
+    details: path of the full report.
     """
     counts = Counter[str](r.state for r in verdict.results)
-    told = ", ".join(f"{counts[state]} {state}" for state in _STYLE if counts[state])
-    lines = [f"preflight {verdict.state}: {told}; every check: {details}"]
+    tally = ", ".join(f"{counts[state]} {state}" for state in _STYLE if counts[state])
+    lines = [f"preflight {verdict.state}: {tally}; every check: {details}"]
     faults = group_nodes([r for r in verdict.worst_first() if r.state in FAULTS])
     for r, nodes in faults:
-        lines += [f"{r.state}  {r.id}  {', '.join(nodes)}", f"      measured  {r.measured}"]
+        lines += [f"{r.state}  {r.id}  {fold_nodes(nodes)}", f"      measured  {r.measured}"]
         lines += [f"      expected  {r.expected}", *([f"      mend      {r.fix}"] if r.fix else [])]
     if verdict.exclude:
         lines.append(f"without the bad nodes: --exclude={','.join(verdict.exclude)}")
@@ -50,11 +51,11 @@ def render_summary(verdict: Verdict, *, details: str) -> list[str]:
 
 
 def _measured(verdict: Verdict) -> list[str]:
-    """The rates of a sound gate; of checks that come in numbers, as one for each rail, only how many they are."""
+    """The rates of a passed gate; checks that are numbered, such as one per rail, are counted."""
     sound = [(r, nodes) for r, nodes in group_nodes(verdict.results) if r.phase == "active" and r.state == "PASS"]
     numbered = Counter(r.id.partition(".")[0] for r, _ in sound if "." in r.id)
-    rates = [(r.id, f"{', '.join(nodes)}: {r.measured}; {r.expected}") for r, nodes in sound if "." not in r.id]
-    return [f"  {name:<15} {words}" for name, words in [*rates, *((n, f"{c} sound") for n, c in numbered.items())]]
+    rates = [(r.id, f"{fold_nodes(nodes)}: {r.measured}; {r.expected}") for r, nodes in sound if "." not in r.id]
+    return [f"  {name:<15} {value}" for name, value in [*rates, *((n, f"{c} sound") for n, c in numbered.items())]]
 
 
 def render_verdict_markdown(verdict: Verdict) -> str:
@@ -67,7 +68,7 @@ def render_verdict_markdown(verdict: Verdict) -> str:
     head = [
         f"# preflight {verdict.state}",
         "",
-        f"job {verdict.job_id}, nodes {', '.join(verdict.nodes)}, configuration {verdict.config_hash[:12]}",
+        f"job {verdict.job_id}, nodes {fold_nodes(verdict.nodes)}, configuration {verdict.config_hash[:12]}",
         "",
         "| state | node | check | measured | expected | threshold from | mend |",
         "|---|---|---|---|---|---|---|",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
-import ipaddress
 import socket
-import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from janus_cluster.preflight.model import Check, CheckResult
+from janus_cluster.preflight.interfaces import read_own_addresses
+from janus_cluster.preflight.model import Check
 from janus_cluster.preflight.sysfs import NodeRoot, read_text
+from janus_cluster.run.records.verdict import CheckResult
 
-_SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B
 _RTF_UP = 1
 
 
@@ -25,36 +23,28 @@ def read_route(peer: str | None, root: NodeRoot) -> dict[str, Any]:
     if interface is None:
         return {"peer": peer, "interface": None, "error": f"no interface leads to {peer or 'the default route'}"}
     folder = root.sys / "class" / "net" / interface
-    told = {"operstate": read_text(folder / "operstate"), "speed_mb_per_s": _number(read_text(folder / "speed"))}
-    return {"peer": peer, "interface": interface, "source": source, "error": None, **told}
+    link = {"operstate": read_text(folder / "operstate"), "speed_mb_per_s": _number(read_text(folder / "speed"))}
+    return {"peer": peer, "interface": interface, "source": source, "error": None, **link}
 
 
 def _route_to(peer: str) -> tuple[str | None, str]:
     """A connected UDP socket has the kernel's choice of source address; no packet leaves."""
-    family, kind, proto, _, address = socket.getaddrinfo(peer, 9, socket.AF_INET, socket.SOCK_DGRAM)[0]
+    source = source_towards(peer)
+    return find_owner(source, read_own_addresses()), source
+
+
+def source_towards(peer: str) -> str:
+    """The address from which this host sends to `peer`: IPv4, or IPv6 where the peer has no other. Raises: OSError."""
+    found = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)
+    family, kind, proto, _, address = next((info for info in found if info[0] == socket.AF_INET), found[0])
     with socket.socket(family, kind, proto) as probe:
         probe.connect(address)
-        source = str(probe.getsockname()[0])
-        networks = {name: told for _, name in socket.if_nameindex() if (told := _network_of(probe, name)) is not None}
-    return find_owner(source, networks), source
+        return str(probe.getsockname()[0]).partition("%")[0]
 
 
-def find_owner(address: str, networks: Mapping[str, ipaddress.IPv4Interface]) -> str | None:
-    """The interface that has the address; else, because the kernel tells the first one of each only, the one of its
-    network."""
-    own = ipaddress.IPv4Address(address)
-    owners = [name for name, told in networks.items() if told.ip == own]
-    owners += [name for name, told in networks.items() if own in told.network]
-    return owners[0] if owners else None
-
-
-def _network_of(probe: socket.socket, interface: str) -> ipaddress.IPv4Interface | None:
-    request = struct.pack("256s", interface.encode()[:15])
-    try:
-        told = [fcntl.ioctl(probe.fileno(), what, request)[20:24] for what in (_SIOCGIFADDR, _SIOCGIFNETMASK)]
-    except OSError:
-        return None  # an interface without an IPv4 address
-    return ipaddress.IPv4Interface("/".join(map(socket.inet_ntoa, told)))
+def find_owner(address: str, addresses: Mapping[str, Collection[str]]) -> str | None:
+    """The interface that has the address."""
+    return next((name for name, own in addresses.items() if address in own), None)
 
 
 def _routes(root: NodeRoot) -> str:
@@ -87,7 +77,7 @@ def judge_route(fact: dict[str, Any], profile: dict[str, Any], *, node: str) -> 
     """The interface is known, up and, where training's traffic goes through it, fast enough.
 
     SKIP for a job of one node, which has no peer: nodes of a cluster often have no default route, or a slow one.
-    Units: Mb/s, as the kernel tells a link's speed.
+    Units: Mb/s, as the kernel reports a link's speed.
     """
     if not profile["wanted"]:
         return []
@@ -99,13 +89,13 @@ def judge_route(fact: dict[str, Any], profile: dict[str, Any], *, node: str) -> 
     if fact["interface"] is None:
         return [check.judged("ERROR", str(fact["error"]), fix=f"on {node}: ip route; set NCCL_SOCKET_IFNAME")]
     speed = fact["speed_mb_per_s"]
-    measured = f"{fact['interface']}: {fact['operstate'] or 'state not told'}, {speed or '?'} Mb/s"
+    measured = f"{fact['interface']}: {fact['operstate'] or 'state not reported'}, {speed or '?'} Mb/s"
     if fact["operstate"] == "down":
         return [check.judged("FAIL", measured, fix=f"on {node}: ip link show {fact['interface']}")]
     if floor and speed is None:
         return [
             check.judged(
-                "WARN", measured, fix=f"on {node}: ethtool {fact['interface']} (a virtual link tells no speed)"
+                "WARN", measured, fix=f"on {node}: ethtool {fact['interface']} (a virtual link reports no speed)"
             )
         ]
     if floor and speed is not None and speed < floor:

@@ -1,8 +1,8 @@
 """The node's root as preflight reads it: /, or the folder that preflight.sysfs_root puts in its place.
 
-<root>/sys/class/infiniband, <root>/sys/module, <root>/sys/class/net, <root>/proc/meminfo and <root>/dev/shm are looked
-up there, and installed packages in <root>/site-packages. A folder that is itself a /sys (it holds class/), or
-class/infiniband alone (mlx5_0/ports/…), is taken too. /proc, /dev/shm and the packages are the real ones where the
+<root>/sys/class/infiniband, <root>/sys/module, <root>/sys/class/net, <root>/proc/meminfo and <root>/dev/shm are read
+there, and installed packages in <root>/site-packages. A folder that is itself a /sys (it holds class/), or
+class/infiniband alone (mlx5_0/ports/…), is accepted too. /proc, /dev/shm and the packages are the real ones where the
 folder holds none.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class NodeRoot:
-    """Where sysfs, procfs, /dev/shm and the installed packages lie. `packages` is None for what Python itself finds."""
+    """Places of sysfs, procfs, /dev/shm and the installed packages. `packages` is None for what Python itself finds."""
 
     sys: Path
     infiniband: Path
@@ -24,7 +24,7 @@ class NodeRoot:
 
     @classmethod
     def of(cls, root: str | None) -> NodeRoot:
-        """The real one for None. What a stand-in does not hold is absent, except /proc, /dev/shm, packages."""
+        """The real root for None. What a replacement does not hold is absent, except /proc, /dev/shm, packages."""
         if root is None:
             return cls(Path("/sys"), Path("/sys/class/infiniband"), Path("/proc"), Path("/dev/shm"))
         base = Path(root)
@@ -46,3 +46,18 @@ def read_text(path: Path) -> str | None:
         return path.read_bytes()[:65536].decode("utf-8", errors="replace").strip()
     except OSError:
         return None
+
+
+def read_cgroup_files(root: NodeRoot, controller: str, *, v1: str, v2: str) -> list[str]:
+    """What a file of this process's cgroup and of those above it holds; `v1`, `v2`: its name in either version."""
+    mounted, found = root.sys / "fs" / "cgroup", []
+    for line in (read_text(root.proc / "self" / "cgroup") or "").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and controller not in controllers.split(","):
+            continue
+        # An empty list of controllers is cgroup v2.
+        base, name = (mounted / controller, v1) if controllers else (mounted, v2)
+        folder = Path(path.lstrip("/"))
+        found += [read_text(base / above / name) for above in (folder, *folder.parents)]
+    return [text for text in found if text]

@@ -1,7 +1,7 @@
-"""What libraries need of the temporary folder: Unix sockets with multiprocessing's names, files to run code from, room.
+"""Whether the temporary folder can hold multiprocessing's Unix sockets, executable files, and enough data.
 
-A folder is tried, not looked up: a long path refuses sockets, noexec refuses what triton and DeepSpeed compile, and
-some file systems have no sockets at all.
+Each is tried: a long path refuses sockets, noexec refuses what triton and DeepSpeed compile, and some file systems have
+no sockets at all.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from janus_cluster.preflight.model import Check, CheckResult
+from janus_cluster.preflight.limits import GIB
+from janus_cluster.preflight.model import Check
+from janus_cluster.run.records.verdict import CheckResult
 
-GIB = 2**30
 # In the order in which Python looks them up.
 _VARIABLES = ("TMPDIR", "TEMP", "TMP")
 _DEFAULT = "/tmp"
@@ -51,7 +52,7 @@ def choose_temporary(tried: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def describe_faults(fact: Mapping[str, Any]) -> str:
-    """What the folder is not fit for, in a line; "" where it is."""
+    """What the folder cannot hold, in a line; "" where it can hold everything."""
     return "; ".join(fact["faults"].values())
 
 
@@ -79,8 +80,8 @@ def judge_temporary(
         full = f"on {node}: df -h {chosen['path']}; make room, or --set environment.variables.TMPDIR=DIR"
         return check.judged("FAIL", f"{chosen['path']}: {free_gib:.3g} GiB free", fix=full)
     if chosen is not own:
-        words = f"{fault}; the ranks get a private folder in {chosen['path']}, {free_gib:.3g} GiB free"
-        return check.judged("WARN", words, fix=fix)
+        warning = f"{fault}; the ranks get a private folder in {chosen['path']}, {free_gib:.3g} GiB free"
+        return check.judged("WARN", warning, fix=fix)
     if own["faults"]:
         return check.judged("WARN", fault, fix=fix)
     return check.judged("PASS", f"{own['path']}: {free_gib:.3g} GiB free")

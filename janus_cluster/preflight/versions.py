@@ -1,4 +1,4 @@
-"""The software that training needs is installed on every node, in a supported range. Nothing is imported for it."""
+"""Versions of the software that training needs, on every node and in a supported range. Nothing is imported."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from janus_cluster import __version__
-from janus_cluster.preflight.model import Check, CheckResult
+from janus_cluster.preflight.agreement import find_reference
+from janus_cluster.preflight.model import Check
 from janus_cluster.preflight.sysfs import NodeRoot, read_text
+from janus_cluster.run.records.verdict import CheckResult
 
 PACKAGES = ("janus-cluster", "torch", "transformers", "deepspeed", "pydantic")
 # The oldest driver of each line of CUDA. Source: NVIDIA, CUDA compatibility, minor version compatibility, table 1.
@@ -38,7 +40,7 @@ def _version_of(package: str, root: NodeRoot) -> str | None:
 
 
 def _torch_cuda(root: NodeRoot) -> str | None:
-    """The CUDA version that torch was built for, as its version.py says; None for a CPU build."""
+    """The CUDA version that torch was built for, from its version.py; None for a CPU build."""
     folder = _torch_folder() if root.packages is None else root.packages / "torch"
     match = _TORCH_CUDA.search(read_text(folder / "version.py") or "") if folder else None
     return match[1] if match else None
@@ -65,7 +67,7 @@ def judge_versions(facts: Mapping[str, str | None], *, node: str, ranges: Mappin
         expected=f"{', '.join(limits)}; {', '.join(PACKAGES)} installed",
         source="templates/preflight",
     )
-    told = ", ".join(f"{k} {v}" for k, v in facts.items() if v)
+    measured = ", ".join(f"{k} {v}" for k, v in facts.items() if v)
     cuda = Check(id="versions.cuda", node=node, expected="torch built for CUDA", source="templates/preflight")
     without = f"torch {facts.get('torch')} is a build without CUDA"
     cuda_fix = f"on {node}: install a torch that was built for CUDA into environment.python"
@@ -73,16 +75,16 @@ def judge_versions(facts: Mapping[str, str | None], *, node: str, ranges: Mappin
         *([cuda.judged("WARN", without, fix=cuda_fix)] if _lacks_cuda(facts, ranges) else []),
         check.judged(
             "FAIL" if bad else "PASS",
-            ", ".join(bad) or told,
+            ", ".join(bad) or measured,
             fix=f"on {node}: pip install 'janus-cluster[train]' into environment.python",
         ),
     ]
 
 
 def judge_driver(facts: Mapping[str, str | None], gpus: Mapping[str, Any], *, node: str) -> list[CheckResult]:
-    """WARN where the driver is older than torch's CUDA wants; all_reduce then says whether a cuda-compat package helps.
+    """WARN where the driver is older than torch's CUDA requires; all_reduce shows whether a cuda-compat package helps.
 
-    Nothing where either is not told: that is another check's word.
+    Nothing where either is unknown: other checks report that.
     """
     drivers = sorted({row.get("driver_version", "") for row in gpus.get("identity", {}).get("rows", [])} - {""})
     cuda = facts.get("cuda") or ""
@@ -104,8 +106,9 @@ def _lacks_cuda(facts: Mapping[str, str | None], ranges: Mapping[str, Any]) -> b
 
 
 def judge_same_versions(by_node: Mapping[str, Mapping[str, Any]]) -> list[CheckResult]:
-    """FAIL for each node that differs from the first one, naming in what."""
-    reference_node, reference = next(iter(by_node.items()))
+    """FAIL for each node that differs from the most, of two from the first one, naming in what."""
+    reference_node, _ = find_reference(by_node)
+    reference = by_node[reference_node]
     results = []
     for node, facts in by_node.items():
         keys = [*reference, *(k for k in facts if k not in reference)]
@@ -128,6 +131,6 @@ def judge_same_versions(by_node: Mapping[str, Mapping[str, Any]]) -> list[CheckR
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """2.13.0+cpu → (2, 13, 0): what comes before the first thing that is no number."""
+    """2.13.0+cpu → (2, 13, 0): the leading numbers."""
     match = re.match(r"\d+(?:\.\d+)*", version, re.ASCII)
     return tuple(int(part) for part in match[0].split(".")) if match else ()

@@ -1,1 +1,1 @@
-"""What became of a run, on a page and in pictures, and beside another run or a log of the predecessor."""
+"""A run as a page and as pictures, beside another run or a log of the predecessor."""

@@ -11,11 +11,17 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
-from janus_cluster.config.secrets import is_secret
 from janus_cluster.errors import JanusError
-from janus_cluster.observe.text import clean_line, load_secrets, redact
+from janus_cluster.job.secrets import is_secret
 from janus_cluster.report.table import MAX_COLUMNS, Table, number
-from janus_cluster.rundir import RunDir, read_json
+from janus_cluster.run.current import load_current
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records import metrics
+from janus_cluster.run.records.attempt import AttemptRecord
+from janus_cluster.run.records.metrics import EvalEvent, MemoryEvent, StartEvent, TrainEvent, read_lines
+from janus_cluster.run.records.submission import load_status
+from janus_cluster.run.records.verdict import Verdict
+from janus_cluster.run.text import clean_line, load_secrets, redact
 
 # The names that people use for the segments of an answer; the keys are those of loss_segments.
 SEGMENTS = {
@@ -31,7 +37,6 @@ _STEP_VALUES = (
     "padding_share", "step_time_s", "samples_per_s", "total_steps",
 )  # fmt: skip
 _EVAL_VALUES = ("time", "attempt", "step", "action_accuracy", "majority_accuracy", "macro_f1", "num_samples")
-_EVENT_KINDS = ("start", "checkpoint", "checkpoint_broken", "stop", "resume", "export")
 # A run that saves every minute for a month; the page shows the last of them.
 _MAX_EVENTS = 20_000
 _PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
@@ -50,7 +55,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One attempt, as its attempt.json tells. Units: epoch seconds; ended_at NaN: running, or killed with its node."""
+    """One attempt, from its attempt.json. Units: epoch seconds; ended_at NaN: running, or killed with its node."""
 
     number: int
     started_at: float
@@ -64,7 +69,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One value of the configuration, as text, and where it came from."""
+    """One value of the configuration, as text, and its origin."""
 
     value: str
     origin: str
@@ -93,8 +98,8 @@ class History:
     notes: Sequence[str] = ()
 
 
-class _Words:
-    """Makes texts of the run fit to be shown."""
+class _Sanitiser:
+    """Sanitises texts of the run: secrets redacted, escape sequences stripped."""
 
     def __init__(self, run: RunDir) -> None:
         self._secrets = load_secrets(run)
@@ -105,26 +110,26 @@ class _Words:
 
 
 def load_history(run: RunDir) -> History:
-    """The run's history; what is damaged or missing is left out and told in `notes`. Raises: JanusError."""
-    words = _Words(run)
+    """The run's history; what is damaged or missing is left out and listed in `notes`. Raises: JanusError."""
+    clean = _Sanitiser(run)
     steps, evaluations, notes = Table(), Table(), []
     events: deque[Event] = deque(maxlen=_MAX_EVENTS)
     num_foreign, has_diverged = 0, False
     not_finite: list[int | None] = []
     try:
-        for record in run.read_metrics():
-            if not isinstance(record, dict):
+        for line in read_lines(run):
+            if line is None:
                 num_foreign += 1
-            elif record.get("kind") == "train":
-                steps.add(_step_row(record))
-                if isinstance(loss := record.get("loss"), float):
-                    has_diverged = not math.isfinite(loss)
+            elif isinstance(line, TrainEvent):
+                steps.add(_step_row(line))
+                if line.loss is not None:
+                    has_diverged = not math.isfinite(line.loss)
                     if has_diverged:
-                        not_finite.append(_whole(record.get("step")))
-            elif record.get("kind") == "eval":
-                evaluations.add({name: number(record.get(name)) for name in _EVAL_VALUES})
-            elif record.get("kind") in _EVENT_KINDS:
-                events.append(_event(record, words))
+                        not_finite.append(line.step)
+            elif isinstance(line, EvalEvent):
+                evaluations.add({name: number(getattr(line, name)) for name in _EVAL_VALUES})
+            elif not isinstance(line, MemoryEvent):
+                events.append(_event(line, clean))
     except OSError as e:
         raise JanusError(f"{run.metrics_jsonl}: {e.strerror}", hint=f"ls -l {run.path}") from e
     if num_foreign:
@@ -133,136 +138,113 @@ def load_history(run: RunDir) -> History:
         notes.append(f"the loss is no finite number from step {not_finite[0]} on, {len(not_finite)} times")
     if steps.stride > 1:
         notes.append(f"of {steps.stride} logged steps one is shown")
-    attempts = _without_ghosts([a for n in run.attempts() if (a := _load_attempt(run, n, words)) is not None])
-    events.extend(v for n in run.attempts() if (v := _load_verdict(run, n, words)) is not None)
-    job, origins = _load_job(run)
+    attempts = _with_killed([a for n in run.attempts() if (a := _load_attempt(run, n, clean)) is not None])
+    events.extend(v for n in run.attempts() if (v := _load_verdict(run, n, clean)) is not None)
+    resolved = load_current(run)
     return History(
-        name=words(run.name),
-        source=words(str(run.path)),
+        name=clean(run.name),
+        source=clean(str(run.path)),
         steps=steps,
         evaluations=evaluations,
         events=sorted(events, key=lambda e: e.time if math.isfinite(e.time) else math.inf),
         attempts=attempts,
-        settings=_settings(job, origins, words),
-        state=_load_state(run, words),
-        num_nodes=_whole(job.get("nodes")),
+        settings=_settings(resolved.job, resolved.origins, clean),
+        state=_load_state(run, clean),
+        num_nodes=_whole(resolved.value("nodes")),
         has_diverged=has_diverged,
         notes=notes,
     )
 
 
-def _step_row(record: Mapping[str, Any]) -> dict[str, float]:
-    row = {name: number(record.get(name)) for name in _STEP_VALUES}
-    segments = record.get("loss_segments")
-    if isinstance(segments, dict):
-        row |= {f"segment.{name}": number(segments.get(name)) for name in SEGMENTS}
-    ranks = record.get("ranks")
-    by_rank: dict[str, Any] = ranks if isinstance(ranks, dict) else {}
+def _step_row(line: TrainEvent) -> dict[str, float]:
+    row = {name: number(getattr(line, name)) for name in _STEP_VALUES}
+    if line.loss_segments:
+        row |= {f"segment.{name}": number(line.loss_segments.get(name)) for name in SEGMENTS}
     for name in RANK_VALUES:
-        values = by_rank.get(name)
+        values = line.ranks.get(name)
         if isinstance(values, list):
             row |= {f"{name}.{rank}": number(value) for rank, value in enumerate(values[:MAX_COLUMNS])}
     return row
 
 
-def _event(record: Mapping[str, Any], words: _Words) -> Event:
-    parts = (record.get(key) for key in ("path", "checkpoint", "reason"))
+def _event(line: metrics.Event, clean: _Sanitiser) -> Event:
+    parts = (getattr(line, key, None) for key in ("path", "checkpoint", "reason"))
+    start = _start_parts(line) if isinstance(line, StartEvent) else []
     return Event(
-        kind=str(record["kind"]),
-        time=number(record.get("time")),
-        attempt=_whole(record.get("attempt")),
-        step=_whole(record.get("step")),
-        text=": ".join([*(words(p) for p in parts if p is not None), *_start_words(record)]),
+        kind=line.KIND,
+        time=number(line.time),
+        attempt=line.attempt,
+        step=line.step,
+        text=": ".join([*(clean(p) for p in parts if p is not None), *start]),
     )
 
 
-def _start_words(record: Mapping[str, Any]) -> list[str]:
-    """How long a start took, and its three longest parts; nothing for other records."""
-    seconds = record.get("seconds")
-    if record["kind"] != "start" or not isinstance(seconds, dict):
-        return []
-    parts = sorted(((number(s), str(part)) for part, s in seconds.items()), reverse=True)
+def _start_parts(line: StartEvent) -> list[str]:
+    """How long a start took, and its three longest parts."""
+    parts = sorted(((s, part) for part, s in line.seconds.items()), reverse=True)
     longest = ", ".join(f"{clean_line(part).replace('_', ' ')} {s:.1f}" for s, part in parts[:3])
-    return [f"{number(record.get('total_s')):.1f} s after its processes began ({longest})"]
+    return [f"{number(line.total_s):.1f} s after its processes began ({longest})"] if parts else []
 
 
-def _load_attempt(run: RunDir, attempt: int, words: _Words) -> Attempt | None:
-    record = _read_object(run, "attempt", attempt)
-    if not record or math.isnan(number(record.get("started_at"))):
+def _load_attempt(run: RunDir, attempt: int, clean: _Sanitiser) -> Attempt | None:
+    if (record := AttemptRecord.load(run.attempt_json(attempt))) is None:
         return None
-    nodes = record.get("nodes")
     return Attempt(
         number=attempt,
-        started_at=number(record.get("started_at")),
-        ended_at=number(record.get("ended_at")),
-        state=words(record.get("state") or "?"),
-        from_step=_whole(record.get("from_step")),
-        nodes=tuple(words(n) for n in nodes) if isinstance(nodes, list) else (),
-        exit_code=_whole(record.get("exit_code")),
-        reason=words(record.get("reason") or ""),
+        started_at=record.started_at,
+        ended_at=number(record.ended_at),
+        state=clean(record.state),
+        from_step=record.from_step,
+        nodes=tuple(clean(node) for node in record.nodes),
+        exit_code=record.exit_code,
+        reason=clean(_describe_end(record)),
     )
 
 
-def _without_ghosts(attempts: Sequence[Attempt]) -> list[Attempt]:
-    """The same, but an attempt that says RUNNING although another one followed was killed, at the latest then."""
-    told = []
+def _describe_end(record: AttemptRecord) -> str:
+    """Why a failed attempt failed, as the node classified it; of others, what the attempt gave as its reason."""
+    if record.state == "FAILED" and record.failure is not None:
+        return record.failure.describe()
+    return record.reason or ""
+
+
+def _with_killed(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """The same, with KILLED for an attempt that is still RUNNING in its record although another one followed."""
+    corrected = []
     for attempt, after in zip_longest(attempts, attempts[1:]):
         if after is not None and math.isnan(attempt.ended_at):
-            told.append(replace(attempt, state="KILLED", reason=attempt.reason or "killed before it could say why"))
+            corrected.append(
+                replace(attempt, state="KILLED", reason=attempt.reason or "killed before it recorded a reason")
+            )
         else:
-            told.append(attempt)
-    return told
+            corrected.append(attempt)
+    return corrected
 
 
-def _load_verdict(run: RunDir, attempt: int, words: _Words) -> Event | None:
+def _load_verdict(run: RunDir, attempt: int, clean: _Sanitiser) -> Event | None:
     """The gate's verdict, with the checks that decided it where it is not PASS."""
-    record = _read_object(run, "verdict", attempt)
-    if not record:
+    if (verdict := Verdict.load(run.verdict_json(attempt))) is None:
         return None
-    state = words(record.get("state") or "?")
-    results = record.get("results")
-    worst = [r for r in results if isinstance(r, dict) and r.get("state") == state] if isinstance(results, list) else []
-    causes = [
-        f"{words(r.get('id'))} on {words(r.get('node') or 'all nodes')}: {words(r.get('measured'))}" for r in worst
-    ]
-    text = f"{state}: {'; '.join(causes[:3])}" if state != "PASS" and causes else state
-    return Event(kind="gate", time=number(record.get("created_at")), attempt=attempt, text=text)
+    worst = [r for r in verdict.results if r.state == verdict.state]
+    causes = [f"{clean(r.id)} on {clean(r.node or 'all nodes')}: {clean(r.measured)}" for r in worst]
+    text = f"{verdict.state}: {'; '.join(causes[:3])}" if verdict.state != "PASS" and causes else verdict.state
+    return Event(kind="gate", time=verdict.created_at, attempt=attempt, text=text)
 
 
-def _load_job(run: RunDir) -> tuple[dict[str, Any], dict[str, Any]]:
-    record = _read_object(run, "resolved", 0)
-    job, origins = record.get("job"), record.get("origins")
-    return (job if isinstance(job, dict) else {}), (origins if isinstance(origins, dict) else {})
+def _load_state(run: RunDir, clean: _Sanitiser) -> str | None:
+    status = load_status(run)
+    return None if status is None else clean(status.state)
 
 
-def _load_state(run: RunDir, words: _Words) -> str | None:
-    state = _read_object(run, "status", 0).get("state")
-    return None if state is None else words(state)
-
-
-def _read_object(run: RunDir, what: str, attempt: int) -> dict[str, Any]:
-    paths = {
-        "attempt": run.attempt_json(attempt),
-        "verdict": run.verdict_json(attempt),
-        "resolved": run.resolved_json,
-        "status": run.status_json,
-    }
-    try:
-        value = read_json(paths[what])
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _settings(job: Mapping[str, Any], origins: Mapping[str, Any], words: _Words) -> dict[str, Setting]:
+def _settings(job: Mapping[str, Any], origins: Mapping[str, Any], clean: _Sanitiser) -> dict[str, Setting]:
     found = {}
     for key, value in sorted(_flatten(job)):
         # An empty section has no origin of its own; a key inside a free one (slurm.partition) may have its section's.
         parts = key.split(".")
         prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
         origin = next((origins[p] for p in prefixes if p in origins), "default")
-        shown = f"<{parts[-1]}>" if is_secret(parts[-1]) and value is not None else words(value)
-        found[words(key)] = Setting(value=shown, origin=words(origin))
+        shown = f"<{parts[-1]}>" if is_secret(parts[-1]) and value is not None else clean(value)
+        found[clean(key)] = Setting(value=shown, origin=clean(origin))
     return found
 
 

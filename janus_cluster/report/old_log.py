@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from janus_cluster.errors import UsageError
-from janus_cluster.observe.text import clean_line
 from janus_cluster.report.history import Event, History
 from janus_cluster.report.table import Table
+from janus_cluster.run.text import clean_line
 
 _BLOCK_BYTES = 1 << 20
 # A dict line has about 100 characters, a bar 200; the rest of a longer line (a dump of a tensor) is passed over.
 _MAX_LINE_BYTES = 16 * 1024
-# Elapsed times are whole seconds: below this a difference says less than tqdm's own rate.
+# Elapsed times are whole seconds: below this tqdm's own rate is more precise than a difference.
 _LEAST_ELAPSED_S = 10
 
 _BAR = re.compile(
@@ -49,7 +49,7 @@ class _Reader:
     total: int = 0
     # The last bar from which a step time was reckoned; None: the next one only begins.
     since: tuple[int, int] | None = None
-    # The row of `step`, not yet in the table: its loss comes after its bar.
+    # The row of `step`, not yet in the table: its loss follows its bar.
     row: dict[str, float] | None = None
     last_epoch: float = -1.0
     num_counted: int = 0
@@ -100,7 +100,7 @@ class _Reader:
     def losses(self, line: str) -> None:
         values = {name: _float(text) for name, text in _VALUE.findall(line)}
         epoch = values.pop("epoch", math.nan)
-        # Every node prints the same line, and an older one only comes from a node that lags.
+        # Every node prints the same line, and an older one is from a node that lags.
         if "loss" not in values or epoch <= self.last_epoch:
             return
         self.last_epoch = epoch if math.isfinite(epoch) else self.last_epoch

@@ -17,7 +17,7 @@ _LAST_STEPS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A run in a few figures; None where it does not say.
+    """A run in a few figures; None where it has none.
 
     Units: step_time_s is the median over the logged steps without the first of every attempt, which also warms up;
     samples_per_s over the same steps; loss_last_10 the mean of the last ten logged; accuracies 0 to 1.
@@ -104,13 +104,9 @@ def compare_settings(a: History, b: History) -> list[Difference]:
 def comparison_to_json(a: History, b: History) -> dict[str, Any]:
     """The object of `compare A B --json`."""
     return {
-        "runs": [_without_nan(asdict(summarize(h))) for h in (a, b)],
+        "runs": [asdict(summarize(h)) for h in (a, b)],
         "differences": [asdict(d) for d in compare_settings(a, b)],
     }
-
-
-def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def _median_of_warm(history: History, name: str) -> float | None:

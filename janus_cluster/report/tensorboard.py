@@ -40,7 +40,7 @@ def require_tensorboard() -> None:
 
 
 def write_events(history: History, folder: Path) -> Path:
-    """`folder` holds one event file with every value that the history has; an older one is gone.
+    """Write one event file with every value of the history into `folder`, in place of an older one.
 
     Raises: JanusError if the package is missing.
     """

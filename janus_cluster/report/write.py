@@ -9,7 +9,8 @@ from pathlib import Path
 from janus_cluster.report.history import History
 from janus_cluster.report.page import render_page
 from janus_cluster.report.pictures import Picture, draw_comparison, draw_pictures
-from janus_cluster.rundir import RunDir, write_bytes_atomically, write_text_atomically
+from janus_cluster.run.files import write_bytes_atomically, write_text_atomically
+from janus_cluster.run.paths import RunDir
 
 _PICTURES = ("comparison", "loss", "accuracy", "speed", "ranks", "timeline")
 
@@ -54,7 +55,7 @@ def write_report(histories: Sequence[History], folder: Path, *, made_at: float, 
 
 
 def _remove_others(folder: Path, prefix: str, names: set[str]) -> None:
-    """A picture of an earlier report, which this one does not have, is gone."""
+    """Remove pictures of an earlier report that this one does not have."""
     for name in _PICTURES:
         if name not in names:
             (folder / f"{prefix}{name}.png").unlink(missing_ok=True)

@@ -1,11 +1,10 @@
-"""A real two-node Slurm on this one machine, in a folder of its own, for rehearsal, demo and tests.
+"""A real Slurm of one to eight nodes on this one machine, in a folder of its own, for rehearsal, demo and tests.
 
 layout.py      paths and names inside the sandbox's folder      state.py     what is written down of a running one
 programs.py    which programs are needed, running them          daemons.py   start, recognise and end processes
 network.py     the hosts' namespaces, rails and addresses       render.py    slurm.conf and its companions
 accounting.py  slurmdbd on a private MariaDB                    lifecycle.py up, down, status
 faults.py      cut and slow links, hide paths, stop slurmd      versions.py  which Slurm, and what its version needs
-cli.py         `janus-cluster sandbox …`
 """
 
 from janus_cluster.sandbox.faults import fault, heal

@@ -42,7 +42,7 @@ def start_database(layout: Layout, start: Start) -> None:
         f"--user={user}",
         f"--init-file={layout.database_init}",
         "--skip-networking",
-        # The folder of the socket lets in nobody but its owner; a second password would add nothing.
+        # Only its owner can enter the socket's folder; a second password would add nothing.
         "--skip-grant-tables",
         "--innodb-buffer-pool-size=64M",
         "--innodb-flush-log-at-trx-commit=0",
@@ -55,7 +55,7 @@ def start_database(layout: Layout, start: Start) -> None:
 def start_dbd(layout: Layout, start: Start, *, slurm_env: dict[str, str]) -> None:
     """slurmdbd answers and knows this cluster."""
     # libmariadb takes this socket for StorageHost=localhost; slurmdbd.conf has no key for it.
-    # SLURM_CONF also tells slurmdbd where slurmdbd.conf is: beside it.
+    # slurmdbd takes slurmdbd.conf from the folder of SLURM_CONF.
     env = {**slurm_env, "MYSQL_UNIX_PORT": str(layout.database_socket)}
     daemon = start(DBD, ["slurmdbd", "-D"], env)
     shows = ["sacctmgr", "-n", "-P", "list", "cluster"]

@@ -53,7 +53,7 @@ def is_alive(daemon: Daemon) -> bool:
 def start_daemon(name: str, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, output: Path) -> Daemon:
     """The program runs in a session of its own, what it prints appended to `output`; it outlives this process.
 
-    posix_spawn and not Popen: nobody waits for the child here, and Popen warns about that.
+    posix_spawn and not Popen: the child is not waited for, and Popen warns about that.
     """
     program = [find_program("env"), f"--chdir={cwd}", find_program(argv[0]), *argv[1:]]
     append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -137,7 +137,7 @@ def find_job_pids(slurm_conf: Path, spool: Path) -> list[int]:
 
 
 def parse_unix_sockets(text: str, folder: Path) -> set[str]:
-    """Inodes of the sockets in /proc/net/unix whose path lies in `folder`."""
+    """Inodes of the sockets in /proc/net/unix whose path is in `folder`."""
     rows = (line.split(maxsplit=7) for line in text.splitlines()[1:])
     return {row[6] for row in rows if len(row) == 8 and Path(row[7]).is_relative_to(folder)}
 

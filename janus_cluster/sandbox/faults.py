@@ -12,7 +12,7 @@ from janus_cluster.errors import SandboxFailed, UsageError
 from janus_cluster.sandbox.daemons import end_daemons, signal_daemon
 from janus_cluster.sandbox.hiding import hide_path, show_path
 from janus_cluster.sandbox.hosts import Starter, slurmd_name, without_daemon
-from janus_cluster.sandbox.layout import NODE_NAMES, NUM_RAILS, layout_of
+from janus_cluster.sandbox.layout import NUM_RAILS, layout_of
 from janus_cluster.sandbox.lifecycle import load_running, locked, wait_until_idle
 from janus_cluster.sandbox.network import rail_port
 from janus_cluster.sandbox.programs import require_success
@@ -36,10 +36,12 @@ def fault(
              stop-slurmd  slurmd has ended; its jobs go on until Slurm gives the node up
     Raises:  UsageError for a wrong argument, SandboxFailed if nothing runs or plain mode cannot do it.
     """
-    _require_known(kind, node, rail)
+    _require_known(kind, KINDS, "fault")
+    _require_known(rail, (ALL_RAILS, *RAILS), "rail")
     layout = layout_of(home)
     with locked(layout):
         starter = Starter(layout, load_running(layout))
+        _require_known(node, starter.info.node_names, "node")
         if kind == "stop-slurmd":
             _stop_slurmd(starter, node)
             return starter.info
@@ -62,12 +64,14 @@ def fault(
 def heal(home: Path, kind: str | None = None, node: str | None = None, *, wait_s: float = 60) -> SandboxInfo:
     """The faults of that kind and node (default: all) are undone, and nodes without a fault take jobs again.
 
-    Raises:  UsageError for a wrong argument, SandboxFailed if nothing runs or the nodes do not come back in wait_s.
+    Raises:  UsageError for a wrong argument, SandboxFailed if nothing runs or the nodes are not back in wait_s.
     """
-    _require_known(kind or KINDS[0], node or NODE_NAMES[0], ALL_RAILS)
+    _require_known(kind or KINDS[0], KINDS, "fault")
     layout = layout_of(home)
     with locked(layout):
         starter = Starter(layout, load_running(layout))
+        names = starter.info.node_names
+        _require_known(node or names[0], names, "node")
         before = starter.info.faults
         for found in before:
             if kind in (None, found.kind) and node in (None, found.node):
@@ -77,7 +81,7 @@ def heal(home: Path, kind: str | None = None, node: str | None = None, *, wait_s
         healed = tuple(f for f in before if f not in starter.info.faults)
         _set_links(starter.info)
         _report_in(starter.info, {f.node for f in healed if f.kind == "cut-link"})
-        healthy = [n for n in NODE_NAMES if not any(f.node == n and _loses_node(f) for f in starter.info.faults)]
+        healthy = [n for n in names if not any(f.node == n and _loses_node(f) for f in starter.info.faults)]
         wait_until_idle(starter.info, layout, nodes=healthy, limit_s=wait_s)
         return starter.info
 
@@ -104,14 +108,9 @@ def render_shaper(interface: str, rate: str | None) -> str:
     return f"qdisc replace dev {interface} root tbf rate {rate} burst {burst_bytes}b latency 400ms"
 
 
-def _require_known(kind: str, node: str, rail: str) -> None:
-    for value, allowed, what in (
-        (kind, KINDS, "fault"),
-        (node, NODE_NAMES, "node"),
-        (rail, (ALL_RAILS, *RAILS), "rail"),
-    ):
-        if value not in allowed:
-            raise UsageError(f"{what} {value!r}: there is {', '.join(allowed)}")
+def _require_known(value: str, allowed: Sequence[str], what: str) -> None:
+    if value not in allowed:
+        raise UsageError(f"{what} {value!r}: there is {', '.join(allowed)}")
 
 
 def _with_fault(info: SandboxInfo, new: Fault) -> SandboxInfo:
@@ -125,7 +124,7 @@ def _with_fault(info: SandboxInfo, new: Fault) -> SandboxInfo:
 
 
 def _loses_node(found: Fault) -> bool:
-    """Whether Slurm cannot reach the node while this stands: it speaks to it over ib0."""
+    """Whether this fault cuts Slurm off from the node: Slurm uses ib0."""
     return found.kind == "stop-slurmd" or (found.kind == "cut-link" and found.detail.get("rail") in (ALL_RAILS, "ib0"))
 
 
@@ -139,7 +138,7 @@ def _undo(starter: Starter, found: Fault) -> None:
 
 
 def _report_in(info: SandboxInfo, nodes: Iterable[str]) -> None:
-    """slurmctld has heard of those nodes: slurmd registers anew on SIGHUP; left alone, it took 64 s."""
+    """Those nodes are registered with slurmctld: slurmd registers again on SIGHUP; without it, that took 64 s."""
     for node in nodes:
         daemon = info.daemon(slurmd_name(node))
         if daemon is not None:
@@ -156,7 +155,7 @@ def _stop_slurmd(starter: Starter, node: str) -> None:
     end_daemons([daemon])
 
 
-def render_links(faults: Sequence[Fault], node: str) -> dict[str, str]:
+def render_links(faults: Sequence[Fault], node: str, *, index: int) -> dict[str, str]:
     """The batch lines that put a node's rails into the state that `faults` ask for, whatever state they are in.
 
     Returns: "links" (ip, at the bridges' end: the node sees its carrier go, as with a pulled cable), "towards" (tc, at
@@ -164,23 +163,23 @@ def render_links(faults: Sequence[Fault], node: str) -> dict[str, str]:
     """
     links, towards, away = [], [], []
     for rail in RAILS:
-        port = rail_port(NODE_NAMES.index(node), RAILS.index(rail))
+        port = rail_port(index, RAILS.index(rail))
         here = [f for f in faults if f.node == node and f.detail.get("rail") in (rail, ALL_RAILS)]
         rates = [f.detail["rate"] for f in here if f.kind == "slow-link"]
         links.append(f"link set {port} {'down' if any(f.kind == 'cut-link' for f in here) else 'up'}")
-        # Where two faults slow one rail, the later one says how much.
+        # Of two faults that slow one rail, the later one sets the rate.
         towards.append(render_shaper(port, rates[-1] if rates else None))
         away.append(render_shaper(rail, rates[-1] if rates else None))
     return {name: "\n".join([*lines, ""]) for name, lines in (("links", links), ("towards", towards), ("away", away))}
 
 
 def _set_links(info: SandboxInfo) -> None:
-    """Every rail is as info.faults says."""
+    """Every rail has the state of info.faults."""
     if info.network is None:
         return
     fabric = info.network.controller_namespace
-    for node in info.nodes:
-        lines = render_links(info.faults, node.name)
+    for index, node in enumerate(info.nodes):
+        lines = render_links(info.faults, node.name, index=index)
         require_success(["ip", "-n", fabric, "-batch", "-"], stdin=lines["links"])
         require_success(["tc", "-n", fabric, "-batch", "-"], stdin=lines["towards"])
         require_success(["tc", "-n", str(node.namespace), "-batch", "-"], stdin=lines["away"])

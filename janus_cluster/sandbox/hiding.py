@@ -36,7 +36,7 @@ def hide_path(info: SandboxInfo, layout: Layout, node: str, path: str) -> dict[s
     if not asked.is_dir():
         raise UsageError(f"--path {path}: outside of {NODE_MOUNT} only folders can be hidden", hint="hide its folder")
     if layout.home.is_relative_to(asked.resolve()) or layout.short.is_relative_to(asked.resolve()):
-        raise UsageError(f"--path {path}: the sandbox itself lies in it ({layout.home})")
+        raise UsageError(f"--path {path}: it contains the sandbox itself ({layout.home})")
     _in_mounts(info, node, ["mount", "-t", "tmpfs", "-o", "ro,size=4k", "hidden", str(asked)])
     return {"path": path}
 
@@ -51,7 +51,7 @@ def show_path(info: SandboxInfo, found: Fault) -> None:
         return
     own = info.host_path(found.node, path)
     if own is None or own.exists():
-        raise SandboxFailed(f"{path} of {found.node} was made anew while it was hidden; the old one is {kept}")
+        raise SandboxFailed(f"{path} of {found.node} was created again while it was hidden; the old one is {kept}")
     own.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(kept, own)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from janus_cluster.errors import SandboxFailed
-from janus_cluster.resources import templates_dir
+from janus_cluster.job.resources import templates_dir
 from janus_cluster.sandbox.daemons import is_alive, read_command_name, start_daemon, tail
 from janus_cluster.sandbox.layout import CONTROLLER, NODE_MOUNT, Layout
 from janus_cluster.sandbox.programs import find_program, run_program, search_path
@@ -39,7 +39,7 @@ def is_holder(daemon: Daemon) -> bool:
 
 
 class Starter:
-    """Starts daemons on hosts; `info` is always what sandbox.json says."""
+    """Starts daemons on hosts; `info` always equals sandbox.json."""
 
     def __init__(self, layout: Layout, info: SandboxInfo) -> None:
         self.layout = layout
@@ -70,7 +70,7 @@ class Starter:
         network = self.info.network
         if network is None:
             return
-        # A mount needs a folder to lie on. It stays after `down`: removing it would take another sandbox's mount away.
+        # A mount needs a mount point. It stays after `down`: removing it would take another sandbox's mount away.
         NODE_MOUNT.mkdir(parents=True, exist_ok=True)
         self._start_holder(CONTROLLER, network.controller_namespace, mnt="-")
         for node in self.info.nodes:
@@ -92,7 +92,7 @@ class Starter:
         self.wait_for(daemon, layout.munge_socket)
 
     def start_slurmctld(self) -> None:
-        """slurmctld was started; whether it answers, the caller's wait for idle nodes tells."""
+        """slurmctld was started; the caller waits for idle nodes to see that it answers."""
         self.start(SLURMCTLD, ["slurmctld", "-D"], host=CONTROLLER)
 
     def start_slurmd(self, node: str) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from janus_cluster.errors import SandboxFailed
 
-NODE_NAMES = ("h800-01", "h800-02")
+MOST_NODES = 8
+DEFAULT_NODES = 2
 CONTROLLER = "ctl"
 GPUS_PER_NODE = 8
 GPU_TYPE = "h800"
@@ -29,6 +30,11 @@ NODE_MOUNT = Path("/mnt/node")
 
 # A socket's path has 107 usable bytes; slurmd appends /spool/<node>/<node>_<job id>.<step id>, up to 55 bytes.
 _LONGEST_SOCKET_BASE = 50
+
+
+def node_names(number: int) -> tuple[str, ...]:
+    """h800-01, h800-02, …"""
+    return tuple(f"h800-{index:02d}" for index in range(1, number + 1))
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,6 @@ class Layout:
     @property
     def munge_key(self) -> Path:
         return self.secret / "munge.key"
-
-    @property
-    def slurmdbd_conf(self) -> Path:
-        return self.etc / "slurmdbd.conf"
 
     @property
     def task_prolog(self) -> Path:

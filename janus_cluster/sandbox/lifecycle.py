@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import getpass
 import os
 import re
@@ -15,19 +14,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from janus_cluster.errors import SandboxFailed
-from janus_cluster.resources import templates_dir
+from janus_cluster.errors import SandboxFailed, UsageError
+from janus_cluster.run.lock import open_lock, take_lock
 from janus_cluster.sandbox import accounting as acct
 from janus_cluster.sandbox import network as net
 from janus_cluster.sandbox import render, versions
 from janus_cluster.sandbox.daemons import as_daemons, boot_id, end_daemons, find_job_pids, is_alive, tail
 from janus_cluster.sandbox.hiding import show_path
 from janus_cluster.sandbox.hosts import MUNGED, SLURMCTLD, Starter, is_holder, slurmd_name
-from janus_cluster.sandbox.layout import CONTROLLER, GPUS_PER_NODE, NODE_NAMES, PARTITION, Layout, layout_of
+from janus_cluster.sandbox.layout import (
+    CONTROLLER,
+    DEFAULT_NODES,
+    GPUS_PER_NODE,
+    MOST_NODES,
+    PARTITION,
+    Layout,
+    layout_of,
+    node_names,
+)
 from janus_cluster.sandbox.ports import is_loopback, pick_ports
 from janus_cluster.sandbox.programs import namespaces_problem, require_success, run_program, search_path
 from janus_cluster.sandbox.state import Mode, Node, SandboxInfo, SandboxStatus, load_info
 from janus_cluster.sandbox.versions import SlurmBuild, find_slurm
+from janus_cluster.slurm.client_env import write_client_env
 
 START_LIMIT_S = 40.0
 _LOCK_LIMIT_S = 120.0
@@ -38,21 +47,31 @@ _CONTROLLER_PORT = 6817
 _ACCOUNTING_PORT = 6819
 
 
-def up(home: Path, *, mode: Literal["auto", "namespaces", "plain"] = "auto", accounting: bool = False) -> SandboxInfo:
-    """Both nodes of the sandbox in `home` are idle, or it ran already.
+def up(
+    home: Path,
+    *,
+    nodes: int | None = None,
+    mode: Literal["auto", "namespaces", "plain"] = "auto",
+    accounting: bool = False,
+) -> SandboxInfo:
+    """All nodes of the sandbox in `home` are idle, or it ran already. `nodes` None: two, or as many as it has.
 
-    Raises:  SandboxFailed if a program is missing, if another kind of sandbox runs here, or if Slurm does not start;
+    Raises:  UsageError for a number of nodes that it cannot have.
+             SandboxFailed if a program is missing, if another kind of sandbox runs here, or if Slurm does not start;
              nothing of what was started is then left but the logs.
     """
+    if nodes is not None and not 1 <= nodes <= MOST_NODES:
+        raise UsageError(f"--nodes {nodes}: a sandbox has 1 to {MOST_NODES} nodes", hint=f"--nodes {MOST_NODES}")
     layout = layout_of(home)
     layout.home.mkdir(parents=True, exist_ok=True)
     with locked(layout):
         running = load_info(layout.home)
         if running is not None:
             if _judge_state(running) == "running" and running.complete:
-                return _require_same_kind(running, mode, accounting)
+                return _require_same_kind(running, nodes, mode, accounting)
             _take_down(layout, running)
-        starter = _prepare(layout, _choose_mode(mode), accounting, find_slurm(accounting=accounting))
+        slurm = find_slurm(accounting=accounting)
+        starter = _prepare(layout, nodes or DEFAULT_NODES, _choose_mode(mode), accounting, slurm)
         try:
             _start_everything(starter)
         except BaseException:
@@ -67,7 +86,7 @@ def down(home: Path) -> bool:
     Returns: whether there was anything to take down.
     """
     layout = layout_of(home)
-    # Somebody may have deleted the folder under a running sandbox: its namespaces are still found by name.
+    # The folder may have been deleted under a running sandbox: its namespaces are still found by name.
     left_over = can_have_namespaces() and bool(net.find_namespaces(layout.tag))
     if not layout.home.is_dir() and not left_over:
         return False
@@ -87,7 +106,7 @@ def status(home: Path) -> SandboxStatus:
     if info is None:
         return SandboxStatus(state="down", home=str(layout.home))
     state = _judge_state(info)
-    nodes = dict.fromkeys(NODE_NAMES, "unknown")
+    nodes = {node.name: "unknown" for node in info.nodes}
     controller = info.daemon(SLURMCTLD)
     # Asked while slurmctld is dead, sinfo would try for 10 s.
     if state != "stale" and controller is not None and is_alive(controller):
@@ -107,7 +126,7 @@ def status(home: Path) -> SandboxStatus:
 
 
 def node_states(info: SandboxInfo) -> dict[str, str]:
-    """Node name → Slurm's word for its state; empty if slurmctld does not answer."""
+    """Node name → its state in Slurm's spelling; empty if slurmctld does not answer."""
     done = run_program(["sinfo", "-h", "-N", "-o", "%N %T"], env=info.env(), timeout_s=60)
     if done.returncode != 0:
         return {}
@@ -124,40 +143,35 @@ def load_running(layout: Layout) -> SandboxInfo:
 
 
 def wait_until_idle(
-    info: SandboxInfo, layout: Layout, *, nodes: Sequence[str] = NODE_NAMES, limit_s: float = START_LIMIT_S
+    info: SandboxInfo, layout: Layout, *, nodes: Sequence[str] | None = None, limit_s: float = START_LIMIT_S
 ) -> None:
-    """Those nodes are ready for jobs. Raises: SandboxFailed with the last lines of the log that says why not."""
-    deadline = time.monotonic() + limit_s
+    """Wait until those nodes (None: all) are ready for jobs. Raises: SandboxFailed with the last lines of the log."""
+    deadline, wanted = time.monotonic() + limit_s, nodes if nodes is not None else info.node_names
     while True:
         dead = [d.name for d in info.daemons if not is_alive(d)]
         if dead:
-            raise SandboxFailed(f"{dead[0]} ended by itself:\n{tail(layout.log(dead[0]))}")
+            raise SandboxFailed(f"{dead[0]} ended unexpectedly:\n{tail(layout.log(dead[0]))}")
         states = node_states(info)
-        waiting = [n for n in nodes if states.get(n) not in _READY_STATES]
+        waiting = [n for n in wanted if states.get(n) not in _READY_STATES]
         if not waiting:
             return
         if time.monotonic() > deadline:
             break
         time.sleep(0.05)
     suspects = [slurmd_name(n) for n in waiting] if states else [SLURMCTLD]
-    said = "\n".join(tail(layout.log(s)) for s in suspects)
+    log_ends = "\n".join(tail(layout.log(s)) for s in suspects)
     shown = ", ".join(f"{n} is {states.get(n, 'unknown to slurmctld')}" for n in waiting)
-    raise SandboxFailed(f"after {limit_s:g} s {shown}:\n{said}")
+    raise SandboxFailed(f"after {limit_s:g} s {shown}:\n{log_ends}")
 
 
 @contextmanager
 def locked(layout: Layout) -> Iterator[None]:
     """No other up, down, fault or heal works on this folder. Raises: SandboxFailed after two minutes of waiting."""
-    with layout.lock.open("a") as f:
-        deadline = time.monotonic() + _LOCK_LIMIT_S
-        while True:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as e:
-                if time.monotonic() > deadline:
-                    raise SandboxFailed(f"another command has held {layout.lock} for {_LOCK_LIMIT_S:g} s") from e
-                time.sleep(0.1)
+    with open_lock(layout.lock) as fd:
+        try:
+            take_lock(fd, wait_s=_LOCK_LIMIT_S)
+        except BlockingIOError as e:
+            raise SandboxFailed(f"another command has held {layout.lock} for {_LOCK_LIMIT_S:g} s") from e
         yield
 
 
@@ -170,13 +184,16 @@ def _judge_state(info: SandboxInfo) -> Literal["running", "degraded", "stale"]:
     return "running" if all(alive) and info.complete else "degraded"
 
 
-def _require_same_kind(info: SandboxInfo, mode: str, accounting: bool) -> SandboxInfo:
+def _require_same_kind(info: SandboxInfo, nodes: int | None, mode: str, accounting: bool) -> SandboxInfo:
     runs = SlurmBuild(info.slurm_version, info.slurm_root)
     if os.environ.get(versions.VARIABLE) and (wanted := find_slurm(accounting=accounting)) != runs:
         raise SandboxFailed(
             f"a sandbox with {runs.title} runs in {info.home}; {versions.VARIABLE} names {wanted.title}",
             hint="janus-cluster sandbox down",
         )
+    if nodes not in (None, len(info.nodes)):
+        has = f"{len(info.nodes)} node{'s' * (len(info.nodes) > 1)}"
+        raise SandboxFailed(f"a sandbox with {has} runs in {info.home}", hint="janus-cluster sandbox down")
     if mode not in ("auto", info.mode) or (accounting and not info.accounting):
         has = f"mode {info.mode}, {'with' if info.accounting else 'without'} accounting"
         raise SandboxFailed(f"a sandbox with {has} runs in {info.home}", hint="janus-cluster sandbox down")
@@ -194,18 +211,19 @@ def _choose_mode(mode: str) -> Mode:
     return "plain"
 
 
-def _prepare(layout: Layout, mode: Mode, accounting: bool, slurm: SlurmBuild) -> Starter:
-    """Empty folders, configuration on disk, and a sandbox.json that says what is about to start."""
-    _make_folders(layout)
-    mounts = [str(layout.node_mnt(n)) for n in NODE_NAMES]
+def _prepare(layout: Layout, num_nodes: int, mode: Mode, accounting: bool, slurm: SlurmBuild) -> Starter:
+    """Empty folders, configuration on disk, and a sandbox.json that lists what is about to start."""
+    names = node_names(num_nodes)
+    _make_folders(layout, names)
+    mounts = [str(layout.node_mnt(n)) for n in names]
     if mode == "namespaces":
-        plan = net.plan_network(layout.tag)
+        plan = net.plan_network(layout.tag, num_nodes=num_nodes)
         network, nodes = plan.network(), plan.nodes(mounts)
         controller_port, dbd_port = _CONTROLLER_PORT, _ACCOUNTING_PORT
     else:
         network = None
-        controller_port, dbd_port, *ports = pick_ports(2 + len(NODE_NAMES), seed=layout.tag)
-        nodes = tuple(Node(n, "127.0.0.1", p, m) for n, p, m in zip(NODE_NAMES, ports, mounts, strict=True))
+        controller_port, dbd_port, *ports = pick_ports(2 + num_nodes, seed=layout.tag)
+        nodes = tuple(Node(n, "127.0.0.1", p, m) for n, p, m in zip(names, ports, mounts, strict=True))
     info = SandboxInfo(
         home=str(layout.home),
         mode=mode,
@@ -225,7 +243,7 @@ def _prepare(layout: Layout, mode: Mode, accounting: bool, slurm: SlurmBuild) ->
     return starter
 
 
-def _make_folders(layout: Layout) -> None:
+def _make_folders(layout: Layout, names: Sequence[str]) -> None:
     """The sandbox's folders are there and empty; the logs of the last time are in logs.previous."""
     shutil.rmtree(layout.previous_logs, ignore_errors=True)
     if layout.logs.is_dir():
@@ -239,7 +257,7 @@ def _make_folders(layout: Layout) -> None:
         folder.mkdir(mode=0o755)
     layout.secret.mkdir(mode=0o700)
     (layout.state / "slurmctld").mkdir(mode=0o700)
-    for node in NODE_NAMES:
+    for node in names:
         layout.node_mnt(node).mkdir(parents=True, exist_ok=True)
         layout.node_hidden(node).mkdir(parents=True, exist_ok=True)
 
@@ -248,16 +266,15 @@ def _claim_short_folder(short: Path) -> None:
     short.mkdir(mode=0o755, exist_ok=True)
     found = short.lstat()
     if short.is_symlink() or found.st_uid != os.getuid():
-        raise SandboxFailed(f"{short} belongs to somebody else", hint="set JANUS_HOME to a folder with a shorter path")
+        raise SandboxFailed(f"{short} belongs to another user", hint="set JANUS_HOME to a folder with a shorter path")
 
 
 def _write_configuration(layout: Layout, info: SandboxInfo) -> None:
-    templates, user = templates_dir(), getpass.getuser()
+    user = getpass.getuser()
     host = CONTROLLER if info.mode == "namespaces" else socket.gethostname().split(".")[0]
     memory_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
     texts = {
         "slurm.conf": render.render_slurm_conf(
-            templates,
             layout,
             info,
             user=user,
@@ -265,16 +282,17 @@ def _write_configuration(layout: Layout, info: SandboxInfo) -> None:
             real_memory_mb=memory_mb,
             loopback_only=info.mode == "plain" and is_loopback(host),
         ),
-        "gres.conf": render.render_gres_conf(templates, layout, info),
-        "cgroup.conf": render.render_cgroup_conf(templates, info),
+        "gres.conf": render.render_gres_conf(layout, info),
+        "cgroup.conf": render.render_cgroup_conf(info),
     }
     if info.accounting:
-        texts["slurmdbd.conf"] = render.render_slurmdbd_conf(templates, layout, info, user=user, controller_host=host)
+        texts["slurmdbd.conf"] = render.render_slurmdbd_conf(layout, info, user=user, controller_host=host)
     for name, text in texts.items():
         path = layout.etc / name
         # slurmdbd refuses a configuration that others may read.
         path.touch(mode=0o600 if name == "slurmdbd.conf" else 0o644)
         path.write_text(text, encoding="ascii")
+    write_client_env(layout.slurm_conf, info.env())
     if info.slurm_root is not None:
         layout.task_prolog.write_text(render.render_task_prolog(info.slurm_root), encoding="ascii")
         layout.task_prolog.chmod(0o755)
@@ -289,14 +307,14 @@ def _start_everything(starter: Starter) -> None:
     layout, info = starter.layout, starter.info
     if info.network is not None:
         net.remove_network(layout.tag)
-        net.build_network(net.NetworkPlan(layout.tag, net.parse_subnet(info.network)))
+        net.build_network(net.NetworkPlan(layout.tag, net.parse_subnet(info.network), len(info.nodes)))
         starter.start_hosts()
     starter.start_munged()
     if info.accounting:
         acct.start_database(layout, starter.start_on_controller)
         acct.start_dbd(layout, starter.start_on_controller, slurm_env=info.env())
     starter.start_slurmctld()
-    for node in NODE_NAMES:
+    for node in info.node_names:
         starter.start_slurmd(node)
     wait_until_idle(starter.info, layout)
     _require_several_slurmd(starter.info)
@@ -304,12 +322,12 @@ def _start_everything(starter: Starter) -> None:
 
 
 def _require_several_slurmd(info: SandboxInfo) -> None:
-    """Return only if this Slurm can run both nodes here. Such a build says so in `scontrol show config`."""
+    """Return only if this Slurm can run several nodes here. Such a build is shown by `scontrol show config`."""
     shown = require_success(["scontrol", "show", "config"], env=info.env())
     if not re.search(r"^MULTIPLE_SLURMD\s*=\s*yes", shown, re.MULTILINE | re.IGNORECASE):
         raise SandboxFailed(
             f"{SlurmBuild(info.slurm_version, info.slurm_root).title} was built without --enable-multiple-slurmd: "
-            "its two nodes could start here, but no step on both",
+            "its nodes could start here, but no step on more than one",
             hint=f"set {versions.VARIABLE} to a build with that option (Debian's packages have it)",
         )
 

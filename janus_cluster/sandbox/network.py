@@ -1,11 +1,11 @@
 """The sandbox's own network: one namespace per host, joined by one bridge per rail inside the controller's namespace.
 
     this machine ── jc<tag>h │ host0 ─ rail0 ── n1r0 │ ib0  h800-01     rail r: subnet .16r/28 and a bridge of its own:
-                             │         rail1 ── n1r1 │ ib1              no packet for ib3 can come in by ib0
+                             │         rail1 ── n1r1 │ ib1              ib0 receives no packet for ib3
                              │ ctl     …             │ …
-                             │         rail0 ── n2r0 │ ib0  h800-02
-Bridges stand in the controller's namespace and not on this machine, so that neither this machine's firewall (Docker
-drops bridged packets) nor its routes touch what the nodes say to each other. Only rail 0's /28 is routed from here.
+                             │         rail0 ── n2r0 │ ib0  h800-02 …
+Bridges are in the controller's namespace and not on this machine, so that neither this machine's firewall (Docker
+drops bridged packets) nor its routes touch the traffic between nodes. Only rail 0's /28 is routed from here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from janus_cluster.errors import SandboxFailed
-from janus_cluster.sandbox.layout import CONTROLLER, NODE_NAMES, NUM_RAILS
+from janus_cluster.sandbox.layout import CONTROLLER, MOST_NODES, NUM_RAILS, node_names
 from janus_cluster.sandbox.programs import require_success, run_program
 from janus_cluster.sandbox.state import Network, Node
 
@@ -34,6 +34,7 @@ class NetworkPlan:
 
     tag: str
     subnet: ipaddress.IPv4Network
+    num_nodes: int
 
     @property
     def controller_namespace(self) -> str:
@@ -70,7 +71,7 @@ class NetworkPlan:
                 rails={f"ib{rail}": self.address(i, rail) for rail in range(NUM_RAILS)},
                 namespace=self.namespace(i),
             )
-            for i, name in enumerate(NODE_NAMES)
+            for i, name in enumerate(node_names(self.num_nodes))
         )
 
 
@@ -80,7 +81,7 @@ def rail_port(node_index: int, rail: int) -> str:
 
 
 def pick_subnet(tag: str, taken: Iterable[ipaddress.IPv4Network]) -> ipaddress.IPv4Network:
-    """A /24 of the benchmark range that overlaps nothing in `taken`; the tag says where the search begins.
+    """A /24 of the benchmark range that overlaps nothing in `taken`; the search begins at the tag.
 
     Raises:  SandboxFailed if none is free.
     """
@@ -105,10 +106,10 @@ def parse_routes(text: str) -> list[ipaddress.IPv4Network]:
     ]
 
 
-def plan_network(tag: str) -> NetworkPlan:
+def plan_network(tag: str, *, num_nodes: int) -> NetworkPlan:
     """A plan that fits between this machine's present routes."""
     routes = parse_routes(require_success(["ip", "-j", "-4", "route", "show", "table", "all"]))
-    return NetworkPlan(tag, pick_subnet(tag, routes))
+    return NetworkPlan(tag, pick_subnet(tag, routes), num_nodes)
 
 
 def render_outside(plan: NetworkPlan) -> str:
@@ -117,7 +118,7 @@ def render_outside(plan: NetworkPlan) -> str:
     return "\n".join(
         [
             f"netns add {network.controller_namespace}",
-            *(f"netns add {plan.namespace(i)}" for i in range(len(NODE_NAMES))),
+            *(f"netns add {plan.namespace(i)}" for i in range(plan.num_nodes)),
             f"link add {network.host_interface} type veth peer name host0 netns {network.controller_namespace}",
             f"addr add {network.host_address}/28 dev {network.host_interface}",
             f"link set {network.host_interface} up",
@@ -131,7 +132,7 @@ def render_fabric(plan: NetworkPlan) -> str:
     lines = ["link set lo up"]
     for rail in range(NUM_RAILS):
         lines += [f"link add rail{rail} type bridge", f"link set rail{rail} up"]
-        for i in range(len(NODE_NAMES)):
+        for i in range(plan.num_nodes):
             port = rail_port(i, rail)
             lines += [
                 f"link add {port} type veth peer name ib{rail} netns {plan.namespace(i)}",
@@ -150,16 +151,16 @@ def render_node(plan: NetworkPlan, index: int) -> str:
 
 
 def build_network(plan: NetworkPlan) -> None:
-    """All of the plan exists. Raises: SandboxFailed with ip's own words; part of it may then exist."""
+    """All of the plan exists. Raises: SandboxFailed with ip's message; part of it may then exist."""
     require_success(["ip", "-batch", "-"], stdin=render_outside(plan))
     require_success(["ip", "-n", plan.controller_namespace, "-batch", "-"], stdin=render_fabric(plan))
-    for i in range(len(NODE_NAMES)):
+    for i in range(plan.num_nodes):
         require_success(["ip", "-n", plan.namespace(i), "-batch", "-"], stdin=render_node(plan, i))
 
 
 def namespace_names(tag: str) -> list[str]:
     """Every namespace that a sandbox of this tag may have, whether or not it exists."""
-    return [f"jc{tag}-{CONTROLLER}", *(f"jc{tag}-{i + 1}" for i in range(len(NODE_NAMES)))]
+    return [f"jc{tag}-{CONTROLLER}", *(f"jc{tag}-{i + 1}" for i in range(MOST_NODES))]
 
 
 def find_namespaces(tag: str) -> list[str]:
@@ -170,7 +171,7 @@ def find_namespaces(tag: str) -> list[str]:
 
 
 def find_pids(namespaces: Iterable[str]) -> list[int]:
-    """Every process in those namespaces: as nobody else's can be in there, all are this sandbox's."""
+    """Every process in those namespaces; all of them are this sandbox's."""
     return [int(pid) for name in namespaces for pid in run_program(["ip", "netns", "pids", name]).stdout.split()]
 
 

@@ -11,7 +11,7 @@ _FIRST, _LAST = 17000, 29999
 
 
 def pick_ports(count: int, *, seed: str) -> list[int]:
-    """`count` different ports on which nothing listens; the hex seed says where the search begins.
+    """`count` different ports on which nothing listens; the search begins at the hex seed.
 
     Raises:  SandboxFailed if there are not so many.
     """

@@ -103,9 +103,9 @@ def run_program(
 def require_success(
     argv: Sequence[str], *, env: Mapping[str, str] | None = None, stdin: str | None = None, timeout_s: float = 20
 ) -> str:
-    """What the program printed. Raises: SandboxFailed with its own words if it fails."""
+    """The program's stdout. Raises: SandboxFailed with its stderr."""
     done = run_program(argv, env=env, stdin=stdin, timeout_s=timeout_s)
     if done.returncode != 0:
-        said = (done.stderr.strip() or done.stdout.strip())[-2000:]
-        raise SandboxFailed(f"{' '.join(argv)} ended with {done.returncode}: {said}")
+        printed = (done.stderr.strip() or done.stdout.strip())[-2000:]
+        raise SandboxFailed(f"{' '.join(argv)} ended with {done.returncode}: {printed}")
     return done.stdout

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from janus_cluster.job.resources import templates_dir
+from janus_cluster.job.templates import template_environment
 from janus_cluster.sandbox import layout as names
 from janus_cluster.sandbox.layout import Layout
 from janus_cluster.sandbox.state import SandboxInfo
@@ -15,23 +16,12 @@ CLUSTER_NAME = "janus_sandbox"
 DATABASE_NAME = "slurm_acct"
 
 
-def render_template(templates: Path, name: str, **values: Any) -> str:
-    """`<templates>/sandbox/<name>` filled in. Raises: jinja2.UndefinedError if it names a value that is not given."""
-    import jinja2  # 60 ms that only `up` needs
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(templates / "sandbox"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-    return environment.get_template(name).render(**values)
+def render_template(name: str, **values: Any) -> str:
+    """templates/sandbox/<name> filled in. Raises: jinja2.UndefinedError if it names a value that is not given."""
+    return template_environment(templates_dir() / "sandbox").get_template(name).render(**values)
 
 
 def render_slurm_conf(
-    templates: Path,
     layout: Layout,
     info: SandboxInfo,
     *,
@@ -40,7 +30,7 @@ def render_slurm_conf(
     real_memory_mb: int,
     loopback_only: bool,
 ) -> str:
-    """slurm.conf for both nodes. In plain mode both have this machine's host name and differ by port only.
+    """slurm.conf for all nodes. In plain mode all have this machine's host name and differ by port only.
 
     loopback_only: the daemons listen at the address of their host name, which must then be 127.0.0.1.
     """
@@ -50,7 +40,6 @@ def render_slurm_conf(
         for n in info.nodes
     ]
     return render_template(
-        templates,
         "slurm.conf.j2",
         cluster_name=CLUSTER_NAME,
         controller_host=controller_host,
@@ -76,10 +65,9 @@ def render_slurm_conf(
     )
 
 
-def render_gres_conf(templates: Path, layout: Layout, info: SandboxInfo) -> str:
+def render_gres_conf(layout: Layout, info: SandboxInfo) -> str:
     """gres.conf: eight pretended GPUs on each node. `Count=` without `File=` would drain the node."""
     return render_template(
-        templates,
         "gres.conf.j2",
         nodes=info.nodes,
         gpu_type=names.GPU_TYPE,
@@ -88,9 +76,9 @@ def render_gres_conf(templates: Path, layout: Layout, info: SandboxInfo) -> str:
     )
 
 
-def render_cgroup_conf(templates: Path, info: SandboxInfo) -> str:
+def render_cgroup_conf(info: SandboxInfo) -> str:
     """cgroup.conf with a plugin that starts without a mounted cgroup tree."""
-    return render_template(templates, "cgroup.conf.j2", cgroup_plugin=settings_of(info.slurm_version).cgroup_plugin)
+    return render_template("cgroup.conf.j2", cgroup_plugin=settings_of(info.slurm_version).cgroup_plugin)
 
 
 def render_task_prolog(slurm_root: str) -> str:
@@ -98,10 +86,9 @@ def render_task_prolog(slurm_root: str) -> str:
     return f'#!/bin/sh\necho "export PATH={slurm_root}/bin:{slurm_root}/sbin:$PATH"\n'
 
 
-def render_slurmdbd_conf(templates: Path, layout: Layout, info: SandboxInfo, *, user: str, controller_host: str) -> str:
+def render_slurmdbd_conf(layout: Layout, info: SandboxInfo, *, user: str, controller_host: str) -> str:
     """slurmdbd.conf for the private MariaDB, which it reaches by MYSQL_UNIX_PORT (see accounting.py)."""
     return render_template(
-        templates,
         "slurmdbd.conf.j2",
         munge_socket=layout.munge_socket,
         controller_host=controller_host,

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from janus_cluster.rundir import read_json, write_json_atomically
+from janus_cluster.run.files import read_json, write_json_atomically
 from janus_cluster.sandbox.layout import NODE_MOUNT, layout_of
 from janus_cluster.sandbox.programs import search_path
 
@@ -80,6 +80,10 @@ class SandboxInfo:
         path = {"PATH": search_path(root=self.slurm_root)} if self.slurm_root else {}
         return {"SLURM_CONF": self.slurm_conf, **path}
 
+    @property
+    def node_names(self) -> tuple[str, ...]:
+        return tuple(node.name for node in self.nodes)
+
     def node(self, name: str) -> Node | None:
         """The node of that name, or None."""
         return next((n for n in self.nodes if n.name == name), None)
@@ -94,7 +98,7 @@ class SandboxInfo:
         return replace(self, daemons=(*kept, daemon))
 
     def host_path(self, node: str, path: str) -> Path | None:
-        """Where a path below /mnt/node of that node lies on this machine; None if it is not below it."""
+        """This machine's path of a path below /mnt/node of that node; None if it is not below it."""
         found = self.node(node)
         if found is None or not Path(path).is_relative_to(NODE_MOUNT):
             return None
@@ -108,8 +112,8 @@ class SandboxStatus:
     state:  down      nothing runs
             running   every daemon runs, or is stopped by a fault in force
             degraded  some daemon is gone although no fault stopped it
-            stale     sandbox.json speaks of processes that are all gone (the machine was restarted)
-    nodes:  node name → Slurm's own word for its state ("idle", "down*", "unknown" when slurmctld does not answer)
+            stale     all processes of sandbox.json are gone (the machine was restarted)
+    nodes:  node name → its state as Slurm names it ("idle", "down*", "unknown" when slurmctld does not answer)
     """
 
     state: Literal["down", "running", "degraded", "stale"]
@@ -129,19 +133,11 @@ class SandboxStatus:
 
 
 def load_info(home: Path) -> SandboxInfo | None:
-    """What sandbox.json says, whether or not it still runs; None if there is none that this version can read."""
+    """The content of sandbox.json, whether or not it still runs; None if there is none that this version can read."""
     try:
         return parse_info(read_json(layout_of(home).state_json))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def client_env(slurm_conf: Path) -> dict[str, str]:
-    """Variables with which Slurm's programs speak to the Slurm of this slurm.conf: a sandbox's own programs to it."""
-    info = load_info(slurm_conf.parent.parent)
-    if info is not None and info.slurm_conf == str(slurm_conf):
-        return info.env()
-    return {"SLURM_CONF": str(slurm_conf)}
 
 
 def parse_info(value: Any) -> SandboxInfo:

@@ -1,4 +1,4 @@
-"""The only door to squeue, sinfo, scontrol, sacct and scancel: argv lists, time-outs, parsers. (sbatch: executor.py.)
+"""All calls of squeue, sinfo, scontrol, sacct and scancel: argv lists, time-outs, parsers. (sbatch: submission.py.)
 
 Squeue, scontrol and sacct name the same things differently; all three are parsed into SlurmJob. Times are asked for
 as epoch seconds (SLURM_TIME_FORMAT=%s), so that no time zone is ever guessed.
@@ -11,14 +11,15 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from janus_cluster.errors import JanusError, JobNotFound, SlurmUnavailable
+from janus_cluster.slurm.trouble import Trouble, find_trouble, no_answer
 
-# Job names, reasons and commands may hold any printable character, so columns are parted by one that is not.
+# Job names, reasons and commands may hold any printable character, so columns are separated by one that is not.
 _SEPARATOR = "\x1f"
 _SQUEUE_FIELDS = (
     *("JobID", "State", "exit_code", "RestartCnt", "NodeList"),
@@ -30,13 +31,13 @@ _NO_VALUE = frozenset({"", "None", "(null)", "N/A", "n/a", "Unknown", "NONE", "N
 _FILTER_PREFIXES = ("SQUEUE_", "SACCT_", "SCONTROL_", "SINFO_")
 WAYS_OUT = (
     "--cluster local runs the job on this machine as simulated nodes; "
-    "--cluster sandbox runs it on a real two-node Slurm on this machine (janus-cluster sandbox up)"
+    "--cluster sandbox runs it on a real Slurm on this machine (janus-cluster sandbox up)"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmJob:
-    """What Slurm says of one job, whichever of its programs said it.
+    """Slurm's answer about one job, from whichever program gave it.
 
     Units: start_time and submit_time are epoch seconds; None where Slurm names no time.
     """
@@ -59,20 +60,18 @@ class SlurmJob:
 class Slurm:
     """One Slurm, reached through its client programs.
 
-    `conf` becomes SLURM_CONF of every program started (the sandbox's, which may have programs of its own); None leaves
-    the environment's.
+    `conf` becomes SLURM_CONF of every program started (the sandbox's, which may have programs of its own), `cluster`
+    SLURM_CLUSTERS ("": the configuration's own cluster); None leaves the environment's.
     """
 
     conf: Path | None = None
-    # A client gives up on a dead controller after 18 s (measured, 22.05); its own words are better than ours.
+    cluster: str | None = None
+    # A client gives up on a dead controller after 18 s (measured, 22.05); its own message is better than ours.
     timeout_s: float = 30.0
 
     def node_address(self, node: str) -> str | None:
         """The address that Slurm uses for the node; None if it names none. Raises: SlurmUnavailable, JanusError."""
-        done = self._run(["scontrol", "show", "node", node])
-        if done.returncode != 0:
-            raise self._failed("scontrol", done)
-        found = re.search(r"\bNodeAddr=(\S+)", done.stdout)
+        found = re.search(r"\bNodeAddr=(\S+)", self.ask(["scontrol", "show", "node", node]))
         return found.group(1) if found else None
 
     def usable_nodes(self, partition: str | None) -> dict[str, str]:
@@ -80,14 +79,12 @@ class Slurm:
         nor drained. Raises: SlurmUnavailable, JanusError.
         """
         only = [f"--partition={partition}"] if partition else []
-        done = self._run(["sinfo", "--noheader", "--Node", "--format=%N %T %G", *only])
-        if done.returncode != 0:
-            raise self._failed("sinfo", done)
-        rows = (line.split(maxsplit=2) for line in done.stdout.splitlines())
+        printed = self.ask(["sinfo", "--noheader", "--Node", "--format=%N %T %G", *only])
+        rows = (line.split(maxsplit=2) for line in printed.splitlines())
         return {r[0]: r[2] for r in rows if len(r) == 3 and not re.search("down|drain|fail|unknown", r[1])}
 
     def squeue(self, job_ids: Sequence[str]) -> dict[str, SlurmJob]:
-        """Every job of `job_ids` that the controller still remembers, finished ones too, from one query.
+        """Every job of `job_ids` that the controller still holds, finished ones too, from one query.
 
         Raises: SlurmUnavailable, JanusError.
         """
@@ -95,18 +92,35 @@ class Slurm:
             return {}
         columns = ",".join(f"{field}:{_SEPARATOR}" for field in _SQUEUE_FIELDS)
         argv = ["squeue", "--noheader", "--all", "--states=all", f"--jobs={','.join(job_ids)}", f"--Format={columns}"]
+        return self._squeue(argv)
+
+    def find_job(self, script: Path, *, earlier: Collection[str] = ()) -> SlurmJob | None:
+        """The user's newest job that was submitted with `script`, but for those of `earlier`; None if the controller
+        holds none. Raises: SlurmUnavailable, JanusError.
+        """
+        columns = ",".join(f"{field}:{_SEPARATOR}" for field in _SQUEUE_FIELDS)
+        jobs = self._squeue(["squeue", "--noheader", "--all", "--states=all", "--me", f"--Format={columns}"])
+        ours = [job for i, job in jobs.items() if i not in earlier and (job.command or "").strip() == str(script)]
+        return max(ours, key=lambda job: job.submit_time or 0.0, default=None)
+
+    def _squeue(self, argv: Sequence[str]) -> dict[str, SlurmJob]:
         done = self._run(argv)
-        # With a single id that it has forgotten squeue fails; with several it leaves that one out.
+        # With a single id that it no longer holds squeue fails; with several it leaves that one out.
         if done.returncode != 0 and "Invalid job id" not in done.stderr:
             raise self._failed("squeue", done)
+        if _is_cut(done.stdout, len(_SQUEUE_FIELDS)):
+            raise JanusError("squeue failed: its answer was cut, so jobs may be missing from it")
         return parse_squeue(done.stdout)
 
     def scontrol_show_job(self, job_id: str) -> SlurmJob | None:
-        """What the controller knows of the job; None once it has forgotten. Raises: SlurmUnavailable, JanusError."""
+        """The job as the controller holds it; None once it does not. Raises: SlurmUnavailable, JanusError."""
         done = self._run(["scontrol", "show", "job", job_id])
         if done.returncode != 0 and "Invalid job id" not in done.stderr:
             raise self._failed("scontrol", done)
-        return parse_scontrol_job(done.stdout)
+        job = parse_scontrol_job(done.stdout)
+        if done.returncode == 0 and job is None:
+            raise JanusError(f"scontrol failed: its answer holds no job {job_id}, and does not deny it")
+        return job
 
     def sacct(self, job_ids: Sequence[str]) -> dict[str, SlurmJob]:
         """The jobs that accounting knows; empty where the site keeps none. Raises: SlurmUnavailable, JanusError."""
@@ -123,35 +137,35 @@ class Slurm:
         return parse_sacct(done.stdout)
 
     def scancel(self, job_id: str, signal: str | None = None) -> None:
-        """The job is asked to end, or is sent `signal`. Slurm says nothing when it knows no such job: ask first.
+        """Ask the job to end, or send it `signal`. For an unknown job Slurm reports nothing: check first.
 
         Raises: SlurmUnavailable, JanusError.
         """
         argv = ["scancel", *([f"--signal={signal}"] if signal else []), job_id]
-        done = self._change(argv)
+        done = self._run(argv)
         if done.returncode != 0:
             raise self._failed("scancel", done)
 
     def signal_batch(self, job_id: str, signal: str) -> None:
-        """The batch shell alone was sent `signal`, as --signal=B: does before the walltime ends. Raises: as scancel."""
-        done = self._change(["scancel", "--batch", f"--signal={signal}", job_id])
+        """Send `signal` to the batch shell alone, as --signal=B: does before the walltime ends. Raises: as scancel."""
+        done = self._run(["scancel", "--batch", f"--signal={signal}", job_id])
         if done.returncode != 0:
             raise self._failed("scancel", done)
 
     def start_now(self, job_id: str) -> None:
-        """The waiting job may begin at once: a requeued one is held back two minutes. Raises: as requeue."""
+        """Let the waiting job start at once: a requeued one is held for two minutes. Raises: as requeue."""
         self._scontrol(["update", f"JobId={job_id}", "StartTime=now"])
 
     def requeue(self, job_id: str) -> None:
-        """The job is back in the queue. Raises: JobNotFound, SlurmUnavailable, JanusError."""
+        """Requeue the job. Raises: JobNotFound, SlurmUnavailable, JanusError."""
         self._scontrol(["requeue", job_id])
 
     def requeue_without(self, job_id: str, exclude: Sequence[str]) -> None:
-        """The job is back in the queue and will not run on `exclude`, which replaces what it excluded before.
+        """Requeue the job without the nodes in `exclude`, which replaces its former exclusions.
 
         Slurm refuses another ExcNodeList for a running job and ends the batch script with the requeue; in between it
-        is held, so that it cannot start on the old nodes. It is released whatever happens: held, nobody would see it.
-        Slurm lets a requeued job wait two minutes before it begins again (measured, 22.05; reason BeginTime).
+        is held, so that it cannot start on the old nodes. It is released in every case: a held job would go unnoticed.
+        Slurm starts a requeued job after two minutes at the earliest (measured, 22.05; reason BeginTime).
         Raises: JobNotFound, SlurmUnavailable, JanusError.
         """
         self._scontrol(["requeuehold", job_id])
@@ -161,34 +175,39 @@ class Slurm:
             self._scontrol(["release", job_id])
 
     def _scontrol(self, arguments: Sequence[str]) -> None:
-        """Done, at the second try if the requeue's own SIGTERM ended the first one."""
+        """Run scontrol, twice if the requeue's own SIGTERM ended the first one."""
         for _ in range(3):
-            done = self._change(["scontrol", *arguments])
+            done = self._run(["scontrol", *arguments])
             if done.returncode >= 0:
                 break
         if done.returncode != 0:
             raise self._failed(f"scontrol {arguments[0]}", done)
 
-    def _change(self, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        """The program has run, and what Slurm said of jobs before is forgotten."""
-        from janus_cluster.slurm.kept import forget_kept
+    def ask(self, argv: Sequence[str]) -> str:
+        """What a client program prints. Raises: SlurmUnavailable, JanusError."""
+        done = self._run(argv)
+        if done.returncode != 0:
+            raise self._failed(argv[0], done)
+        return done.stdout
 
-        try:
-            return self._run(argv)
-        finally:
-            forget_kept()
-
-    def _environ(self) -> dict[str, str]:
-        env = {k: v for k, v in os.environ.items() if not k.startswith(_FILTER_PREFIXES)}
-        env["SLURM_TIME_FORMAT"] = "%s"
+    def environ(self) -> dict[str, str]:
+        """This process's environment, with the variables that lead its client programs to this Slurm."""
+        env = dict(os.environ)
         if self.conf is not None:
-            from janus_cluster.sandbox.state import client_env
+            from janus_cluster.slurm.client_env import client_env
 
             env |= client_env(self.conf)
+        if self.cluster is not None:
+            env.pop("SLURM_CLUSTERS", None)
+            env |= {"SLURM_CLUSTERS": self.cluster} if self.cluster else {}
         return env
 
+    def _environ(self) -> dict[str, str]:
+        env = {k: v for k, v in self.environ().items() if not k.startswith(_FILTER_PREFIXES)}
+        return env | {"SLURM_TIME_FORMAT": "%s"}
+
     def _run(self, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        # The clients wait a minute for a file that is not there (measured, 22.05).
+        # The clients wait a minute for a file that does not exist (measured, 22.05).
         if self.conf is not None and not self.conf.is_file():
             raise SlurmUnavailable(f"no {self.conf}: that Slurm was taken down", hint=WAYS_OUT)
         try:
@@ -205,19 +224,19 @@ class Slurm:
         except (FileNotFoundError, PermissionError) as e:
             raise SlurmUnavailable(f"no {argv[0]} on PATH: there is no Slurm on this machine", hint=WAYS_OUT) from e
         except subprocess.TimeoutExpired as e:
-            raise self._unavailable(argv[0], f"no answer within {self.timeout_s:g} s") from e
+            raise self._unavailable(argv[0], f"no answer within {self.timeout_s:g} s", no_answer()) from e
 
     def _failed(self, program: str, done: subprocess.CompletedProcess[str]) -> JanusError:
-        words = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}, and nothing said"
-        if "Invalid job id" in words:
-            return JobNotFound(f"{program}: {words}", hint="janus-cluster list shows the jobs")
-        if _no_controller(words):
-            return self._unavailable(program, words)
-        return JanusError(f"{program} failed: {words}")
+        message = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}, no output"
+        if "Invalid job id" in message:
+            return JobNotFound(f"{program}: {message}", hint="janus-cluster list shows the jobs")
+        if (trouble := find_trouble(message)) is not None:
+            return self._unavailable(program, message, trouble)
+        return JanusError(f"{program} failed: {message}")
 
-    def _unavailable(self, program: str, words: str) -> SlurmUnavailable:
+    def _unavailable(self, program: str, message: str, trouble: Trouble) -> SlurmUnavailable:
         where = f" (SLURM_CONF={self.conf})" if self.conf else ""
-        return SlurmUnavailable(f"Slurm does not answer{where}. {program} says: {words}", hint=WAYS_OUT)
+        return SlurmUnavailable(f"Slurm{where}: {trouble.cause}. {program}: {message}", hint=trouble.remedy)
 
 
 def parse_squeue(text: str) -> dict[str, SlurmJob]:
@@ -349,6 +368,12 @@ def _expand_hosts(pattern: str) -> list[str]:
     return [head + number + end for number in numbers for end in _expand_hosts(tail)]
 
 
+def _is_cut(text: str, columns: int) -> bool:
+    """Whether the answer ends within a row. Lines of a site's wrapper have no separator."""
+    rows = [line for line in text.split("\n") if _SEPARATOR in line]
+    return bool(text and not text.endswith("\n")) or any(row.count(_SEPARATOR) != columns for row in rows)
+
+
 def _rows(text: str, fields: Sequence[str]) -> list[Mapping[str, str]]:
     lines = (line.removesuffix(_SEPARATOR).split(_SEPARATOR) for line in text.split("\n"))
     return [dict(zip(fields, values, strict=True)) for values in lines if len(values) == len(fields)]
@@ -356,16 +381,10 @@ def _rows(text: str, fields: Sequence[str]) -> list[Mapping[str, str]]:
 
 def _plain_state(text: str) -> tuple[str, str | None]:
     """(state, who did it) of `CANCELLED by 1000`, `COMPLETING,FAILED` or `NODE_FAIL+`."""
-    words = re.split(r"[\s,+]", text.strip().upper(), maxsplit=1)
+    parts = re.split(r"[\s,+]", text.strip().upper(), maxsplit=1)
     by = re.search(r"\bby (\d+)\s*$", text.strip())
-    return words[0], f"cancelled by user id {by.group(1)}" if by else None
+    return parts[0], f"cancelled by user id {by.group(1)}" if by else None
 
 
 def _value(text: str) -> str | None:
     return None if text.strip() in _NO_VALUE else text.strip()
-
-
-def _no_controller(words: str) -> bool:
-    said = words.lower()
-    signs = ("unable to contact", "could not establish a configuration", "connect failure", "socket timed out")
-    return any(sign in said for sign in signs) or "unable to process configuration file" in said

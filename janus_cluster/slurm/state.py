@@ -1,10 +1,11 @@
-"""The state ladder: the job's own status.json, then squeue, scontrol show job, sacct.
+"""The state of a job, from status.json, then squeue, scontrol show job, sacct.
 
-One answer per run, saying which rung gave it and how old it is. The rules, in one place:
-  - A final status.json is the job's own word; it yields only to a Slurm that has the job queued or started again since.
-  - A status.json that says RUNNING is believed only while Slurm (or the local process) says so too.
-  - Slurm is asked before status.json is read: a job that Slurm calls dead has written its last word by then.
-  - What no rung knows is UNKNOWN, and UNKNOWN is never success.
+Each answer names its source and age. The rules:
+  - A final status.json is the job's own record; only a Slurm that has queued or started the job again since overrides
+  it.
+  - A status.json with RUNNING counts only while Slurm (or the local process) confirms it.
+  - Slurm is asked before status.json is read: a job that Slurm reports as ended has written its last record by then.
+  - What no source knows is UNKNOWN, and UNKNOWN is never success.
 """
 
 from __future__ import annotations
@@ -15,19 +16,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from janus_cluster.errors import JanusError
-from janus_cluster.local.process import is_local_job
-from janus_cluster.rundir import RunDir
+from janus_cluster.errors import JanusError, SlurmUnavailable
+from janus_cluster.run.local_process import is_local_job
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.submission import StatusRecord, Submission, load_status, load_submission
 from janus_cluster.slurm.commands import Slurm, SlurmJob
-from janus_cluster.slurm.kept import LONGEST_TURN_S, Kept, lately_wanted, load_kept, name_answer, one_asks, write_kept
-from janus_cluster.slurm.recorded import StatusFile, Submission, load_status, load_submission
 
-# Which Slurm, and the job's number there.
-JobKey = tuple[Path | None, str]
-# The source of a state that could not be asked for.
-NOBODY = "none"
+# Which Slurm (its slurm.conf and cluster), and the job's number there.
+JobKey = tuple[Path | None, str | None, str]
+# The source of a state where none could be queried.
+NO_SOURCE = "none"
 FINAL_STATUS = frozenset({"COMPLETED", "FAILED", "STOPPED", "CANCELLED"})
-# A stop signal also comes with preemption and requeue: only Slurm knows, a moment later, whether the job comes back.
+# Preemption and requeue also send a stop signal: only Slurm knows, a moment later, whether the job is queued again.
 MAY_BEGIN_AGAIN = frozenset({"STOPPED", "CANCELLED"})
 WAITING = frozenset({
     "PENDING", "CONFIGURING", "POWER_UP_NODE", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "EXPEDITING",
@@ -48,21 +48,23 @@ ENDED_BADLY = {
     "RECONFIG_FAIL": "a node could not be reconfigured",
 }
 FINAL = FINAL_STATUS | set(ENDED_BADLY)
-# STOPPED is Slurm's word for a job under SIGSTOP and ours for one that stopped on purpose.
+# Slurm calls a job under SIGSTOP STOPPED; we, one that stopped on purpose.
 _SLURM_ALIASES = {"STOPPED": "SUSPENDED"}
 # A job number starts again at 1 with a new sandbox: a first run of that number queued later than this is another job.
 _SUBMIT_SLACK_S = 600.0
 # A Slurm on this machine answers in milliseconds; one that was taken down would be waited for 18 s.
 _SANDBOX_TIMEOUT_S = 8.0
+# A status.json younger than four heartbeats is evidence of life that no absence from a queue overrules.
+_FRESH_S = 60.0
+_NO_JOB_ID = "sbatch's answer was lost, so the job may be queued; resume and cancel search for it"
 STOPPED_EXIT_CODE = 13
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """One run's state, who said so, and how old the word is.
+    """One run's state, its source, and the source's age.
 
-    Units: age_s seconds; slurm_age_s those since Slurm was asked, where status.json was held against a kept answer.
-    exit_code is the job's own, 128 + n where signal n ended it; None where nobody knows.
+    Units: age_s seconds. exit_code is the job's own, 128 + n where signal n ended it; None where it is unknown.
     """
 
     state: str
@@ -72,9 +74,10 @@ class JobState:
     reason: str | None = None
     nodes: tuple[str, ...] = ()
     attempt: int | None = None
-    slurm_age_s: float | None = None
     # Of a waiting job, as Slurm expects it; epoch seconds.
     starts_at: float | None = None
+    # Slurm was asked and could not be reached.
+    is_unanswered: bool = False
 
     @property
     def is_final(self) -> bool:
@@ -92,128 +95,54 @@ class JobState:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What Slurm said of a job: the job, None for one it does not know, or why it could not be asked.
-
-    Units: age_s seconds since it was asked; 0 for an answer of this moment.
-    """
+    """Slurm's answer on a job: the job, None for one it does not know, or why it could not be asked."""
 
     job: SlurmJob | None = None
     problem: str | None = None
-    age_s: float = 0.0
+    is_unanswered: bool = False
 
 
-def load_job_states(runs: Sequence[RunDir], *, now: float | None = None, max_age_s: float = 0.0) -> list[JobState]:
+def load_job_states(
+    runs: Sequence[RunDir], *, now: float | None = None, timeout_s: float | None = None
+) -> list[JobState]:
     """The state of every run, in order, from one squeue for all the jobs of each Slurm.
 
-    With `max_age_s` a site's Slurm is asked, for all of them, only where what it said to this user is older than that
-    (slurm/kept.py): for a reader, never for a command that acts.
+    `timeout_s`: of each program, where its answer is not worth waiting for longer.
     """
     sent = [load_submission(run) for run in runs]
     pairs = list(zip(runs, sent, strict=True))
     asked = [(run, s) for run, s in pairs if s and s.cluster != "local" and not _has_completed(run, s)]
     moment = time.time() if now is None else now
-    answers = _look_up(asked, moment, max_age_s) if max_age_s > 0 else _ask_slurm(_key(s) for _, s in asked)
+    answers = _query_all((s for _, s in asked), timeout_s=timeout_s)
     return [_state_of(run, s, answers, moment) for run, s in pairs]
 
 
-def _look_up(asked: Sequence[tuple[RunDir, Submission]], now: float, max_age_s: float) -> dict[JobKey, Answer]:
-    """What is kept, if that answers for every job, else what Slurm says now, which is kept.
-
-    The sandbox's controller serves nobody else, and jobs of a rehearsal begin and end within seconds: it is asked.
-    """
-    of_site = [(run, s) for run, s in asked if s.cluster != "sandbox" and _key(s)[1]]
-    answers = _ask_slurm(_key(s) for _, s in asked if s.cluster == "sandbox" or not _key(s)[1])
-    # Read before Slurm is asked: where it changes meanwhile, the answer is not used again.
-    words = {_key(s): _own_word(run, s) for run, s in of_site}
-    sent = [s for _, s in of_site]
-    found = _all_kept(sent, words, now, max_age_s)
-    if found is None:
-        with one_asks():
-            # Another one may have asked while this one waited.
-            found = _all_kept(sent, words, now, max_age_s)
-            if found is None:
-                return answers | _ask_and_keep(words, now)
-    unnoticed = {
-        name_answer(*key): replace(k, wanted_at=now) for key, k in found.items() if now - k.wanted_at > max_age_s
-    }
-    if unnoticed:
-        write_kept(unnoticed, now=now)
-    return answers | {key: Answer(job=k.job, age_s=round(max(0.0, now - k.asked_at), 1)) for key, k in found.items()}
-
-
-def _ask_and_keep(words: Mapping[JobKey, str | None], now: float) -> dict[JobKey, Answer]:
-    """What Slurm says of these jobs, asked together with those that others look at; all of it is kept."""
-    beside = {
-        (conf, job_id): kept
-        for conf in {conf for conf, _ in words}
-        for job_id, kept in lately_wanted(conf, now=now).items()
-        if (conf, job_id) not in words
-    }
-    fresh = _ask_slurm(words, beside=beside)
-    new = {
-        name_answer(*key): replace(beside[key], asked_at=now, job=answer.job)
-        if key in beside
-        else Kept(asked_at=now, wanted_at=now, word=words[key], job=answer.job)
-        for key, answer in fresh.items()
-        if answer.problem is None
-    }
-    if new:
-        write_kept(new, now=now)
-    return {key: answer for key, answer in fresh.items() if key in words}
-
-
-def _all_kept(
-    sent: Sequence[Submission], words: Mapping[JobKey, str | None], now: float, max_age_s: float
-) -> dict[JobKey, Kept] | None:
-    """The kept answers for all of the jobs; None where one of them has none that may be used."""
-    kept = load_kept() if sent else {}
-    found = {_key(s): _usable(kept.get(name_answer(*_key(s))), s, words[_key(s)], now, max_age_s) for s in sent}
-    usable = {key: k for key, k in found.items() if k}
-    return usable if len(usable) == len(found) else None
-
-
-def _usable(kept: Kept | None, submission: Submission, word: str | None, now: float, max_age_s: float) -> Kept | None:
-    # Who waited for another one's question finds an answer of a moment later than its own beginning.
-    if kept is None or not -LONGEST_TURN_S <= now - kept.asked_at < max_age_s or kept.word != word:
-        return None
-    # A job that was sent since may have the number of an older Slurm's.
-    return kept if kept.asked_at >= (submission.submitted_at or 0.0) else None
-
-
-def _own_word(run: RunDir, submission: Submission) -> str | None:
-    status = _own_status(load_status(run), submission)
-    return None if status is None else f"{status.state}/{status.attempt}"
-
-
 def _has_completed(run: RunDir, submission: Submission) -> bool:
-    # Slurm is spared the question: were such a job ever started again, its status.json would say so.
+    # Slurm need not be asked: if such a job were started again, its status.json would not be COMPLETED.
     status = _own_status(load_status(run), submission)
     return status is not None and status.state == "COMPLETED"
 
 
 def _state_of(run: RunDir, submission: Submission | None, answers: Mapping[JobKey, Answer], now: float) -> JobState:
     if submission is None:
-        return JobState(state="NOT_SUBMITTED", source="run folder", reason=f"sbatch {run.job_sbatch} submits it")
+        return JobState(state="NOT_SUBMITTED", source="run folder", reason=f"sbatch {run.links.job_sbatch} submits it")
     if submission.cluster == "local":
         alive = submission.pid is not None and is_local_job(submission.pid, run)
         return judge_local_state(_own_status(load_status(run), submission), alive=alive, now=now)
     answer = answers.get(_key(submission), Answer(problem="Slurm was not asked"))
     if answer.job and not is_same_job(answer.job, run, submission):
         answer = Answer()
-    return judge_slurm_state(_own_status(load_status(run), submission), answer, now=now)
+    state = judge_slurm_state(_own_status(load_status(run), submission), answer, now=now)
+    if submission.cancelled_at is not None and state.state == "UNKNOWN" and not state.is_unanswered:
+        reason = "cancelled before it began"
+        return JobState(
+            state="CANCELLED", source=run.submission_json.name, age_s=now - submission.cancelled_at, reason=reason
+        )
+    return state
 
 
-def judge_slurm_state(status: StatusFile | None, answer: Answer, *, now: float) -> JobState:
-    """The state of a job under Slurm, from its own last word and Slurm's."""
-    state = _judge(status, answer, now)
-    if not answer.age_s:
-        return state
-    if state.source != "status.json":
-        return replace(state, age_s=answer.age_s)
-    return state if state.is_final else replace(state, slurm_age_s=answer.age_s)
-
-
-def _judge(status: StatusFile | None, answer: Answer, now: float) -> JobState:
+def judge_slurm_state(status: StatusRecord | None, answer: Answer, *, now: float) -> JobState:
+    """The state of a job under Slurm, from its own last record and Slurm's."""
     job = answer.job
     if job is not None and job.state in _SLURM_ALIASES:
         job = replace(job, state=_SLURM_ALIASES[job.state])
@@ -224,29 +153,29 @@ def _judge(status: StatusFile | None, answer: Answer, now: float) -> JobState:
             return replace(_from_status(status, now), state="COMPLETING", source=job.source, exit_code=None)
         return _from_status(status, now)
     if answer.problem is not None:
-        return _unconfirmed(status, answer.problem, now)
+        return replace(_unconfirmed(status, answer.problem, now), is_unanswered=answer.is_unanswered)
     if job is None:
         return _forgotten(status, now)
     if job.state == "RUNNING" and status is not None and not _began_again(job, status):
         return _from_status(status, now)
     if job.state == "COMPLETED" and status is not None:
-        reason = f"{job.source} says COMPLETED, but status.json stopped at {status.state}: the job did not see its end"
+        reason = f"{job.source} has COMPLETED, but status.json stopped at {status.state}: the job did not see its end"
         return replace(_from_slurm(job, status), state="UNKNOWN", reason=reason, exit_code=None)
     return _from_slurm(job, status)
 
 
-def judge_local_state(status: StatusFile | None, *, alive: bool, now: float) -> JobState:
-    """The state of a job on this machine, from its own last word and whether its process lives."""
+def judge_local_state(status: StatusRecord | None, *, alive: bool, now: float) -> JobState:
+    """The state of a job on this machine, from its own last record and whether its process is alive."""
     if status is not None and (status.state in FINAL_STATUS or alive):
         return _from_status(status, now)
     if alive:
         return JobState(state="RUNNING", source="process", age_s=0.0, reason="starting")
-    said = f"status.json stopped at {status.state}" if status else "it wrote no status.json"
+    last = f"status.json stopped at {status.state}" if status else "it wrote no status.json"
     return JobState(
         state="FAILED",
         source="process",
         age_s=0.0,
-        reason=f"ended without saying why: its process is gone and {said}; see logs/batch.log",
+        reason=f"ended without a reason: its process is gone and {last}; see logs/batch.log",
         nodes=status.nodes if status else (),
         attempt=status.attempt if status else None,
     )
@@ -254,8 +183,11 @@ def judge_local_state(status: StatusFile | None, *, alive: bool, now: float) -> 
 
 def is_same_job(job: SlurmJob, run: RunDir, submission: Submission) -> bool:
     """Whether Slurm's job is this run's, and not another one that got the same number from a newer Slurm."""
-    script = re.match(rf"(/.*?/{re.escape(run.job_sbatch.name)})(?: |$)", job.command or "")
-    if script and Path(script.group(1)).resolve() != run.job_sbatch.resolve():
+    # Of any bundle, or through the link at the top.
+    script = re.match(rf"(/.*?/{re.escape(run.links.job_sbatch.name)})(?: |$)", job.command or "")
+    named = Path(script.group(1)) if script else None
+    # A folder that was moved keeps its job; a job that was submitted by hand may name it by a link.
+    if named not in (None, submission.script) and run.path.resolve() not in named.resolve().parents:
         return False
     if job.submit_time is None or submission.submitted_at is None:
         return True
@@ -264,54 +196,63 @@ def is_same_job(job: SlurmJob, run: RunDir, submission: Submission) -> bool:
     return job.restarts != 0 or job.submit_time < submission.submitted_at + _SUBMIT_SLACK_S
 
 
-def _ask_slurm(wanted: Iterable[JobKey], *, beside: Iterable[JobKey] = ()) -> dict[JobKey, Answer]:
-    """What every Slurm says of its jobs; of those named `beside` them only what the same questions bring."""
+def slurm_of(submission: Submission, *, timeout_s: float | None = None) -> Slurm:
+    """The Slurm that has the job, whatever this shell's environment names."""
+    slurm = Slurm(conf=submission.slurm_conf, cluster=submission.slurm_cluster)
+    limits = [slurm.timeout_s, *([_SANDBOX_TIMEOUT_S] if submission.cluster == "sandbox" else [])]
+    return replace(slurm, timeout_s=min([*limits, *([timeout_s] if timeout_s is not None else [])]))
+
+
+def _query_all(wanted: Iterable[Submission], *, timeout_s: float | None) -> dict[JobKey, Answer]:
+    """Every Slurm's answers on its jobs."""
+    by_slurm: dict[tuple[Path | None, str | None], list[Submission]] = {}
+    for submission in wanted:
+        by_slurm.setdefault(_key(submission)[:2], []).append(submission)
     answers: dict[JobKey, Answer] = {}
-    ids_by_conf: dict[Path | None, list[str]] = {}
-    for conf, job_id in wanted:
-        ids_by_conf.setdefault(conf, []).extend([job_id] if job_id else [])
-    for conf, job_ids in ids_by_conf.items():
-        slurm = Slurm() if conf is None else Slurm(conf=conf, timeout_s=_SANDBOX_TIMEOUT_S)
-        found = _climb(slurm, job_ids, [job_id for own, job_id in beside if own == conf])
-        answers |= {(conf, job_id): answer for job_id, answer in found.items()}
-        answers[(conf, "")] = Answer(problem="no job id is known")
+    for slurm, sent in by_slurm.items():
+        found = _query(slurm_of(sent[0], timeout_s=timeout_s), [key for s in sent if (key := _key(s)[2])])
+        answers |= {(*slurm, job_id): answer for job_id, answer in found.items()}
+        answers[(*slurm, "")] = Answer(
+            problem="sbatch's answer was lost, so the job may be queued: resume and cancel look"
+        )
     return answers
 
 
-def _climb(slurm: Slurm, job_ids: Sequence[str], beside: Sequence[str]) -> dict[str, Answer]:
-    problem = None
+def _query(slurm: Slurm, job_ids: Sequence[str]) -> dict[str, Answer]:
+    problem, is_unanswered = None, False
     found: dict[str, SlurmJob] = {}
     try:
-        found |= slurm.squeue([*job_ids, *beside])
+        found |= slurm.squeue(job_ids)
         # A hidden partition or a site's privacy rule can keep a job out of squeue alone.
-        if len(job_ids) == 1 and job_ids[0] not in found and (job := slurm.scontrol_show_job(job_ids[0])):
-            found[job.job_id] = job
+        for job_id in job_ids:
+            if job_id not in found and (job := slurm.scontrol_show_job(job_id)):
+                found[job_id] = job
     except JanusError as e:
-        problem = e.message
+        problem, is_unanswered = e.message, isinstance(e, SlurmUnavailable)
     try:
         recorded = slurm.sacct([job_id for job_id in job_ids if job_id not in found])
     except JanusError:
-        # Many sites keep no accounting, or its database is away: the rungs above have spoken already.
+        # Many sites keep no accounting, or its database is down: the sources above have answered already.
         recorded = {}
     # Accounting keeps open rows of jobs that were lost with a controller; only an end that it recorded counts.
     found |= {i: job for i, job in recorded.items() if job.state == "COMPLETED" or job.state in ENDED_BADLY}
-    answers = {i: Answer(job=found[i]) if i in found else Answer(problem=problem) for i in job_ids}
-    return answers | {i: Answer(job=found[i]) for i in beside if i in found}
+    unknown = Answer(problem=problem, is_unanswered=is_unanswered)
+    return {i: Answer(job=found[i]) if i in found else unknown for i in job_ids}
 
 
 def _key(submission: Submission) -> JobKey:
     known = submission.job_id is not None and submission.job_id.isdigit()
-    return submission.slurm_conf, str(submission.job_id) if known else ""
+    return submission.slurm_conf, submission.slurm_cluster, str(submission.job_id) if known else ""
 
 
-def _own_status(status: StatusFile | None, submission: Submission) -> StatusFile | None:
+def _own_status(status: StatusRecord | None, submission: Submission) -> StatusRecord | None:
     """The status file, unless an earlier job of the same run folder wrote it."""
     if status is None or status.job_id in (None, submission.job_id):
         return status
     return None
 
 
-def _began_again(job: SlurmJob, status: StatusFile) -> bool:
+def _began_again(job: SlurmJob, status: StatusRecord) -> bool:
     if job.state in WAITING:
         return True
     if job.state not in RUNNING or job.state == "COMPLETING":
@@ -319,7 +260,7 @@ def _began_again(job: SlurmJob, status: StatusFile) -> bool:
     return job.start_time is not None and status.updated_at is not None and job.start_time > status.updated_at
 
 
-def _from_status(status: StatusFile, now: float) -> JobState:
+def _from_status(status: StatusRecord, now: float) -> JobState:
     exit_code = status.exit_code
     if exit_code is None and status.signal:
         exit_code = 128 + status.signal
@@ -334,7 +275,7 @@ def _from_status(status: StatusFile, now: float) -> JobState:
     )
 
 
-def _from_slurm(job: SlurmJob, status: StatusFile | None) -> JobState:
+def _from_slurm(job: SlurmJob, status: StatusRecord | None) -> JobState:
     known = job.state in WAITING or job.state in RUNNING or job.state in FINAL
     is_end = job.state in FINAL
     began_again = status is not None and _began_again(job, status)
@@ -343,7 +284,7 @@ def _from_slurm(job: SlurmJob, status: StatusFile | None) -> JobState:
         source=job.source,
         age_s=0.0,
         exit_code=_exit_code(job) if is_end else None,
-        reason=_reason(job) if known else f"{job.source} says {job.state}",
+        reason=_reason(job) if known else f"{job.source} has {job.state}",
         nodes=status.nodes if status and status.nodes and not began_again else job.nodes,
         attempt=status.attempt if status else None,
         starts_at=job.start_time if job.state in WAITING else None,
@@ -353,7 +294,7 @@ def _from_slurm(job: SlurmJob, status: StatusFile | None) -> JobState:
 def _exit_code(job: SlurmJob) -> int | None:
     if job.state == "COMPLETED":
         return job.exit_code
-    # For other ends the numbers are Slurm's own book-keeping: 1 for DEADLINE, 15 for NODE_FAIL, 125 for memory.
+    # For other ends the numbers are Slurm's own bookkeeping: 1 for DEADLINE, 15 for NODE_FAIL, 125 for memory.
     if job.state not in ("FAILED", "CANCELLED"):
         return None
     return job.exit_code or (128 + job.signal if job.signal else None)
@@ -369,18 +310,20 @@ def _reason(job: SlurmJob) -> str | None:
     return f"{meaning} (Slurm: {job.reason})" if job.reason else meaning
 
 
-def _unconfirmed(status: StatusFile | None, problem: str, now: float) -> JobState:
+def _unconfirmed(status: StatusRecord | None, problem: str, now: float) -> JobState:
     if status is None:
-        return JobState(state="UNKNOWN", source=NOBODY, reason=problem)
+        return JobState(state="UNKNOWN", source=NO_SOURCE, reason=problem)
     return replace(_from_status(status, now), reason=f"not confirmed: {problem}")
 
 
-def _forgotten(status: StatusFile | None, now: float) -> JobState:
+def _forgotten(status: StatusRecord | None, now: float) -> JobState:
     if status is None:
         return JobState(state="UNKNOWN", source="squeue", reason="Slurm knows no such job, and it wrote no status.json")
-    reason = f"ended without saying why: Slurm no longer knows the job, and status.json stopped at {status.state}"
+    if status.updated_at is not None and now - status.updated_at < _FRESH_S and status.state not in FINAL_STATUS:
+        return _unconfirmed(status, "Slurm knows no such job, but status.json was written a moment ago", now)
+    reason = f"ended without a reason: Slurm no longer knows the job, and status.json stopped at {status.state}"
     return replace(_from_status(status, now), state="FAILED", source="squeue", age_s=0.0, reason=reason)
 
 
-def _age(status: StatusFile, now: float) -> float | None:
+def _age(status: StatusRecord, now: float) -> float | None:
     return None if status.updated_at is None else round(max(0.0, now - status.updated_at), 1)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from janus_cluster.config.schema import JobConfig
-from janus_cluster.rundir import RunDir, read_json, write_json_atomically
-from janus_cluster.training.data.index import SampleSplit
-from janus_cluster.training.data.lengths import load_token_counts
-from janus_cluster.training.data.sampler import RankBatches, SampleOrder
-from janus_cluster.training.data.table import SampleTable
+from janus_cluster.janusvln.data.index import SampleSplit
+from janus_cluster.janusvln.data.lengths import load_token_counts
+from janus_cluster.janusvln.data.sampler import RankBatches, SampleOrder
+from janus_cluster.janusvln.data.table import SampleTable
+from janus_cluster.job.schema import JobConfig
+from janus_cluster.run.next_command import command_for
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.training import DataRecord, SamplesRecord
 from janus_cluster.training.world import World, share_among
 
 
@@ -37,24 +39,29 @@ def build_batches(job: JobConfig, samples: SampleTable, tokenizer: Any, world: W
     )
 
 
-def note_samples(run: RunDir, split: SampleSplit, *, resumes: bool) -> str | None:
-    """data.json says which samples the run draws from, and which walks it holds out.
+def note_samples(run: RunDir, split: SampleSplit, *, resumes: bool, accepts_change: bool = False) -> str | None:
+    """Write data.json: the samples that the run draws from and the walks that it holds out.
 
-    The order follows from how many samples there are, so it changes with them. One rank calls this.
-    Returns: a warning where the run goes on with other samples.
+    The order depends on the number of samples, so it changes with them. One rank calls this.
+    Returns: a warning in every attempt that continues with other samples, until the change is accepted.
     """
-    samples = split.train
-    now = {
-        "schema_version": 1,
-        "num_samples": len(samples),
-        "fingerprint": samples.fingerprint(),
-        "split": split.split.to_json(),
-    }
-    before = read_json(run.data_json) if run.data_json.exists() else now
-    write_json_atomically(run.data_json, now)
-    if not resumes or before["fingerprint"] == now["fingerprint"]:
+    now = SamplesRecord(num_samples=len(split.train), fingerprint=split.train.fingerprint())
+    last = DataRecord.load(run.data_json)
+    before = now
+    if last is not None and resumes and not accepts_change:
+        before = last.accepted or SamplesRecord(num_samples=last.num_samples, fingerprint=last.fingerprint)
+    has_changed = before.fingerprint != now.fingerprint
+    DataRecord(
+        num_samples=now.num_samples,
+        fingerprint=now.fingerprint,
+        accepted=before if has_changed else None,
+        split=split.split.to_record(),
+    ).write(run.data_json)
+    if not has_changed:
         return None
+    accept = command_for("resume", run, "--set restart.accept_changed_data=true")
     return (
-        f"the training data changed since the last attempt ({before['num_samples']:,} samples then, {len(samples):,} "
-        "now): from here on the steps draw in another order, so some samples of this epoch come again and others not"
+        f"the training data changed since the run began ({before.num_samples:,} samples then, {now.num_samples:,} "
+        "now): the steps draw in another order, so some samples of this epoch come again and others not; "
+        f"where that is as it should be: {accept}"
     )

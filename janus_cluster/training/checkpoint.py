@@ -1,6 +1,6 @@
-"""Which checkpoints of a run folder are whole, and which one training goes on from.
+"""Find the whole checkpoints of a run folder, and the one that training resumes from.
 
-training/saving.py writes them. The manifest comes last, so a folder without one is not whole.
+training/saving.py writes them. The manifest is written last, so a folder without one is not whole.
 """
 
 from __future__ import annotations
@@ -16,45 +16,27 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from janus_cluster.errors import TrainingFailed
-from janus_cluster.rundir import read_json, write_json_atomically
-from janus_cluster.training.world import World
+from janus_cluster.run.checkpoints import (
+    MANIFEST_NAME,
+    is_complete,
+    list_checkpoints,
+    load_manifest,
+    step_of,
+)
+from janus_cluster.run.records.training import CheckpointFile, CheckpointManifest
+from janus_cluster.training.world import World, from_main, gather, group_size
 
-MANIFEST_NAME = "manifest.json"
-T = TypeVar("T")
-# sha256 of a file makes 1.3-1.4 GB per second of one core with SHA instructions, whatever the size of the pieces.
+# sha256 of a file makes 1.3-1.4 GB per second of one core with SHA instructions, for pieces of any size.
 _PIECE_BYTES = 1 << 20
-_FOLDER_PATTERN = re.compile(r"checkpoint-(\d+)")
 _BROKEN_PATTERN = re.compile(r"checkpoint-(\d+)\.broken(?:-\d+)?")
-
-
-class Described(NamedTuple):
-    """A file as it was written. sha256 is None in the manifests that held sizes alone."""
-
-    num_bytes: int
-    sha256: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a checkpoint says about itself."""
-
-    step: int
-    world_size: int
-    files: Mapping[str, Described]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(file.num_bytes for file in self.files.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassedOver:
-    """A checkpoint that cannot be used: where it lies now, and what is wrong with it."""
+    """A checkpoint that cannot be used: its present folder, and what is wrong with it."""
 
     step: int
     path: Path
@@ -63,7 +45,7 @@ class PassedOver:
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """What training goes on from (None: it begins at step 0), and the newer ones that are damaged."""
+    """The checkpoint that training resumes from (None: it begins at step 0), and the newer damaged ones."""
 
     checkpoint: Path | None
     passed_over: tuple[PassedOver, ...] = ()
@@ -74,47 +56,18 @@ def write_manifest(
     *,
     step: int,
     world_size: int,
-    files: Mapping[str, Described] | None = None,
+    files: Mapping[str, CheckpointFile] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """`folder` holds manifest.json with size and sha256 of every file that was there before.
+    """Write manifest.json into `folder`, with size and sha256 of every file that was there before.
 
-    files: where they are known already. about: what else the manifest says.
+    files: where they are known already. about: further entries of the manifest.
     """
     if files is None:
         files = {name: describe(folder / name) for name in list_sizes(folder)}
-    manifest = {
-        "schema_version": 2,
-        "step": step,
-        "world_size": world_size,
-        "written_at": time.time(),
-        **(about or {}),
-        "files": {name: {"bytes": file.num_bytes, "sha256": file.sha256} for name, file in sorted(files.items())},
-    }
-    write_json_atomically(folder / MANIFEST_NAME, manifest)
-
-
-def load_manifest(folder: Path) -> Manifest:
-    """What manifest.json says. Raises: ValueError with what is wrong with it; OSError."""
-    try:
-        found = read_json(folder / MANIFEST_NAME)
-        version = found.get("schema_version", 1)
-        if version == 1:
-            files = {str(name): Described(int(size), None) for name, size in found["files_bytes"].items()}
-        elif version == 2:
-            files = {
-                str(name): Described(int(file["bytes"]), str(file["sha256"])) for name, file in found["files"].items()
-            }
-        else:
-            raise ValueError(f"schema_version {version!r}, this version reads 1 and 2")
-        manifest = Manifest(step=int(found["step"]), world_size=int(found["world_size"]), files=files)
-    except FileNotFoundError as error:
-        raise ValueError(f"{MANIFEST_NAME}: not there, so it was not written to its end") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{MANIFEST_NAME}: not readable ({type(error).__name__}: {error})") from error
-    if folder.name != f"checkpoint-{manifest.step}":
-        raise ValueError(f"{MANIFEST_NAME}: it speaks of step {manifest.step}")
-    return manifest
+    CheckpointManifest(
+        step=step, world_size=world_size, written_at=time.time(), files=dict(sorted(files.items())), **(about or {})
+    ).write(folder / MANIFEST_NAME)
 
 
 def list_sizes(folder: Path) -> dict[str, int]:
@@ -126,15 +79,15 @@ def list_sizes(folder: Path) -> dict[str, int]:
     }
 
 
-def describe(path: Path) -> Described:
+def describe(path: Path) -> CheckpointFile:
     """The file's size and sha256 as they are now."""
     with path.open("rb", buffering=0) as f:
         num_bytes = os.fstat(f.fileno()).st_size
-        # hashlib.file_digest came with Python 3.11.
+        # hashlib.file_digest is new in Python 3.11.
         digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))
         while num_read := f.readinto(piece):
             digest.update(piece[:num_read])
-    return Described(num_bytes, digest.hexdigest())
+    return CheckpointFile(bytes=num_bytes, sha256=digest.hexdigest())
 
 
 def share_out(sizes: Mapping[str, int], num_ranks: int) -> list[list[str]]:
@@ -148,56 +101,43 @@ def share_out(sizes: Mapping[str, int], num_ranks: int) -> list[list[str]]:
     return shares
 
 
-def is_complete(folder: Path) -> bool:
-    """True where the manifest and every file it names are there with the size they had. Nothing is hashed."""
-    try:
-        files = load_manifest(folder).files
-        return all((folder / name).stat().st_size == file.num_bytes for name, file in files.items())
-    except (OSError, ValueError):
-        return False
-
-
-def find_newest_complete(checkpoints: Path) -> Path | None:
-    """The checkpoint with the highest step among those whose files have their sizes, or None."""
-    return next((folder for folder in _newest_first(checkpoints) if is_complete(folder)), None)
-
-
 def agree_on_resume(checkpoints: Path, *, resume: str, world: World, report: Callable[[str], None] = print) -> Resume:
-    """What every rank goes on from: the newest checkpoint whose every file is as it was written.
+    """The checkpoint that every rank resumes from: the newest whose every file is as it was written.
 
-    The ranks share out the reading. A damaged one is said aloud and keeps its files under another name. Who wrote it
-    does not matter here: the Trainer cuts the state anew where it must.
+    The ranks share the reading. A damaged one is reported and its folder renamed. Any world size may have written it:
+    the
+    Trainer reshards the state where it must.
     Raises: TrainingFailed if ranks see different files; OSError where a fault of another kind keeps them from reading.
     """
     passed_over: list[PassedOver] = []
-    for folder in from_main(world, lambda: _newest_first(checkpoints) if resume == "auto" else []):
+    for folder in from_main(world, lambda: list_checkpoints(checkpoints) if resume == "auto" else []):
         manifest, reason = from_main(world, partial(_load_or_reason, folder))
         if manifest is not None:
             reason = _find_damage(folder, manifest, world)
         if manifest is not None and reason is None:
             return Resume(checkpoint=folder, passed_over=tuple(passed_over))
         aside = from_main(world, partial(_set_aside, folder))
-        passed_over.append(PassedOver(step=_step(folder), path=aside, reason=str(reason)))
+        passed_over.append(PassedOver(step=step_of(folder), path=aside, reason=str(reason)))
         report(f"{folder} is damaged ({reason}); set aside as {aside.name}")
     if passed_over:
         report(f"no checkpoint in {checkpoints} is whole: training begins at step 0")
     return Resume(checkpoint=None, passed_over=tuple(passed_over))
 
 
-def _load_or_reason(folder: Path) -> tuple[Manifest | None, str | None]:
+def _load_or_reason(folder: Path) -> tuple[CheckpointManifest | None, str | None]:
     try:
         return load_manifest(folder), None
     except ValueError as error:
         return None, str(error)
 
 
-def _find_damage(folder: Path, manifest: Manifest, world: World) -> str | None:
-    """What is wrong with one of the files, the same words on every rank; None if all are as they were written.
+def _find_damage(folder: Path, manifest: CheckpointManifest, world: World) -> str | None:
+    """What is wrong with one of the files, the same text on every rank; None if all are as they were written.
 
     Rank 0 looks at it again: a node whose view of the file system lags must not cost a whole checkpoint.
     """
-    shares = share_out({name: file.num_bytes for name, file in manifest.files.items()}, group_size())
-    found = gather(_first_damaged(folder, shares[world.rank if dist.is_initialized() else 0], manifest))
+    shares = share_out({name: file.bytes for name, file in manifest.files.items()}, group_size())
+    found = gather(_first_damaged(folder, shares[world.rank if group_size() > 1 else 0], manifest))
     rank, damage = next(((rank, damage) for rank, damage in enumerate(found) if damage), (0, None))
     if damage is None:
         return None
@@ -211,21 +151,19 @@ def _find_damage(folder: Path, manifest: Manifest, world: World) -> str | None:
     return f"{name}: {reason}"
 
 
-def _first_damaged(folder: Path, names: Iterable[str], manifest: Manifest) -> tuple[str, str] | None:
+def _first_damaged(folder: Path, names: Iterable[str], manifest: CheckpointManifest) -> tuple[str, str] | None:
     for name in names:
         if (reason := _damage_of(folder / name, manifest.files[name])) is not None:
             return name, reason
     return None
 
 
-def _damage_of(path: Path, written: Described) -> str | None:
+def _damage_of(path: Path, written: CheckpointFile) -> str | None:
     """How the file differs from what was written. Raises: OSError for a fault that is not the file's own."""
     try:
         num_bytes = path.stat().st_size
-        if num_bytes != written.num_bytes:
-            return f"{num_bytes} bytes, {written.num_bytes} were written"
-        if written.sha256 is None:
-            return None
+        if num_bytes != written.bytes:
+            return f"{num_bytes} bytes, {written.bytes} were written"
         sha256 = describe(path).sha256
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return "not there"
@@ -252,18 +190,20 @@ def remove_old(
     just_written: int | None = None,
     report: Callable[[str], None] = print,
 ) -> None:
-    """The newest `keep_last` whole checkpoints are left, the one just written, and those of every `keep_every` steps.
+    """Keep the newest `keep_last` whole checkpoints, the one just written, and those of every `keep_every` steps.
 
-    What is broken and not newer than the newest whole one is gone.
+    Broken ones that are not newer than the newest whole one are removed.
     """
-    whole = [folder for folder in _newest_first(checkpoints) if is_complete(folder)]
+    whole = [folder for folder in list_checkpoints(checkpoints) if is_complete(folder)]
     if not whole:
         return
-    kept = {_step(folder) for folder in whole[:keep_last]} | {just_written}
+    kept = {step_of(folder) for folder in whole[:keep_last]} | {just_written}
     if keep_every is not None:
-        kept |= {_step(folder) for folder in whole if _step(folder) % keep_every == 0}
-    newest = _step(whole[0])
-    stale = [f for f in _newest_first(checkpoints) if _step(f) < newest and not (f in whole and _step(f) in kept)]
+        kept |= {step_of(folder) for folder in whole if step_of(folder) % keep_every == 0}
+    newest = step_of(whole[0])
+    stale = [
+        f for f in list_checkpoints(checkpoints) if step_of(f) < newest and not (f in whole and step_of(f) in kept)
+    ]
     broken = [p for p in checkpoints.iterdir() if (m := _BROKEN_PATTERN.fullmatch(p.name)) and int(m[1]) <= newest]
     for folder in stale + broken:
         try:
@@ -273,45 +213,7 @@ def remove_old(
             report(f"{folder} could not be removed: {error}")
 
 
-def _newest_first(checkpoints: Path) -> list[Path]:
-    folders = [path for path in checkpoints.glob("checkpoint-*") if _FOLDER_PATTERN.fullmatch(path.name)]
-    return sorted(folders, key=_step, reverse=True)
-
-
 def _remove(folder: Path) -> None:
     """The manifest goes first: without it a half-deleted folder cannot be taken for a whole one."""
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     shutil.rmtree(folder)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("checkpoint-"))
-
-
-def from_main(world: World, make: Callable[[], T]) -> T:
-    """What rank 0 makes, on every rank."""
-    made: list[Any] = [make() if world.is_main else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(made, src=0)
-    found: T = made[0]
-    return found
-
-
-def gather(own: T) -> list[T]:
-    """Every rank's value, in the order of the ranks, on every rank."""
-    if not dist.is_initialized():
-        return [own]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found
-
-
-def group_size() -> int:
-    """How many ranks there are to share work with."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def wait_for_all() -> None:
-    """Every rank has come here."""
-    if dist.is_initialized():
-        dist.barrier()

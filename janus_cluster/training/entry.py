@@ -1,6 +1,6 @@
-"""One training process: python -m janus_cluster.training.entry RUN_DIR --attempt 1 --node NAME, under torchrun.
+"""One training process: python -m janus_cluster.training RUN_DIR --attempt 1 --node NAME, under torchrun.
 
-Everything it needs was decided on the login node and stands in the run folder; nothing is derived again here.
+Everything it needs was decided on the login node and is in the run folder; nothing is derived again here.
 """
 
 from __future__ import annotations
@@ -16,63 +16,76 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils import logging as transformers_logging
 
-from janus_cluster.config.check_weights import why_head_is_random
-from janus_cluster.config.schema import JobConfig, ResolvedJob
 from janus_cluster.errors import UsageError
-from janus_cluster.rundir import RunDir
+from janus_cluster.janusvln.data.dataset import NavigationDataset, collate
+from janus_cluster.janusvln.data.index import SampleSplit, load_samples
+from janus_cluster.janusvln.data.indexing import Reporter
+from janus_cluster.janusvln.data.lengths import load_token_counts
+from janus_cluster.janusvln.data.prompt import sample_texts
+from janus_cluster.janusvln.data.split import load_earlier_split, warn_of_leak
+from janus_cluster.janusvln.data.tokenizer import build_tiny_tokenizer, load_tokenizer, tokenizer_ids
+from janus_cluster.janusvln.held_out import render_score_table
+from janus_cluster.janusvln.model.build import build_model, parameter_groups, render_parameter_groups
+from janus_cluster.janusvln.model.janus import JanusModel
+from janus_cluster.job.resolved import ResolvedJob
+from janus_cluster.job.schema import JobConfig
+from janus_cluster.modelspec.check_weights import why_head_is_random
+from janus_cluster.run.checkpoints import step_of
+from janus_cluster.run.next_command import command_for
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.bundle import load_resolved
+from janus_cluster.run.records.metrics import CheckpointBrokenEvent, CompleteEvent, ExportEvent, ResumeEvent, StopEvent
 from janus_cluster.training.batches import build_batches, note_samples
 from janus_cluster.training.checkpoint import agree_on_resume
-from janus_cluster.training.data.dataset import NavigationDataset, collate
-from janus_cluster.training.data.index import SampleSplit, load_samples
-from janus_cluster.training.data.indexing import Told
-from janus_cluster.training.data.lengths import load_token_counts
-from janus_cluster.training.data.prompt import sample_texts
-from janus_cluster.training.data.split import load_earlier_split, warn_of_leak
-from janus_cluster.training.data.tokenizer import build_tiny_tokenizer, image_token_ids, load_tokenizer
 from janus_cluster.training.export import write_exports
-from janus_cluster.training.held_out import render_score_table
+from janus_cluster.training.failure import failure_recorded
 from janus_cluster.training.memory import MemoryWatch
 from janus_cluster.training.metrics import MetricsLog
-from janus_cluster.training.model.build import build_model, parameter_groups, render_parameter_groups
-from janus_cluster.training.model.janus import JanusModel
-from janus_cluster.training.model.presets import TokenizerIds
 from janus_cluster.training.pulse import Pulse, take_signals
-from janus_cluster.training.start import StartClock, TellStart
+from janus_cluster.training.stall import StallReport
+from janus_cluster.training.start import LogStart, StartClock
 from janus_cluster.training.trainer import JanusTrainer, build_training_arguments
-from janus_cluster.training.world import World, load_world, process_group, redirect_output, run_and_leave, share_among
+from janus_cluster.training.world import World, error_recorded, load_world, process_group, redirect_output, share_among
 
 
-@record
+@error_recorded
 def main(argv: Sequence[str] | None = None) -> None:
-    """The whole of this rank's work is done; its words are in its own log, its error (if any) in torchrun's file."""
+    """Do all of this rank's work; its output is in its own log, its error (if any) in its own record."""
     clock = StartClock()
     arguments = _parse_arguments(argv)
     take_signals()
     run = RunDir(arguments.run_dir)
-    resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
+    resolved = load_resolved(run.bundle(arguments.bundle))
     world = load_world(resolved.job.hardware.device)
     redirect_output(run.rank_log(arguments.attempt, arguments.node, world.rank))
     quiet_libraries()
     print(f"rank {world.rank} of {world.world_size} on {socket.gethostname()}, {world.device}", flush=True)
+    training = resolved.job.training
     pulse = Pulse(
         run,
         attempt=arguments.attempt,
         rank=world.rank,
         node=arguments.node,
-        hang_timeout_s=resolved.job.training.hang_timeout_s,
+        hang_timeout_s=training.hang_timeout_s,
+        stalled=StallReport(run, attempt=arguments.attempt, rank=world.rank, node=arguments.node),
+        # Before the watchdog ends the ranks, or the time-out of the collective does.
+        stalled_after_s=min(training.hang_timeout_s, training.ddp_timeout_s) / 2,
     ).start()
-    with process_group(world, timeout_s=resolved.job.training.ddp_timeout_s):
+    failure_json = run.rank_failure_json(arguments.attempt, world.rank)
+    with (
+        failure_recorded(failure_json, rank=world.rank, node=arguments.node),
+        process_group(world, timeout_s=training.ddp_timeout_s),
+    ):
         clock.mark("process_group")
         train(run, resolved, world, attempt=arguments.attempt, pulse=pulse, clock=clock)
 
 
 def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pulse: Pulse, clock: StartClock) -> None:
-    """The model is trained, evaluated and exported, or was saved at a step boundary because it was asked to stop.
+    """Train, evaluate and export the model; on a stop request save it at a step boundary.
 
-    metrics.jsonl tells the story.
+    Every event is in metrics.jsonl.
     """
     job = resolved.job
     metrics = MetricsLog(
@@ -81,10 +94,44 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pul
     checkpoint = _find_checkpoint(run, job, world, metrics)
     clock.mark("resume")
     split = _load_split(run, job, world, metrics, resumes=checkpoint is not None)
-    if world.is_main and (changed := note_samples(run, split, resumes=checkpoint is not None)):
-        metrics.say(f"warning: {changed}")
+    if world.is_main:
+        accepts = job.restart.accept_changed_data
+        if changed := note_samples(run, split, resumes=checkpoint is not None, accepts_change=accepts):
+            metrics.log(f"warning: {changed}")
     clock.mark("index")
     tokenizer = load_job_tokenizer(job, split)
+    trainer = _build_trainer(
+        run, resolved, world, split=split, tokenizer=tokenizer, metrics=metrics, pulse=pulse, clock=clock
+    )
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    step = trainer.state.global_step
+    if trainer.is_stopping and step < trainer.state.max_steps:
+        metrics.append(StopEvent(step=step, checkpoint=str(run.checkpoints / f"checkpoint-{step}")))
+        metrics.log(f"stopped on purpose after step {step} of {trainer.state.max_steps}")
+        return
+    _evaluate_at_the_end(trainer, metrics)
+    if job.checkpoint.export:
+        pulse.beat("export", step)
+        for folder in write_exports(run, trainer=trainer, tokenizer=tokenizer, job=job, world=world):
+            metrics.log(f"export {folder}")
+        metrics.append(ExportEvent(step=step, path=str(run.export)))
+    metrics.append(CompleteEvent(step=step, total_steps=trainer.state.max_steps))
+
+
+def _build_trainer(
+    run: RunDir,
+    resolved: ResolvedJob,
+    world: World,
+    *,
+    split: SampleSplit,
+    tokenizer: Any,
+    metrics: MetricsLog,
+    pulse: Pulse,
+    clock: StartClock,
+) -> JanusTrainer:
+    """The trainer of this rank's model and data. Raises: JanusError for samples or weights that cannot be used."""
+    job = resolved.job
     # Before the model is built: a sample that is too long is found in seconds, one that is held out too.
     batches = build_batches(job, split.train, tokenizer, world)
     load_token_counts(
@@ -92,13 +139,14 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pul
     )
     clock.mark("tokens")
 
+    ds_config_json = run.bundle(resolved.bundle).ds_config_json
     training_arguments = build_training_arguments(
-        job, output_dir=run.checkpoints, ds_config_json=run.ds_config_json, device=job.hardware.device
+        job, output_dir=run.checkpoints, ds_config_json=ds_config_json, device=job.hardware.device
     )
     model = build_job_model(job, tokenizer, world)
     if (random_head := why_head_is_random(job.model, job.training)) is not None:
-        metrics.say(f"warning: action head: {random_head}: it is neither scored nor exported")
-    metrics.say(render_parameter_groups(parameter_groups(model, job.training)))
+        metrics.log(f"warning: action head: {random_head}: it is neither scored nor exported")
+    metrics.log(render_parameter_groups(parameter_groups(model, job.training)))
     clock.mark("weights")
 
     dataset = partial(
@@ -117,34 +165,24 @@ def train(run: RunDir, resolved: ResolvedJob, world: World, *, attempt: int, pul
         pulse=pulse,
         head_not_scored=random_head,
     )
-    trainer.add_callback(TellStart(clock, metrics))
+    trainer.add_callback(LogStart(clock, metrics))
     trainer.add_callback(
-        MemoryWatch(metrics=metrics, pulse=pulse, memory=resolved.memory, device=world.device, run_name=run.name)
+        MemoryWatch(
+            metrics=metrics, pulse=pulse, memory=resolved.memory, device=world.device, resume=command_for("resume", run)
+        )
     )
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-    step = trainer.state.global_step
-    if trainer.is_stopping and step < trainer.state.max_steps:
-        metrics.append("stop", step, checkpoint=str(run.checkpoints / f"checkpoint-{step}"))
-        metrics.say(f"stopped on purpose after step {step} of {trainer.state.max_steps}")
-        return
-    _evaluate_at_the_end(trainer, metrics)
-    if job.checkpoint.export:
-        pulse.beat("export", step)
-        for folder in write_exports(run, trainer=trainer, tokenizer=tokenizer, job=job, world=world):
-            metrics.say(f"export {folder}")
-        metrics.append("export", step, path=str(run.export))
+    return trainer
 
 
 def _find_checkpoint(run: RunDir, job: JobConfig, world: World, metrics: MetricsLog) -> Path | None:
-    """The checkpoint that all ranks go on from, if any; broken ones on the way to it are told."""
-    found = agree_on_resume(run.checkpoints, resume=job.checkpoint.resume, world=world, report=metrics.say)
+    """The checkpoint that all ranks resume from, if any; broken newer ones are reported."""
+    found = agree_on_resume(run.checkpoints, resume=job.checkpoint.resume, world=world, report=metrics.log)
     for broken in found.passed_over:
-        metrics.append("checkpoint_broken", broken.step, path=str(broken.path), reason=broken.reason)
+        metrics.append(CheckpointBrokenEvent(step=broken.step, path=str(broken.path), reason=broken.reason))
     checkpoint = found.checkpoint
     if checkpoint is not None:
-        metrics.append("resume", int(checkpoint.name.removeprefix("checkpoint-")), checkpoint=str(checkpoint))
-        metrics.say(f"resuming from {checkpoint}")
+        metrics.append(ResumeEvent(step=step_of(checkpoint), checkpoint=str(checkpoint)))
+        metrics.log(f"resuming from {checkpoint}")
     return checkpoint
 
 
@@ -157,13 +195,13 @@ def _load_split(run: RunDir, job: JobConfig, world: World, metrics: MetricsLog, 
         index_dir=Path(job.data.index_dir) if job.data.index_dir else run.data_index,
         share=share_among(world),
         bad_data=run.bad_data_jsonl,
-        told=Told(report=metrics.say),
+        reporter=Reporter(report=metrics.log),
         # Rank 0 splits for all, and is the one that writes this file anew.
         earlier=load_earlier_split(run) if resumes and world.is_main else None,
     )
-    metrics.say(split.describe())
+    metrics.log(split.describe())
     if (warning := warn_of_leak(split.split, run)) is not None:
-        metrics.say(f"warning: {warning}")
+        metrics.log(f"warning: {warning}")
     return split
 
 
@@ -172,9 +210,9 @@ def _evaluate_at_the_end(trainer: JanusTrainer, metrics: MetricsLog) -> None:
     if trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     if trainer.held_out_scores is not None:
-        metrics.say(render_score_table(trainer.held_out_scores))
+        metrics.log(render_score_table(trainer.held_out_scores))
     else:
-        metrics.say("no held-out samples (data.validation_fraction): accuracy was not measured")
+        metrics.log("no held-out samples (data.validation_fraction): accuracy was not measured")
 
 
 def quiet_libraries() -> None:
@@ -214,27 +252,10 @@ def build_job_model(job: JobConfig, tokenizer: Any, world: World) -> JanusModel:
     )
 
 
-def tokenizer_ids(tokenizer: Any) -> TokenizerIds:
-    """The ids that the network must know."""
-    image = image_token_ids(tokenizer)
-    return TokenizerIds(
-        vocab_size=len(tokenizer),
-        image_token_id=image.image_pad,
-        video_token_id=image.video_pad,
-        vision_start_token_id=image.vision_start,
-        vision_end_token_id=image.vision_end,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-    )
-
-
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m janus_cluster.training.entry", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m janus_cluster.training", description=__doc__)
     parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--bundle", type=int, required=True)
     parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--node", required=True)
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    run_and_leave(main)

@@ -2,8 +2,8 @@
 
     python -m janus_cluster.training.evaluation MODEL_OR_RUN --out DIR [--data ROOT …] [--generate 50]
 
-The action head and the perplexity are measured on every sample, answers in words on some. `janus-cluster eval` starts
-this and prints what stands in DIR/evaluation.json.
+The action head and the perplexity are measured on every sample, generated answers on some. `janus-cluster eval` starts
+this and prints DIR/evaluation.json.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from janus_cluster.config.schema import SegmentWeights
 from janus_cluster.errors import JanusError, UsageError, print_error
-from janus_cluster.streams import run_program
-from janus_cluster.training.data.dataset import NavigationDataset
-from janus_cluster.training.data.samples import ACTIONS
-from janus_cluster.training.data.tokenizer import load_tokenizer
-from janus_cluster.training.held_out import (
+from janus_cluster.janusvln.data.dataset import NavigationDataset
+from janus_cluster.janusvln.data.samples import ACTIONS
+from janus_cluster.janusvln.data.tokenizer import load_tokenizer
+from janus_cluster.janusvln.held_out import (
     HeldOutScores,
     leave_out_head,
     render_score_line,
     render_score_table,
 )
-from janus_cluster.training.model.janus import JanusConfig, JanusModel
-from janus_cluster.training.model.load import load_exported
-from janus_cluster.training.predictions import Prediction, generate_answers, predict_actions
+from janus_cluster.janusvln.model.janus import JanusConfig, JanusModel
+from janus_cluster.janusvln.model.load import load_exported
+from janus_cluster.janusvln.predictions import Prediction, generate_answers, predict_actions
+from janus_cluster.janusvln.scores import ActionScores, count_confusion, score_actions
+from janus_cluster.job.schema import SegmentWeights
+from janus_cluster.run.streams import run_program
 from janus_cluster.training.report import ShownSample, render_page, render_picture, write_report
-from janus_cluster.training.scores import ActionScores, count_confusion, score_actions
 from janus_cluster.training.subject import Subject, draw_indices, load_subject
 
 GENERATED_BY_DEFAULT = 50
@@ -45,7 +45,7 @@ SHOWN_AT_MOST = 50
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The evaluation lies in --out. Returns: the exit code; errors are said on stderr, in words."""
+    """The evaluation is written to --out. Returns: the exit code; errors are printed on stderr."""
     arguments = _parse_arguments(argv)
     transformers_logging.disable_progress_bar()
     try:
@@ -75,26 +75,26 @@ def evaluate(arguments: argparse.Namespace) -> None:
     # The record of an export names no number of loaders, and this machine may have fewer cores than the nodes.
     num_workers = min(subject.data.num_workers, len(os.sched_getaffinity(0)))
     scores, predictions = predict_actions(
-        model, dataset, pad_token_id=tokenizer.pad_token_id, num_workers=num_workers, say=_say
+        model, dataset, pad_token_id=tokenizer.pad_token_id, num_workers=num_workers, report=_print
     )
     not_scored = None
     if not subject.has_action_head:
         not_scored = f"{subject.model} holds no action_head.*: loading draws one at random, so it is not scored"
         scores = leave_out_head(scores)
         predictions = [replace(prediction, head_action=None, head_probabilities=None) for prediction in predictions]
-        _say(f"action head: {not_scored}")
+        _print(f"action head: {not_scored}")
     else:
-        _say(render_score_line(scores))
-    _say(render_score_table(scores))
+        _print(render_score_line(scores))
+    _print(render_score_table(scores))
     asked = draw_indices(len(samples), arguments.generate)
     answered = generate_answers(
-        model, dataset, predictions, asked, tokenizer=tokenizer, max_new_tokens=arguments.max_new_tokens, say=_say
+        model, dataset, predictions, asked, tokenizer=tokenizer, max_new_tokens=arguments.max_new_tokens, report=_print
     )
     for index, prediction in zip(asked, answered, strict=True):
         predictions[index] = prediction
 
     shown = (asked or draw_indices(len(samples), SHOWN_AT_MOST))[:SHOWN_AT_MOST]
-    words = score_answers(answered) if answered else None
+    generated = score_answers(answered) if answered else None
     evaluation = {
         "schema_version": 1,
         "model": str(subject.model),
@@ -104,7 +104,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "num_samples": len(samples),
         "num_episodes": len({prediction.episode for prediction in predictions}),
         "head_not_scored": not_scored,
-        **_render_scores(scores, words),
+        **_render_scores(scores, generated),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_new_tokens": arguments.max_new_tokens,
@@ -112,7 +112,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     }
     page = _build_page(subject, evaluation, dataset, predictions, shown)
     paths = write_report(arguments.out, evaluation=evaluation, predictions=predictions, page=page)
-    _say(f"written: {', '.join(map(str, paths.values()))}")
+    _print(f"written: {', '.join(map(str, paths.values()))}")
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -125,7 +125,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def score_answers(predictions: Sequence[Prediction]) -> ActionScores:
-    """The scores of the answers in words."""
+    """The scores of the generated answers."""
     truth = [ACTIONS.index(p.action) for p in predictions]
     given = [None if p.generated_action is None else ACTIONS.index(p.generated_action) for p in predictions]
     return score_actions(count_confusion(truth, given))
@@ -134,16 +134,16 @@ def score_answers(predictions: Sequence[Prediction]) -> ActionScores:
 def _load_model(subject: Subject, device: torch.device) -> JanusModel:
     """The exported model in the precision it was saved in."""
     dtype = JanusConfig.from_pretrained(subject.model, local_files_only=True).dtype or torch.float32
-    _say(f"loading {subject.model} on {device}, {str(dtype).removeprefix('torch.')}")
+    _print(f"loading {subject.model} on {device}, {str(dtype).removeprefix('torch.')}")
     return load_exported(subject.model, vggt_path=subject.vggt_path, device=device, dtype=dtype)
 
 
-def _render_scores(scores: HeldOutScores, words: ActionScores | None) -> dict[str, Any]:
+def _render_scores(scores: HeldOutScores, generated: ActionScores | None) -> dict[str, Any]:
     return {
         "actions": list(ACTIONS),
         "majority": {"action": scores.majority.action, "accuracy": scores.majority.accuracy},
         "head": scores.head.to_json(),
-        "generated": None if words is None else words.to_json(),
+        "generated": None if generated is None else generated.to_json(),
         "perplexity_by_segment": dict(scores.perplexity_by_segment),
     }
 
@@ -162,7 +162,7 @@ def _build_page(
         )
         for index in shown
     ]
-    head, majority, words = evaluation["head"], evaluation["majority"], evaluation["generated"]
+    head, majority, generated = evaluation["head"], evaluation["majority"], evaluation["generated"]
     summary = [
         f"{evaluation['num_samples']} samples of {evaluation['num_episodes']} episodes under "
         f"{', '.join(evaluation['data'])}; {len(samples)} of them here.",
@@ -176,17 +176,17 @@ def _build_page(
     if (split := evaluation["split"]) is not None and split["num_leaked_frames"]:
         summary.append(
             f"{split['num_leaked_frames']} of the {split['num_held_out_frames']} held-out frames are trained on too: "
-            "these numbers say nothing of new walks."
+            "these scores are no measure for new walks."
         )
-    if words is not None:
+    if generated is not None:
         summary.append(
-            f"In words, {words['num_samples']} samples: accuracy {words['accuracy']:.3f}, "
-            f"macro F1 {words['macro_f1']:.3f}; {words['num_unparsable']} answers name no action."
+            f"In words, {generated['num_samples']} samples: accuracy {generated['accuracy']:.3f}, "
+            f"macro F1 {generated['macro_f1']:.3f}; {generated['num_unparsable']} answers name no action."
         )
     return render_page(f"Predictions of {subject.model}", summary, samples)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

@@ -3,7 +3,7 @@
     python -m janus_cluster.training.probe RUN_DIR --attempt 1 --node N
 
 Runs under torchrun before training, on the same ranks and over the same network: GEMM on each device, the all-reduce
-within each node, each rail between two nodes, and the all-reduce over all ranks. Judging is done where no
+within each node, each rail between pairs of nodes, and the all-reduce over all ranks. Judging is done where no
 torch is needed.
 """
 
@@ -13,20 +13,20 @@ import argparse
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.errors import UsageError
-from janus_cluster.rundir import RunDir, read_json, write_json_atomically
-from janus_cluster.stamped import stamp_output
+from janus_cluster.job.resolved import ResolvedJob
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.bundle import load_resolved
+from janus_cluster.run.records.gate import AllReduceRecord, RailsRecord
+from janus_cluster.run.stamped import stamp_output
 from janus_cluster.training.probe_device import measure_gemm, measure_intra_node
 from janus_cluster.training.probe_rails import measure_rails
-from janus_cluster.training.probe_timing import Payload, gather_over_ranks, local_world_size, slowest, time_all_reduce
-from janus_cluster.training.world import World, load_world, process_group, run_and_leave
+from janus_cluster.training.probe_timing import Payload, local_world_size, slowest, time_all_reduce
+from janus_cluster.training.world import World, error_recorded, gather, load_world, process_group, run_and_leave
 
 
 def measure_all_reduce(
@@ -40,7 +40,8 @@ def measure_all_reduce(
         raise UsageError(f"--iterations {iterations}: at least 1 is needed", hint="leave --iterations away")
     payload = Payload(payload_bytes, world.device)
     times_s, sum_correct = time_all_reduce(world, payload, warmups=warmups, iterations=iterations)
-    reports = gather_over_ranks(world, {"host": socket.gethostname(), "times_s": times_s, "sum_correct": sum_correct})
+    own: dict[str, Any] = {"host": socket.gethostname(), "times_s": times_s, "sum_correct": sum_correct}
+    reports = gather(own)
     return {
         "schema_version": 1,
         "node": node,
@@ -57,16 +58,16 @@ def load_rails(path: Path, node: str) -> list[dict[str, str]]:
     """The rails that the attempt found between the nodes, each with the interface as `node` calls it; [] if none."""
     if not path.exists():
         return []
-    plan = read_json(path)
-    return [{"name": rail["name"], "interface": rail["interfaces"].get(node, "")} for rail in plan["rails"]]
+    return [{"name": r.name, "interface": r.interfaces.get(node, "")} for r in RailsRecord.require(path).rails]
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m janus_cluster.training.probe", description=__doc__)
     parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--bundle", type=int, required=True)
     parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--node", required=True)
-    parser.add_argument("--payload-mb", type=float, help="MB of 1e6 bytes; default: what the job says")
+    parser.add_argument("--payload-mb", type=float, help="MB of 1e6 bytes; default: the job's")
     parser.add_argument("--warmups", type=int, help="default: the profile's")
     parser.add_argument("--iterations", type=int, help="default: the profile's")
     return parser.parse_args(argv)
@@ -85,7 +86,7 @@ def measure(world: World, resolved: ResolvedJob, run: RunDir, arguments: argpars
     parts: dict[str, Any] = {
         "gemm": measure_gemm(world, profile["gemm"])[first_rank : first_rank + local_world_size()],
         "intra_node": measure_intra_node(world, profile["intra_node"], warmups=warmups, iterations=iterations),
-        "rails": measure_rails(world, rails, profile["rails"]) if rails else [],
+        "rails": _measure_rails(world, rails, profile, node=arguments.node) if rails else [],
     }
     whole = measure_all_reduce(
         world,
@@ -97,22 +98,31 @@ def measure(world: World, resolved: ResolvedJob, run: RunDir, arguments: argpars
     return whole | parts | {"duration_s": time.perf_counter() - begun_s}
 
 
-@record
+def _measure_rails(
+    world: World, rails: list[dict[str, str]], profile: Mapping[str, Any], *, node: str
+) -> list[dict[str, Any]]:
+    baseline = profile.get("baseline") or {}
+    floors = {test: baseline["fail_below"] * rate for test, rate in (baseline.get("measured") or {}).items()}
+    tests = measure_rails(world, rails, profile["rails"], node=node, baseline=floors)
+    return [test.to_json() for test in tests]
+
+
+@error_recorded
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure over all ranks; the first rank of each node writes that node's record."""
     arguments = _parse_arguments(argv)
     stamp_output()
     run = RunDir(arguments.run_dir)
-    resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
+    resolved = load_resolved(run.bundle(arguments.bundle))
     world = load_world(resolved.job.hardware.device)
     with process_group(world, timeout_s=resolved.job.preflight.timeout_s):
         report = measure(world, resolved, run, arguments)
     if world.is_node_main:
         path = run.all_reduce_json(arguments.attempt, arguments.node)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomically(path, report)
+        AllReduceRecord(values=report).write(path)
         print(
-            f"probe: {len(report['gemm'])} GEMM, {len(report['rails'])} rails; all-reduce "
+            f"probe: {len(report['gemm'])} GEMM, {len(report['rails'])} tests of rails; all-reduce "
             f"{report['payload_bytes'] / 1e6:g} MB over {world.world_size} ranks ({world.backend}): "
             f"median {statistics.median(report['times_s']) * 1e3:.1f} ms, "
             f"sum {'correct' if report['sum_correct'] else 'WRONG'}; {report['duration_s']:.1f} s",

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from janus_cluster.training.probe_timing import Payload, gather_over_ranks, local_world_size, time_all_reduce, timed
-from janus_cluster.training.world import World
+from janus_cluster.training.probe_timing import Payload, local_world_size, time_all_reduce, timed
+from janus_cluster.training.world import World, gather
 
 
 def measure_gemm(world: World, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def measure_gemm(world: World, settings: Mapping[str, Any]) -> list[dict[str, An
         "tflops": 2 * n**3 / statistics.median(times_s) / 1e12,
         "consistent": consistent,
     }
-    return gather_over_ranks(world, record)
+    return gather(record)
 
 
 def measure_intra_node(world: World, settings: Mapping[str, Any], *, warmups: int, iterations: int) -> Any:
@@ -59,7 +59,7 @@ def measure_intra_node(world: World, settings: Mapping[str, Any], *, warmups: in
         size=size,
     )
     mine = {"times_s": times_s, "sum_correct": sum_correct}
-    of_node = gather_over_ranks(world, mine)[node * size : (node + 1) * size]
+    of_node = gather(mine)[node * size : (node + 1) * size]
     return {
         "times_s": [max(same) for same in zip(*(r["times_s"] for r in of_node), strict=True)],
         "sum_correct": all(r["sum_correct"] for r in of_node),

@@ -80,15 +80,8 @@ def synchronize(world: World) -> None:
         torch.cuda.synchronize(world.device)
 
 
-def gather_over_ranks(world: World, value: Any) -> list[Any]:
-    """What every rank passed, in the order of the ranks, on every rank."""
-    values: list[Any] = [None] * world.world_size
-    dist.all_gather_object(values, value)
-    return values
-
-
 def local_world_size() -> int:
-    """Ranks on this node, as torchrun says."""
+    """Ranks on this node, from torchrun's environment."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

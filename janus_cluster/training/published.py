@@ -2,15 +2,15 @@
 
     python -m janus_cluster.training.published MODEL --out DIR [--vggt-path PATH]
 
-VGGT lies in model.safetensors under `vggt.`; config.json is flat, with rope_theta and rope_scaling; the tokenizer's
-special tokens stand where transformers 4 looks for them. `janus-cluster export` starts this.
+VGGT is in model.safetensors under `vggt.`; config.json is flat, with rope_theta and rope_scaling; the tokenizer's
+special tokens are where transformers 4 looks for them. `janus-cluster export` starts this.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,26 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from janus_cluster.config.check_weights import find_new_modules, judge_vggt_weights
-from janus_cluster.config.safetensors_header import render_names
-from janus_cluster.config.schema import Data
-from janus_cluster.config.vggt_source import VGGT_IN_JANUS_PREFIX, VggtSource, find_vggt, read_tensor_index
-from janus_cluster.config.weight_names import ACTION_HEAD_PREFIX, VGGT_PREFIX, janus_shapes, name_in_model, name_on_disk
 from janus_cluster.errors import JanusError, UsageError, print_error
-from janus_cluster.rundir import write_json_atomically
-from janus_cluster.streams import run_program
-from janus_cluster.training.data.tokenizer import build_image_processor, load_tokenizer
-from janus_cluster.training.model.checkpoint_files import read_tensors
-from janus_cluster.training.model.janus import JanusConfig
-from janus_cluster.training.model.write import require_readable, write_weights
+from janus_cluster.janusvln.data.tokenizer import build_image_processor, load_tokenizer
+from janus_cluster.janusvln.model.checkpoint_files import read_tensors
+from janus_cluster.janusvln.model.janus import JanusConfig
+from janus_cluster.janusvln.model.write import require_readable, write_weights
+from janus_cluster.job.schema import Data
+from janus_cluster.modelspec.check_weights import find_new_modules, judge_vggt_weights
+from janus_cluster.modelspec.safetensors_header import render_names
+from janus_cluster.modelspec.vggt_source import VGGT_IN_JANUS_PREFIX, VggtSource, find_vggt, read_tensor_index
+from janus_cluster.modelspec.weight_names import (
+    ACTION_HEAD_PREFIX,
+    VGGT_PREFIX,
+    janus_shapes,
+    name_in_model,
+    name_on_disk,
+)
+from janus_cluster.run.files import read_json, write_json_atomically
+from janus_cluster.run.streams import run_program
 from janus_cluster.training.new_folder import new_folder
-from janus_cluster.training.subject import RECORD_NAME, choose_vggt, load_record
+from janus_cluster.training.subject import PREPARATION_NAME, choose_vggt, load_preparation
 
 ARCHITECTURE, PROCESSOR = "Qwen2_5_VLForConditionalGenerationForJanusVLN", "Qwen2_5_VLProcessor"
 # The release whose form the files have: the evaluator's requirements pin it.
@@ -44,11 +50,11 @@ _NEW_IN_CONFIG = {"layer_types", "model_type", "rope_parameters", "tie_word_embe
 def write_published(model: Path, out: Path, *, vggt_path: str | None = None) -> None:
     """`out` holds the model in the folder `model` (our export, or any model.path) in the published layout.
 
-    Raises: UsageError if `model` is no whole model, or nothing says where VGGT lies; TrainingFailed if what was
+    Raises: UsageError if `model` is no whole model, or VGGT's weights are nowhere named; TrainingFailed if what was
     written cannot be read back.
     """
-    record = load_record(model)
-    vggt = find_vggt(choose_vggt(model, vggt_path, record["vggt_path"]), key="VGGT")
+    preparation = load_preparation(model)
+    vggt = find_vggt(choose_vggt(model, vggt_path, preparation.vggt_path), key="VGGT")
     config = JanusConfig.from_pretrained(model, local_files_only=True)
     tensors = _model_tensors(model, config) | _vggt_tensors(vggt, config)
     has_head = any(name.startswith(ACTION_HEAD_PREFIX) for name in tensors)
@@ -58,8 +64,8 @@ def write_published(model: Path, out: Path, *, vggt_path: str | None = None) -> 
         require_readable(new, tensors, without=() if has_head else (ACTION_HEAD_PREFIX,))
         GenerationConfig.from_pretrained(model).save_pretrained(new)
         _write_tokenizer(load_tokenizer(model), new)
-        _write_image_processor(Data.model_validate(record["data"]), new)
-        write_json_atomically(new / RECORD_NAME, {"schema_version": 1, **record, "vggt_path": None})
+        _write_image_processor(Data.model_validate(preparation.data), new)
+        replace(preparation, vggt_path=None).write(new / PREPARATION_NAME)
 
 
 def flat_config(config: JanusConfig) -> dict[str, Any]:
@@ -138,8 +144,8 @@ def _vggt_tensors(source: VggtSource, config: JanusConfig) -> dict[str, Tensor]:
 
 def _write_tokenizer(tokenizer: Any, out: Path) -> None:
     tokenizer.save_pretrained(str(out))
-    added = _read_json(out / "tokenizer.json")["added_tokens"]
-    values = old_tokenizer_config(_read_json(out / "tokenizer_config.json"), added, tokenizer.chat_template)
+    added = read_json(out / "tokenizer.json")["added_tokens"]
+    values = old_tokenizer_config(read_json(out / "tokenizer_config.json"), added, tokenizer.chat_template)
     write_json_atomically(out / "tokenizer_config.json", values)
     # Transformers 4's processors look here.
     write_json_atomically(out / "chat_template.json", {"chat_template": tokenizer.chat_template})
@@ -151,15 +157,11 @@ def _write_image_processor(data: Data, out: Path) -> None:
     path = out / "preprocessor_config.json"
     # 4.50 takes the limits from these two keys and passes over `size`.
     limits = {"min_pixels": data.min_pixels, "max_pixels": data.max_pixels}
-    write_json_atomically(path, _read_json(path) | limits | {"processor_class": PROCESSOR})
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    write_json_atomically(path, read_json(path) | limits | {"processor_class": PROCESSOR})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The published layout lies in --out. Returns: the exit code; errors are said on stderr, in words."""
+    """The published layout is in --out. Returns: the exit code; errors are printed on stderr."""
     parser = argparse.ArgumentParser(prog="python -m janus_cluster.training.published", description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, required=True)

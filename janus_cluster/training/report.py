@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
-from janus_cluster.rundir import write_json_atomically, write_text_atomically
-from janus_cluster.training.predictions import Prediction
+from janus_cluster.janusvln.predictions import Prediction
+from janus_cluster.job.templates import template_environment
+from janus_cluster.run.files import write_text_atomically
+from janus_cluster.run.records.training import EvaluationRecord
 
 EVALUATION_JSON = "evaluation.json"
 PREDICTIONS_JSONL = "predictions.jsonl"
@@ -46,9 +47,8 @@ def render_picture(frame_3HW: NDArray[np.uint8]) -> str:
 
 def render_page(title: str, summary: Sequence[str], samples: Sequence[ShownSample]) -> str:
     """One HTML page that needs no other file. Every text is escaped: instructions and answers may hold anything."""
-    source = Path(__file__).with_name("predictions.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    return _encodable(environment.from_string(source).render(title=title, summary=summary, samples=samples))
+    template = template_environment(Path(__file__).parent, is_html=True).get_template("predictions.html.j2")
+    return _encodable(template.render(title=title, summary=summary, samples=samples))
 
 
 def write_report(
@@ -64,7 +64,7 @@ def write_report(
     lines = [json.dumps(prediction.to_json(), ensure_ascii=False) + "\n" for prediction in predictions]
     write_text_atomically(paths["predictions"], _encodable("".join(lines)))
     write_text_atomically(paths["page"], page)
-    write_json_atomically(paths["evaluation"], dict(evaluation))
+    EvaluationRecord(scores=evaluation).write(paths["evaluation"])
     return paths
 
 

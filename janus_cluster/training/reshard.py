@@ -1,4 +1,4 @@
-"""A checkpoint of DeepSpeed's, loaded by another number of processes or under another ZeRO stage than wrote it.
+"""Load a checkpoint of DeepSpeed's with another number of processes or under another ZeRO stage than wrote it.
 
 DeepSpeed keeps the fp32 weights and Adam's two moments in flat tensors, cut among the ranks by a rule of each stage's
 own, and loads them only where number, stage and cut are the same. Its universal checkpoints lift that, but not for us:
@@ -7,7 +7,7 @@ load_hp_checkpoint_state_from_checkpoint_dir_stage3), ZeRO-0 has none, and every
 to the disk: 100 GB for the 7B model.
 
 Here each rank maps the written files into memory and copies what it needs of them, parameter by parameter, into its own
-flat tensors. No number is changed: what every parameter and moment holds is the same before and after.
+flat tensors. The values of every parameter and moment are unchanged.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from deepspeed.runtime.fp16 import loss_scaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from janus_cluster.config.zero_cut import Cut, find_obstacle
 from janus_cluster.errors import UsageError
+from janus_cluster.modelspec.zero_cut import Cut, find_obstacle
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "weight"
@@ -88,7 +88,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A checkpoint as it lies on the disk: mapped, not read."""
+    """A checkpoint on the disk: mapped, not read."""
 
     folder: Path
     cut: Cut
@@ -121,7 +121,7 @@ def written_cut(checkpoint: Path) -> Cut:
 
 
 def load_resharded(engine: Any, checkpoint: Path, *, groups: Sequence[Mapping[str, Any]]) -> None:
-    """`engine` has weights, moments, learning rates and counters of `checkpoint`, whoever wrote it.
+    """`engine` has weights, moments, learning rates and counters of `checkpoint`, of any ZeRO stage and ranks.
 
     groups: the optimizer's, as build.parameter_groups orders them; what ZeRO-0 writes holds no names.
     Every rank calls this before the first step. Raises: UsageError if anything is missing or has another size.
@@ -154,7 +154,7 @@ def load_resharded(engine: Any, checkpoint: Path, *, groups: Sequence[Mapping[st
 
 
 def load_source(checkpoint: Path, *, names: Sequence[Sequence[str]]) -> Source:
-    """The files of `checkpoint`, mapped into memory. Raises: UsageError if one is missing or says something else."""
+    """The files of `checkpoint`, mapped into memory. Raises: UsageError if one is missing or is of another cut."""
     first, *_ = model_files = _model_states(checkpoint)
     model_state = _load(first)
     cut = Cut.of(model_state["ds_config"], world_size=int(model_state["dp_world_size"]))
@@ -192,7 +192,7 @@ def how_to_go_on(cut: Cut) -> str:
 def _require_no_obstacle(ds_config: Mapping[str, Any], checkpoint: Path, cut: Cut) -> None:
     if (obstacle := find_obstacle(ds_config)) is not None:
         raise UsageError(
-            f"{checkpoint} was written by {cut}; with {obstacle} nobody else can go on from it",
+            f"{checkpoint} was written by {cut}; with {obstacle} it can only be resumed with those",
             hint=how_to_go_on(cut),
         )
 
@@ -243,7 +243,7 @@ def _layout_of_wholes(names: Sequence[str], shard: Shard) -> Layout:
 def _layout_of_slices(mappings: Sequence[Sequence[Mapping[str, Any]]]) -> Layout:
     """ZeRO-1 and 2: a group's parameters one after another, cut in ranks wherever that falls.
 
-    mappings: by rank, by group, by name: where a parameter's part lies in the rank's flat tensor.
+    mappings: by rank, by group, by name: the place of a parameter's part in the rank's flat tensor.
     """
     layout: Layout = {}
     for rank, by_group in enumerate(mappings):
@@ -307,7 +307,7 @@ def _pieces_by_group(layout: Layout, *, rank: int) -> dict[int, list[tuple[str, 
 
 
 def _fill(mine: Shard, pieces: Mapping[int, Sequence[tuple[str, Piece]]], source: Source) -> None:
-    """The engine's flat tensors hold what the checkpoint says; padding holds 0."""
+    """The engine's flat tensors hold the checkpoint's values; padding holds 0."""
     moments: dict[int, dict[str, torch.Tensor]] = {}
     # The moments are as long as their flat weights with the padding, which ZeRO-1 and 2 leave out of state_dict().
     paddings = mine.state.get("group_paddings", [0] * len(mine.weights))
@@ -330,7 +330,7 @@ def _zeros_like(weight: torch.Tensor, *, padding: int) -> torch.Tensor:
 
 
 def _take_schedule(mine: Shard, source: Source) -> None:
-    """Every group has the learning rate of the last step; what else a group says comes from the job."""
+    """Every group has the learning rate of the last step; a group's other values are the job's."""
     written = {group["name"]: group for group in source.shards[0].torch_state["param_groups"]}
     for group in mine.torch_state["param_groups"]:
         group.update({key: written[group["name"]][key] for key in _OF_THE_SCHEDULE if key in written[group["name"]]})
@@ -346,7 +346,7 @@ def _refresh_model(engine: Any, *, stage: int, source: Source, parameters: Mappi
 
 
 def _require_whole(layout: Layout, shards: Sequence[Shard], *, folder: Path, cut: Cut) -> None:
-    """Raises: UsageError unless the flat tensors are as long as the layout says."""
+    """Raises: UsageError unless the flat tensors have the layout's length."""
     ends: dict[tuple[int, int], int] = {}
     for pieces in layout.values():
         for piece in pieces:

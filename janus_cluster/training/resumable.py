@@ -1,6 +1,6 @@
-"""transformers' Trainer, made so that nothing is lost: stops at a step boundary, saves whole, resumes on any cut.
+"""transformers' Trainer, extended: stops at a step boundary, saves whole checkpoints, resumes on any cut.
 
-It knows nothing of what is trained.
+It is independent of what is trained.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
-from janus_cluster.config.schema import JobConfig
-from janus_cluster.config.zero_cut import Cut
 from janus_cluster.errors import TrainingFailed
+from janus_cluster.janusvln.model.build import parameter_groups
+from janus_cluster.job.schema import JobConfig
+from janus_cluster.modelspec.zero_cut import Cut
+from janus_cluster.run.checkpoints import step_of
 from janus_cluster.training.metrics import MetricsLog
-from janus_cluster.training.model.build import parameter_groups
 from janus_cluster.training.pulse import Pulse
 from janus_cluster.training.reshard import load_resharded, written_cut
 from janus_cluster.training.saving import new_checkpoint, warn_of_slow_save
@@ -61,7 +62,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         pulse: Pulse | None,
         **of_trainer: Any,
     ) -> None:
-        """Setting `is_stopping` during a step makes it the attempt's last. Without `pulse` nobody hears of progress."""
+        """Setting `is_stopping` during a step makes it the attempt's last. `pulse` gets the progress."""
         self._job = job
         self._pulse = pulse
         self._world = world
@@ -85,18 +86,20 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         step = self.state.global_step
         if not self._num_not_finite.item():
             # Not a cause of its own: a card must name the rank whose loss it was.
-            raise TrainingFailed(f"a remote process ended the run at step {step}: see its log")
+            raise TrainingFailed(f"the loss was not finite on another rank at step {step}", is_follow_up=True)
         if not self._has_changed_weights():
             raise TrainingFailed(
                 f"the loss is not finite at step {step} on rank {self._world.rank}, before any weight was changed: the "
                 "weights or the data give it, not the learning rate",
                 hint="are model.path and model.vggt_path whole, and are the samples of this step usual ones?",
+                kind="bad_weights",
             )
         raise TrainingFailed(
             f"the loss is not finite at step {step} on rank {self._world.rank}: nothing was saved after the checkpoint "
             "before it",
             hint="a smaller training.learning_rate or training.max_grad_norm, or precision fp32; resuming unchanged "
             "would meet it again",
+            kind="diverged",
         )
 
     def _has_changed_weights(self) -> bool:
@@ -107,7 +110,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         return any(base * factor(step) > 0 for step in updates for base, factor in rates)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The checkpoint of this step is whole and has its name, or the ones before it are as they were.
+        """Save the checkpoint of this step whole and under its name; on an error the ones before it are unchanged.
 
         Raises: TrainingFailed where the state is spoilt, or the disk has no room for it.
         """
@@ -131,7 +134,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         self._metrics.saved(self.state.global_step, path, took_s)
         warning = warn_of_slow_save(took_s, limit_s=self._job.restart.stop_timeout_s)
         if warning is not None and not self._has_warned_of_saves:
-            self._metrics.say(f"warning: {warning}")
+            self._metrics.log(f"warning: {warning}")
         self._has_warned_of_saves |= warning is not None
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -148,10 +151,11 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
                 "are spoilt, and no checkpoint is written",
                 hint="a smaller training.learning_rate or training.max_grad_norm, or precision fp32; the checkpoint "
                 "before it is as it was",
+                kind="diverged",
             )
 
     def _describe_state(self) -> dict[str, Any]:
-        """What a checkpoint's manifest says about who wrote it."""
+        """The manifest's entries about the processes that wrote the checkpoint."""
         world_size = self._world.world_size
         zero_stage = None
         if self.is_deepspeed_enabled:
@@ -173,7 +177,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The engine's shards without what is frozen, which is loaded from where it came from on resume too."""
+        """The engine's shards without the frozen weights, which are loaded from their source on resume too."""
         if not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -189,7 +193,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         if resume_from_checkpoint is None:
             return super()._prepare_for_training(max_steps, train_dataloader, None)
         checkpoint = Path(resume_from_checkpoint)
-        self._began_at_step = int(checkpoint.name.removeprefix("checkpoint-"))
+        self._began_at_step = step_of(checkpoint)
         mine = written = None
         if self.is_deepspeed_enabled:
             written = written_cut(checkpoint)
@@ -203,17 +207,17 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         return prepared
 
     def _load_cut_anew(self, checkpoint: Path, written: Cut, mine: Cut) -> None:
-        """The engine and the schedule have what `checkpoint` holds."""
-        self._metrics.say(f"{checkpoint.name} was written by {written}; cut anew for {mine}")
+        """Load the engine's and the schedule's state from `checkpoint`."""
+        self._metrics.log(f"{checkpoint.name} was written by {written}; cut anew for {mine}")
         if written.world_size != mine.world_size and self._job.training.lora.dropout:
             # Nothing else draws random numbers while it trains.
-            self._metrics.say("random states of other ranks cannot be taken over: training.lora.dropout draws anew")
+            self._metrics.log("random states of other ranks cannot be taken over: training.lora.dropout draws anew")
         load_resharded(self.model_wrapped, checkpoint, groups=parameter_groups(self.model, self._job.training))
         # With DeepSpeed this is the schedule alone.
         self._load_optimizer_and_scheduler(str(checkpoint))
 
     def _follow_schedule(self) -> None:
-        """The next step has this job's learning rates: the checkpoint's, but where the run has become longer since."""
+        """Set the learning rates of the next step: the checkpoint's, unless the run has become longer since."""
         schedule = self.lr_scheduler
         steps = schedule.last_epoch
         rates = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
@@ -247,5 +251,5 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
 
 
 def _do_not_miss(names: Collection[str], module: nn.Module, incompatible: Any) -> None:
-    """Loading a state dict without `names` is no error; anything else that is missing stays one."""
+    """Let a state dict be loaded without `names`; anything else that is missing is still an error."""
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in names]

@@ -1,7 +1,7 @@
-"""How a checkpoint comes to be: written to a folder aside, synced, hashed, described, and only then given its name.
+"""Write a checkpoint: to a folder aside, synced, hashed, described, and only then renamed.
 
-Whatever happens before the rename, the checkpoints that were there are as they were. What a dead attempt left aside is
-removed at the next save.
+An error before the rename leaves the older checkpoints unchanged. Folders aside of dead attempts are removed at the
+next save.
 """
 
 from __future__ import annotations
@@ -18,25 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from janus_cluster.errors import TrainingFailed
-from janus_cluster.training.checkpoint import (
-    Described,
-    describe,
-    find_newest_complete,
-    from_main,
-    gather,
-    group_size,
-    list_sizes,
-    load_manifest,
-    remove_old,
-    share_out,
-    wait_for_all,
-    write_manifest,
-)
-from janus_cluster.training.world import World
+from janus_cluster.run.checkpoints import find_newest_complete, load_manifest
+from janus_cluster.run.next_command import command_for
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.training import CheckpointFile
+from janus_cluster.training.checkpoint import describe, list_sizes, remove_old, share_out, write_manifest
+from janus_cluster.training.world import World, from_main, gather, group_size, wait_for_all
 
 PARTIAL_NAME = ".partial"
 _FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
-# torch's writer and safetensors' tell of a failed write without the system's own number.
+# torch's writer and safetensors' report a failed write without the system's error number.
 _WRITER_FAILED = re.compile(r"PytorchStreamWriter failed|inline_container\.cc.*unexpected pos|file write failed")
 _PROBE_BYTES = 4 << 20
 
@@ -54,9 +45,9 @@ def new_checkpoint(
 ) -> Iterator[Path]:
     """The folder in which every rank writes its part of checkpoint-<step>/; after the block that checkpoint is whole.
 
-    Old ones are gone then, as `remove_old` says. about: what the manifest is to say besides the files.
+    Old ones are removed then by `remove_old`. about: entries of the manifest besides the files.
     Raises: TrainingFailed where the disk has no room: before the block on all ranks if that is known, otherwise on the
-    rank that met it, with what this save had written gone.
+    rank that met it, after removing what this save had written.
     """
     name = f"checkpoint-{step}"
     refusal, aside = from_main(world, lambda: _make_room(checkpoints, name))
@@ -91,10 +82,17 @@ def warn_of_slow_save(took_s: float, *, limit_s: float) -> str | None:
 
 
 def _make_room(checkpoints: Path, name: str) -> tuple[str | None, Path]:
-    """(why it cannot fit, the folder for this save). Leftovers of dead attempts are gone.
+    """(why it cannot fit, the folder for this save). Leftovers of dead attempts are removed.
 
     The folder's name is new each time: a process of an earlier attempt that still writes cannot mix its files in.
     """
+    if not checkpoints.parent.is_dir():
+        # Made anew, it would be a second run of that name, without the older checkpoints.
+        raise TrainingFailed(
+            f"the run folder {checkpoints.parent} is gone: {name} was not written",
+            hint="was it moved? janus-cluster resume NEW_PATH",
+            kind="file_system",
+        )
     partial = checkpoints / PARTIAL_NAME
     # Not an error: NFS keeps what a process holds open that cannot be killed (.nfsXXXX), and a folder of its own is
     # enough for this save.
@@ -114,19 +112,19 @@ def _make_room(checkpoints: Path, name: str) -> tuple[str | None, Path]:
 
 
 def _seal(folder: Path, *, step: int, world: World, about: Mapping[str, Any] | None, beat: Callable[[], None]) -> None:
-    """Every file is on the disk, and the manifest, written last, says what is in it. Every rank calls this."""
+    """Sync every file and write the manifest of them last. Every rank calls this."""
     wait_for_all()
     sizes = from_main(world, lambda: list_sizes(folder))
     # On every node: only the one that wrote a file holds what is not yet on the disk.
     for name in sizes:
         _sync(folder / name)
         beat()
-    own: dict[str, Described] = {}
+    own: dict[str, CheckpointFile] = {}
     for name in share_out(sizes, group_size())[world.rank if group_size() > 1 else 0]:
         own[name] = describe(folder / name)
         beat()
     files = {name: file for share in gather(own) for name, file in share.items()}
-    changed = [name for name, file in files.items() if file.num_bytes != sizes[name]]
+    changed = [name for name, file in files.items() if file.bytes != sizes[name]]
     if changed:
         raise TrainingFailed(
             f"{folder / changed[0]} had {sizes[changed[0]]} bytes, and another number when it was read"
@@ -138,7 +136,7 @@ def _seal(folder: Path, *, step: int, world: World, about: Mapping[str, Any] | N
 
 
 def _publish(folder: Path, final: Path) -> None:
-    """`final` is the new checkpoint. One of that name that was there is gone only now."""
+    """Rename the new checkpoint to `final`. One of that name is removed only now."""
     aside = folder.parent
     if final.exists():
         final.rename(aside / "replaced")
@@ -158,12 +156,12 @@ def _sync(path: Path) -> None:
 def _explain(error: Exception, checkpoints: Path, aside: Path, name: str) -> TrainingFailed | None:
     """The error to raise in its place, or None.
 
-    After a full disk, what this save had written is gone, so that there is room again.
+    After a full disk, what this save had written is removed, so that there is room again.
     """
     if not aside.exists():
         # Not a cause of its own: a card must name the rank that met the full disk.
-        return TrainingFailed(f"a remote process gave up {name}; here: {type(error).__name__}: {error}")
-    full = _words_of_full_disk(error, aside)
+        return TrainingFailed(f"another rank gave up {name}; here: {type(error).__name__}: {error}", is_follow_up=True)
+    full = _full_disk_message(error, aside)
     if full is None:
         return None
     free_bytes = _free_bytes(checkpoints)
@@ -188,24 +186,25 @@ def _disk_full(checkpoints: Path, what: str) -> TrainingFailed:
     return TrainingFailed(
         what,
         hint=f"df -h {checkpoints}; make room there or keep fewer (--set checkpoint.keep_last=1), then "
-        f"janus-cluster resume {checkpoints.parent}",
+        f"{command_for('resume', RunDir(checkpoints.parent))}",
+        kind="disk_full",
     )
 
 
-def _words_of_full_disk(error: BaseException, folder: Path) -> str | None:
-    """What the system says where `error`, or one that led to it, came from a full disk or quota; None for others."""
+def _full_disk_message(error: BaseException, folder: Path) -> str | None:
+    """The system's message where `error`, or a cause of it, is a full disk or quota; None for others."""
     has_writer_failed = False
     for seen in _chain(error):
         if isinstance(seen, OSError) and seen.errno in _FULL:
             return _FULL[seen.errno]
-        if found := next((words for words in _FULL.values() if words in str(seen)), None):
+        if found := next((message for message in _FULL.values() if message in str(seen)), None):
             return found
         has_writer_failed |= _WRITER_FAILED.search(str(seen)) is not None
     return _probe(folder) if has_writer_failed else None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """`error`, and the ones that it came from."""
+    """`error` and its causes."""
     met: list[BaseException] = []
     seen: BaseException | None = error
     while seen is not None and seen not in met:
@@ -215,12 +214,12 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _probe(folder: Path) -> str | None:
-    """What the system says to a small file in `folder`, where a library kept its words to itself."""
+    """The system's message for a small write in `folder`, for libraries that do not report it."""
     path = folder / f".probe-{os.getpid()}"
     try:
         with path.open("wb", buffering=0) as f:
             f.write(b"\0" * _PROBE_BYTES)
-            # A short write is no error yet: only the next one says why.
+            # A short write is no error yet: only the next one gives the reason.
             f.write(b"\0" * _PROBE_BYTES)
             os.fsync(f.fileno())
     except OSError as error:

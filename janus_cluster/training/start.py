@@ -1,4 +1,4 @@
-"""From the start of this process to its first optimizer step: how long each part took, told once by rank 0."""
+"""How long each part of a start took, from this process to its first optimizer step; logged once by rank 0."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from janus_cluster.run.records.metrics import StartEvent
 from janus_cluster.training.metrics import MetricsLog
 
 
 class StartClock:
     """Seconds of the parts of a start, one after the other: each `mark` ends a part, and the next one begins.
 
-    The first two are over when it is made: `launch`, from the node's own task (which became torchrun) to this process,
-    and what follows until now, which is Python and its imports.
+    The first two are over when it is made: `launch`, from the node's own task (which execs torchrun) to this process,
+    and Python and its imports until now.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,7 @@ class StartClock:
         self._since_s = now_s
 
 
-class TellStart(TrainerCallback):  # type: ignore[misc]
+class LogStart(TrainerCallback):  # type: ignore[misc]
     """After the first step of the attempt, a record of kind `start` in metrics.jsonl and a line in the log."""
 
     def __init__(self, clock: StartClock, metrics: MetricsLog) -> None:
@@ -58,9 +59,9 @@ class TellStart(TrainerCallback):  # type: ignore[misc]
         seconds = {part: round(value, 3) for part, value in self._clock.seconds.items()}
         self._clock = None
         total_s = round(sum(seconds.values()), 3)
-        self._metrics.append("start", state.global_step, total_s=total_s, seconds=seconds)
+        self._metrics.append(StartEvent(step=state.global_step, total_s=total_s, seconds=seconds))
         parts = ", ".join(f"{part.replace('_', ' ')} {value:.1f}" for part, value in seconds.items())
-        self._metrics.say(f"first step done {total_s:.1f} s after the start: {parts}")
+        self._metrics.log(f"first step done {total_s:.1f} s after the start: {parts}")
 
     def _mark(self, part: str) -> None:
         if self._clock is not None:

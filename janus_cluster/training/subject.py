@@ -8,25 +8,29 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from yaml import YAMLError
 
-from janus_cluster.config.check_weights import find_new_modules, read_model_index
-from janus_cluster.config.home import index_cache
-from janus_cluster.config.schema import Data, JobConfig, ResolvedJob
-from janus_cluster.config.vggt_source import find_vggt
-from janus_cluster.config.yamlfile import parse_value
 from janus_cluster.errors import UsageError
-from janus_cluster.rundir import RunDir, read_json, write_json_atomically
-from janus_cluster.training.data.index import load_samples
-from janus_cluster.training.data.indexing import Told
-from janus_cluster.training.data.samples import Sample
-from janus_cluster.training.data.split import EarlierSplit, HeldOut, load_earlier_split, warn_of_leak
+from janus_cluster.janusvln.data.index import load_samples
+from janus_cluster.janusvln.data.indexing import Reporter
+from janus_cluster.janusvln.data.samples import Sample
+from janus_cluster.janusvln.data.split import EarlierSplit, HeldOut, load_earlier_split, warn_of_leak
+from janus_cluster.job.home import index_cache
+from janus_cluster.job.load import typed
+from janus_cluster.job.schema import Data, JobConfig, Root
+from janus_cluster.job.yamlfile import parse_value
+from janus_cluster.modelspec.check_weights import find_new_modules, read_model_index
+from janus_cluster.modelspec.vggt_source import find_vggt
+from janus_cluster.run.current import current_bundle, has_bundles
+from janus_cluster.run.next_command import command_for
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.bundle import load_resolved
+from janus_cluster.run.records.training import PreparationRecord
 
-# Beside the weights, since nothing else in an exported folder says how frames were resized or how long the history is.
-RECORD_NAME = "janus_data.json"
+# Beside the weights, since nothing else in an exported folder records how frames were resized or the history's length.
+PREPARATION_NAME = "janus_data.json"
 _PREPARATION_KEYS = {
     "history", "image_mode", "image_width", "max_pixels", "min_pixels", "max_length", "on_too_long",
 }  # fmt: skip
@@ -69,17 +73,17 @@ class Subject:
                 seed=self.seed,
                 pad_history=self.pad_history,
                 index_dir=_choose_index_dir(self.index_dir),
-                told=Told(report=_say),
+                reporter=Reporter(report=_print),
                 earlier=self.earlier,
             )
         except UsageError as error:
             raise error if self.held_out_only else _in_terms_of_eval(error) from error
         for line in split.absent:
-            _say(line)
+            _print(line)
         if self.held_out_only:
-            _say(split.split.describe())
+            _print(split.split.describe())
             if (warning := warn_of_leak(split.split, RunDir(self.model.parent))) is not None:
-                _say(f"warning: {warning}")
+                _print(f"warning: {warning}")
         samples = split.held_out if self.held_out_only else split.train
         if not len(samples):
             raise UsageError(
@@ -89,15 +93,11 @@ class Subject:
         return Shown(samples=samples, held_out=split.split if self.held_out_only else None)
 
 
-def write_record(folder: Path, job: JobConfig) -> None:
-    """`folder` says how the model's data was prepared, so that it is never evaluated on data prepared otherwise."""
-    record = {
-        "schema_version": 1,
-        "compat": job.compat,
-        "vggt_path": job.model.vggt_path,
-        "data": job.data.model_dump(mode="json", include=_PREPARATION_KEYS),
-    }
-    write_json_atomically(folder / RECORD_NAME, record)
+def write_preparation(folder: Path, job: JobConfig) -> None:
+    """Record in `folder` how the model's data was prepared, so that it is never evaluated on other data."""
+    data = job.data.model_dump(mode="json", include=_PREPARATION_KEYS)
+    record = PreparationRecord(compat=job.compat, vggt_path=job.model.vggt_path, data=data)
+    record.write(folder / PREPARATION_NAME)
 
 
 def load_subject(target: Path, *, roots: Sequence[str] = (), vggt_path: str | None = None) -> Subject:
@@ -108,12 +108,12 @@ def load_subject(target: Path, *, roots: Sequence[str] = (), vggt_path: str | No
     Raises: UsageError naming what is missing.
     """
     run = RunDir(target)
-    if run.resolved_json.is_file():
-        job = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8")).job
+    if has_bundles(run):
+        job = load_resolved(current_bundle(run)).job
         if not (run.export / "config.json").is_file():
             raise UsageError(
                 f"{run.path} has no export: training has not finished, or checkpoint.export was false",
-                hint=f"janus-cluster status {run.name}",
+                hint=command_for("status", run),
             )
         return Subject(
             model=run.export,
@@ -136,13 +136,13 @@ def load_subject(target: Path, *, roots: Sequence[str] = (), vggt_path: str | No
             f"{target} is an exported model: which episodes are to be shown to it?",
             hint=f"janus-cluster eval {target} --data ROOT; a run's own held-out episodes: janus-cluster eval RUN",
         )
-    record = load_record(target)
+    preparation = load_preparation(target)
     return Subject(
         model=target,
-        vggt_path=choose_vggt(target, vggt_path, record["vggt_path"]),
+        vggt_path=choose_vggt(target, vggt_path, preparation.vggt_path),
         has_action_head=_has_action_head(target),
-        data=_with_roots(Data.model_validate(record["data"]), roots),
-        pad_history=record["compat"] == "predecessor",
+        data=_with_roots(Data.model_validate(preparation.data), roots),
+        pad_history=preparation.compat == "predecessor",
         held_out_only=False,
         seed=0,
     )
@@ -157,14 +157,14 @@ def draw_indices(count: int, wanted: int) -> list[int]:
 
 
 def _in_terms_of_eval(error: UsageError) -> UsageError:
-    """The same error with --data, where it speaks of the job's data.roots."""
+    """The same error with --data in place of the job's data.roots."""
     message = re.sub(r"^data\.roots\b", "--data", error.message)
     hint = re.sub(r"--set 'data\.roots=\[(.*?)\]'", r"--data '\1'", error.hint or "")
     hint = hint.replace("{path: …, images: …} in data.roots", "--data '{path: …, images: …}'")
     return UsageError(message, hint=hint.replace("data.roots", "--data") or None)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, flush=True)
 
 
@@ -192,7 +192,7 @@ def _with_roots(data: Data, roots: Sequence[str]) -> Data:
     if not roots:
         return data
     try:
-        values = [parse_value(root) if root.lstrip().startswith("{") else root for root in roots]
+        values = [typed(parse_value(root), Root) if root.lstrip().startswith("{") else root for root in roots]
         return Data.model_validate(
             data.model_dump() | {"roots": values, "validation_fraction": 0.0, "max_absent_fraction": 1.0}
         )
@@ -203,7 +203,7 @@ def _with_roots(data: Data, roots: Sequence[str]) -> Data:
 
 
 def choose_vggt(folder: Path, given: str | None, recorded: str | None) -> Path:
-    """Where VGGT's weights lie: what the user says, else the folder's own, else where training took them from."""
+    """The path of VGGT's weights: the user's, else the folder's own, else the one that training used."""
     hint = "--vggt-path /path/to/VGGT-1B"
     if given is not None:
         return find_vggt(Path(given), key="--vggt-path").path
@@ -211,7 +211,7 @@ def choose_vggt(folder: Path, given: str | None, recorded: str | None) -> Path:
         return find_vggt(folder, key="model").path
     except UsageError as inside:
         if recorded is None:
-            raise UsageError(f"{inside.message}; and nothing says where they are", hint=hint) from inside
+            raise UsageError(f"{inside.message}; and no other path of them is known", hint=hint) from inside
     try:
         return find_vggt(Path(recorded), key="the VGGT weights that the model was trained with").path
     except UsageError as error:
@@ -229,19 +229,17 @@ def _has_action_head(folder: Path) -> bool:
     return "action_head." not in new
 
 
-def load_record(folder: Path) -> dict[str, Any]:
-    """The folder's own record, or the defaults of a job file with a word about it."""
-    path = folder / RECORD_NAME
+def load_preparation(folder: Path) -> PreparationRecord:
+    """How the folder's data was prepared; a job file's defaults, with a note about it, where it is not recorded."""
+    path = folder / PREPARATION_NAME
     if not path.is_file():
-        _say(f"{path} is not there: history and image size are a job file's defaults")
-        return {"compat": "none", "vggt_path": None, "data": {}}
+        _print(f"{path} is not there: history and image size are a job file's defaults")
+        return PreparationRecord(compat="none", vggt_path=None, data={})
     try:
-        record = read_json(path)
-        if record["schema_version"] != 1:
-            raise ValueError(f"schema_version is {record['schema_version']}, known is 1")
-        Data.model_validate(record["data"])
-        return {key: record[key] for key in ("compat", "vggt_path", "data")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        preparation = PreparationRecord.read(path)
+        Data.model_validate(preparation.data)
+        return preparation
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} cannot be used: {error}", hint="remove it to evaluate with a job file's defaults"
         ) from error

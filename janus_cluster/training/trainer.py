@@ -19,14 +19,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
-from janus_cluster.config.schema import JobConfig
-from janus_cluster.training.data.loader import build_loader
-from janus_cluster.training.data.sampler import RankBatches
-from janus_cluster.training.held_out import HeldOutScores, ScoreSums, leave_out_head, move_to, predict_batches
-from janus_cluster.training.kernels import skip_unused_kernels
-from janus_cluster.training.loss import SEGMENT_NAMES, action_count, ramped_weight, text_weight_sum
+from janus_cluster.janusvln.data.loader import build_loader
+from janus_cluster.janusvln.data.sampler import RankBatches
+from janus_cluster.janusvln.held_out import HeldOutScores, ScoreSums, leave_out_head, move_to, predict_batches
+from janus_cluster.janusvln.kernels import skip_unused_kernels
+from janus_cluster.janusvln.loss import SEGMENT_NAMES, action_count, ramped_weight, text_weight_sum
+from janus_cluster.janusvln.model.build import parameter_groups
+from janus_cluster.job.schema import JobConfig
 from janus_cluster.training.metrics import MetricsLog
-from janus_cluster.training.model.build import parameter_groups
 from janus_cluster.training.pulse import Pulse
 from janus_cluster.training.resumable import ResumableTrainer
 from janus_cluster.training.world import World
@@ -45,7 +45,7 @@ def build_training_arguments(
     if device == "cpu" and ds_config_json is not None:
         skip_unused_kernels()
     if ds_config_json is not None and dist.is_initialized():
-        # ZeRO-3 asks DeepSpeed for the number of ranks while the model is built. accelerate tells it too, on GPUs only.
+        # ZeRO-3 asks DeepSpeed for the number of ranks while the model is built. accelerate sets it too, on GPUs only.
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
     return TrainingArguments(
         output_dir=str(output_dir),
@@ -67,7 +67,7 @@ def build_training_arguments(
         seed=training.seed,
         data_seed=training.seed,
         ddp_timeout=training.ddp_timeout_s,
-        # A count that nobody here uses, over all ranks: waiting for it would be told as waiting for this rank's data.
+        # A count over all ranks that is not used here: waiting for it would count as waiting for this rank's data.
         average_tokens_across_devices=False,
         dataloader_num_workers=job.data.num_workers,
         dataloader_pin_memory=device == "cuda",
@@ -130,6 +130,8 @@ class JanusTrainer(ResumableTrainer):
         self._tokens_since_log = torch.zeros(2, device=self.args.device)
         # since the last log, on this rank: s waited for batches, and tokens of images after the ViT's merging
         self._data_wait_s, self._visual_tokens = 0.0, 0
+        # until this rank joined each step's first collective, and then until all had: s since the last log
+        self._join_s, self._wait_s = 0.0, 0.0
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """This rank's micro-batches. Accelerate does not prepare it: it would share them out among the ranks again.
@@ -189,8 +191,12 @@ class JanusTrainer(ResumableTrainer):
             counts = torch.tensor([sum(int(m.sum()) for m in masks), sum(m.numel() for m in masks)])
             asked = torch.tensor([float(self._pulse is not None and self._pulse.is_asked_to_stop())])
             own = torch.cat([torch.stack([text, actions]), counts, asked]).to(self.args.device)
+            # The copy to the device has waited for what the step before had left to do there.
+            joined_s = time.perf_counter()
             totals = self._sum_over_ranks(torch.cat([own, self._num_not_finite[None]]))
             num_asked, num_not_finite = totals[4:].tolist()
+            self._join_s += joined_s - asked_s
+            self._wait_s += time.perf_counter() - joined_s
             self._require_finite(num_not_finite)
             self.is_stopping = num_asked > 0
             self._beat("step")
@@ -249,7 +255,7 @@ class JanusTrainer(ResumableTrainer):
         self.evaluated_step = self.state.global_step
         self._metrics.evaluated(self.state.global_step, self.held_out_scores, time.perf_counter() - started_s)
         found = {f"{metric_key_prefix}_action_accuracy": self.held_out_scores.head.accuracy}
-        # This also takes the wish to evaluate back: the last step would be evaluated once more at the epoch's end.
+        # This also clears the request to evaluate: the last step would be evaluated once more at the epoch's end.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
@@ -272,13 +278,14 @@ class JanusTrainer(ResumableTrainer):
 
     def _gather_ranks(self, num_steps: int) -> dict[str, list[float]]:
         """What differs between ranks, by rank: per step since the last log, and the GPU memory's peak so far."""
-        own = [self._data_wait_s / num_steps, self._visual_tokens / num_steps]
+        own = [self._data_wait_s, self._visual_tokens, self._join_s, self._wait_s]
+        own = [value / num_steps for value in own]
         if self.args.device.type == "cuda":
             own.append(torch.cuda.max_memory_allocated(self.args.device) / 1e9)
-        self._data_wait_s, self._visual_tokens = 0.0, 0
+        self._data_wait_s, self._visual_tokens, self._join_s, self._wait_s = 0.0, 0, 0.0, 0.0
         place = torch.zeros(self._world.world_size, len(own), device=self.args.device)
         place[self._world.rank] = torch.tensor(own, device=self.args.device)
-        names = ("data_wait_s", "visual_tokens", "gpu_memory_peak_gb")
+        names = ("data_wait_s", "visual_tokens", "first_collective_s", "first_collective_wait_s", "gpu_memory_peak_gb")
         columns = self._sum_over_ranks(place).T.tolist()
         return {name: [round(v, 4) for v in column] for name, column in zip(names, columns, strict=False)}
 

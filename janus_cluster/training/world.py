@@ -11,20 +11,24 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
 from janus_cluster.errors import JanusError, UsageError
-from janus_cluster.stamped import stamp_output
-from janus_cluster.training.data.indexing import Share
+from janus_cluster.janusvln.data.indexing import Share
+from janus_cluster.run.stamped import stamp_output
+
+T = TypeVar("T")
+_P = ParamSpec("_P")
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands. `local_rank` counts within the node, `rank` over all nodes."""
+    """This process among all. `local_rank` counts within the node, `rank` over all nodes."""
 
     rank: int
     local_rank: int
@@ -70,19 +74,20 @@ def load_world(device: str, environment: Mapping[str, str] | None = None) -> Wor
 
 @contextmanager
 def process_group(world: World, *, timeout_s: float) -> Iterator[None]:
-    """All ranks can talk inside the block, and the group is gone after it; groups made there wait as long as this one.
+    """All ranks can communicate inside the block, and the group is gone after it; groups made there use its time-out.
 
-    A process that leaves without taking the group down aborts (exit −6) while another rank still listens. Only after
-    an error it is left standing: others may sit in a collective that this rank never joins, and NCCL would wait for
+    A process that leaves without destroying the group aborts (exit −6) while another rank still listens. Only after
+    an error it is not destroyed: other ranks may be in a collective that this rank never joins, and NCCL would wait for
     them here; torchrun ends them once this process has.
     """
     timeout = timedelta(seconds=timeout_s)
-    # Without it they would wait 10 minutes over NCCL, whatever the job says. DeepSpeed makes one for ZeRO's reductions:
-    # a hung rank would end the others there before the attempt's watchdog could name it.
+    # Without it they would wait 10 minutes over NCCL, for any value in the job. DeepSpeed makes one for ZeRO's
+    # reductions: a hung rank would end the others there before the attempt's watchdog could name it.
     vars(distributed_c10d).update(default_pg_timeout=timeout, default_pg_nccl_timeout=timeout)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-        dist.init_process_group("nccl", timeout=timeout, device_id=bound_to(world.device, torch.__version__))
+        # Bound to its device, a group connects at once, and barriers know where.
+        dist.init_process_group("nccl", timeout=timeout, device_id=world.device)
     else:
         dist.init_process_group("gloo", timeout=timeout)
     yield
@@ -91,25 +96,51 @@ def process_group(world: World, *, timeout_s: float) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def bound_to(device: torch.device, torch_version: str) -> torch.device | None:
-    """The device that a group is bound to: it connects at once, and barriers know where. None where torch hangs so.
-
-    Source: pytorch/pytorch#153960; DeepSpeed leaves it away for the same versions (comm/torch.py).
-    """
-    return None if torch_version.startswith("2.7.0") else device
-
-
 def share_among(world: World) -> Share:
     """Rank 0 makes a value and all ranks have it; alone, where there is no process group."""
-    return Share(is_builder=world.is_main, broadcast=_broadcast_from_main)
+    return Share(is_builder=world.is_main, broadcast=lambda value: from_main(world, lambda: value))
 
 
-def _broadcast_from_main(value: Any) -> Any:
+def from_main(world: World, make: Callable[[], T]) -> T:
+    """What rank 0 makes, on every rank."""
+    made: list[Any] = [make() if world.is_main else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(made, src=0)
+    found: T = made[0]
+    return found
+
+
+def gather(own: T) -> list[T]:
+    """Every rank's value, in the order of the ranks, on every rank."""
     if not dist.is_initialized():
-        return value
-    held = [value]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
+        return [own]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
+def group_size() -> int:
+    """How many ranks there are to share work with."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    """Wait until every rank has called this."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class ErrorFile(ErrorHandler):
+    """torchrun's error file of this process. An error that it cannot take, on a full disk, is raised as it was."""
+
+    def record_exception(self, e: BaseException) -> None:
+        with suppress(OSError):
+            super().record_exception(e)
+
+
+def error_recorded(main: Callable[_P, None]) -> Callable[_P, None]:
+    """`main`, whose exception torchrun finds in the error file that it named to this process."""
+    return record(main, ErrorFile())
 
 
 def run_and_leave(main: Callable[[], None]) -> NoReturn:

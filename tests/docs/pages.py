@@ -1,4 +1,4 @@
-"""What stands in a Markdown page: its fenced blocks, inline code, table rows and links; and the commands in them."""
+"""The content of a Markdown page: its fenced blocks, inline code, table rows and links; and the commands in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
-PAGES = (*READMES, *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    *READMES,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+)
 # `<!-- needs: cluster -->` on the line before a bash block: it cannot run on any machine, so no test runs it.
 NEEDS = ("cluster", "gpu", "network", "minutes", "the demo", "a trained model", "an interactive shell")
 

@@ -1,25 +1,26 @@
-"""What the documents tell a reader to type exists, and what can run here runs."""
+"""The commands, keys and links of the documents exist, and what can run here runs."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 from pages import NEEDS, PAGES, READMES, ROOT, Block, blocks, inline_code, links, our_commands, table_commands
+from weight_files import write_qwen, write_vggt
 
-from janus_cluster.cli import cli
-from janus_cluster.config.networks import PRESETS
-from janus_cluster.config.reference import COMMAND, render_reference
-from janus_cluster.config.schema import JobConfig
+from janus_cluster.cli.main import cli
+from janus_cluster.job.profiles import load_preflight_profile
+from janus_cluster.job.reference import COMMAND, render_reference
+from janus_cluster.job.schema import JobConfig
 
 SECTIONS = "hardware|environment|preflight|model|data|training|deepspeed|checkpoint|restart"
 KEY = re.compile(rf"^(?:--set )?((?:{SECTIONS})(?:\.[a-z_0-9]+)+)(?:[:=].*)?$")
@@ -27,7 +28,7 @@ FREE = ("slurm.", "environment.variables.", "deepspeed.overrides.")
 FILE_ENDINGS = (".md", ".pt", ".py", ".yaml", ".yml", ".json", ".safetensors")
 PLACEHOLDERS = ("…", "a.b", "KEY")
 
-page_names = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+page_names = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def schema_keys() -> set[str]:
@@ -45,7 +46,15 @@ def schema_keys() -> set[str]:
 
 
 def is_key(key: str, keys: set[str]) -> bool:
-    return key in keys or key.startswith(FREE)
+    return key in keys or key.startswith(FREE) or is_threshold(key)
+
+
+def is_threshold(key: str) -> bool:
+    """The key is preflight.thresholds with a path that a shipped profile has."""
+    value: object = load_preflight_profile("h800-ib")
+    for name in key.removeprefix("preflight.thresholds.").split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return key.startswith("preflight.thresholds.") and value is not None
 
 
 def parse(words: list[str], keys: set[str]) -> None:
@@ -136,18 +145,31 @@ def _anchors(page: Path) -> set[str]:
     return {"".join(c for c in h.lower().replace(" ", "-") if c.isalnum() or c in "-_") for h in headings}
 
 
+def _exists(module: str) -> bool:
+    """Of this checkout, or a package of others that is installed.
+
+    Not `importlib.util.find_spec`: it asks setuptools' own finder, which on being asked for pip
+    gives this process Python's deprecated distutils, for good.
+    """
+    path = ROOT / module.replace(".", "/")
+    if path.exists() or path.with_suffix(".py").exists():
+        return True
+    top, _, rest = module.partition(".")
+    return not rest and PathFinder.find_spec(top) is not None
+
+
 @page_names
 def test_modules_and_make_targets_that_a_page_names_exist(page: Path) -> None:
     text = "\n".join([*(b.text for b in blocks(page)), *inline_code(page)])
     for module in re.findall(r"python -m ([\w.]+)", text):
-        assert importlib.util.find_spec(module) is not None or (ROOT / module.replace(".", "/")).exists(), module
+        assert _exists(module), module
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for target in re.findall(r"^make ([a-z-]+)", text, re.MULTILINE):
         assert target in targets, f"make {target}"
 
 
 @page_names
-def test_a_bash_block_that_is_not_run_says_what_it_needs(page: Path) -> None:
+def test_a_bash_block_that_is_not_run_shows_what_it_needs(page: Path) -> None:
     for block in blocks(page):
         if block.language == "bash" and block.needs is not None:
             assert block.needs in NEEDS, f"{block.place}: <!-- needs: {block.needs} -->; known: {', '.join(NEEDS)}"
@@ -174,22 +196,16 @@ def test_a_bash_block_without_a_marker_runs(block: Block, tmp_path: Path) -> Non
         "DATA_ROOT": str(tmp_path / "demo_data"),
     }
     if "submit" in block.text:
-        # The page has told the reader to export them; `plan` alone promises to need neither.
-        environ |= {"MODEL_PATH": str(_model(tmp_path / "model")), "VGGT_MODEL_PATH": str(tmp_path / "docs")}
+        # The page has the reader export them; only `plan` needs neither.
+        environ |= {
+            "MODEL_PATH": str(write_qwen(tmp_path / "model")),
+            "VGGT_MODEL_PATH": str(write_vggt(tmp_path / "VGGT-1B")),
+        }
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],
         cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{block.place}\n{block.text}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-
-
-def _model(folder: Path) -> Path:
-    """A folder with the config.json of Qwen2.5-VL-7B as on the hub."""
-    preset = PRESETS["qwen2.5-vl-7b"]
-    folder.mkdir()
-    values = {"model_type": "qwen2_5_vl", "tie_word_embeddings": preset.tie_word_embeddings, "vocab_size": 152064}
-    (folder / "config.json").write_text(json.dumps(values | dict(preset.text) | {"vision_config": dict(preset.vision)}))
-    return folder
 
 
 def test_the_old_cache_files_are_removed_and_nothing_else_is(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from pages import PAGES, READMES, ROOT
 from test_docs import parse, schema_keys
 
 from janus_cluster import errors
-from janus_cluster.cli import COMMANDS, cli
+from janus_cluster.cli.main import COMMANDS, cli
 from janus_cluster.errors import EXIT_CODES, PREFLIGHT_EXIT_CODES, JanusError
-from janus_cluster.preflight.model import EXIT_CODES as GATE_EXIT_CODES
+from janus_cluster.run.records.verdict import EXIT_CODES as GATE_EXIT_CODES
 
 WIDEST = 100
 
@@ -53,7 +53,7 @@ def examples_of(text: str) -> list[str]:
 
 
 def typed(example: str) -> list[str]:
-    """The words behind `janus-cluster` of an example, without what is said about it."""
+    """The arguments of an example's `janus-cluster`, without its comment."""
     line = re.split(r" {2,}| > ", example)[0]
     return shlex.split(line.partition("janus-cluster ")[2])
 
@@ -92,7 +92,7 @@ def test_every_option_is_explained_with_its_default(words: tuple[str, ...], comm
         if not isinstance(param, click.Option):
             continue
         assert param.help, f"{param.opts[-1]} has no help"
-        # Options without a value say what happens without them in their words, or need none.
+        # Options without a value have their default in the help text, or need none.
         if not param.is_flag and not param.multiple and not param.required and isinstance(param.default, (str, int)):
             assert param.show_default, f"{param.opts[-1]} hides its default {param.default!r}"
 

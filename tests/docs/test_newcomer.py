@@ -1,4 +1,4 @@
-"""Somebody who has only the README: after the demo, its lines do what it says of them."""
+"""A user who has only the README: after the demo, its lines do what is written there."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 from pages import READMES, blocks
+from run_files import read_metric_lines
 
-from janus_cluster.rundir import RunDir
+from janus_cluster.run.paths import RunDir
 
 pytestmark = [pytest.mark.train, pytest.mark.slow]
 
 # `make demo` in a few steps; the real one is a minute of training.
 DEMO = """
-.venv/bin/python -m janus_cluster.training.data.demo demo_data --episodes 6
+.venv/bin/python -m janus_cluster.janusvln.world.demo demo_data --episodes 6
 DEMO_DATA=demo_data .venv/bin/janus-cluster submit demo --nodes 2 --cluster local --follow \\
   --set training.max_steps=4 --set preflight.min_free_gb=0.1
 """
@@ -42,8 +43,8 @@ def test_after_the_demo_its_run_is_shown_reported_and_a_failed_gate_understood(t
 
     assert "held-out action accuracy" in bash(DEMO)
     (trained,) = (tmp_path / "runs").glob("demo-*")
-    said = bash(block.text)
-    shown, _, refused = said.partition("report: ")
+    output = bash(block.text)
+    shown, _, refused = output.partition("report: ")
     assert f"{trained.name}  COMPLETED" in shown and "checkpoint-4" in shown
     page = Path(refused.splitlines()[0])
     assert page == RunDir(trained).report / "index.html"
@@ -52,4 +53,4 @@ def test_after_the_demo_its_run_is_shown_reported_and_a_failed_gate_understood(t
     assert "FAIL paths.required on local-01, local-02: " in refused
     assert "fix: on local-01: ls -ld /data/missing" in refused
     (second,) = {p.name for p in (tmp_path / "runs").glob("demo-*")} - {trained.name}
-    assert not list(RunDir(tmp_path / "runs" / second).read_metrics()), "training never started"
+    assert not list(read_metric_lines(RunDir(tmp_path / "runs" / second))), "training never started"

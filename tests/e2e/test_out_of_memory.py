@@ -15,9 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from run_files import read_metric_lines
 
-from janus_cluster.rundir import RunDir, read_json
-from janus_cluster.training.data.demo import write_demo_episodes
+from janus_cluster.janusvln.world.demo import write_demo_episodes
+from janus_cluster.run.current import current_bundle
+from janus_cluster.run.files import read_json
+from janus_cluster.run.paths import RunDir
 
 pytestmark = pytest.mark.train
 
@@ -59,7 +62,17 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
         options = [word for text in (*SETS, *sets) for word in ("--set", text)]
         limit = {} if limit_kb is None else {"LIMIT": f"ulimit -d {limit_kb}"}
         done = subprocess.run(
-            [sys.executable, "-m", "janus_cluster.cli", "submit", "job.yaml", "--cluster", "local", "--json", *options],
+            [
+                sys.executable,
+                "-m",
+                "janus_cluster.cli",
+                "submit",
+                "job.yaml",
+                "--cluster",
+                "local",
+                "--json",
+                *options,
+            ],
             cwd=folder,
             env=os.environ | {"JANUS_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"} | limit,
             capture_output=True,
@@ -92,7 +105,11 @@ def most_data_kb(run: RunDir) -> int:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes().decode(errors="replace")
-            if str(run.path) in command and "training.entry" in command and "torch.distributed.run" not in command:
+            if (
+                str(run.path) in command
+                and "janus_cluster.training" in command
+                and "torch.distributed.run" not in command
+            ):
                 lines = (process / "status").read_text().split("\n")
                 found = max(found, *(int(line.split()[1]) for line in lines if line.startswith("VmData")), 0)
         except OSError:
@@ -101,7 +118,7 @@ def most_data_kb(run: RunDir) -> int:
 
 
 def losses(run: RunDir) -> list[float]:
-    return [record["loss"] for record in run.read_metrics() if record["kind"] == "train"]
+    return [record["loss"] for record in read_metric_lines(run) if record["kind"] == "train"]
 
 
 def test_the_first_step_runs_out_of_memory_and_a_smaller_option_trains_the_same(
@@ -109,33 +126,35 @@ def test_the_first_step_runs_out_of_memory_and_a_smaller_option_trains_the_same(
 ) -> None:
     manual, limit_kb = smaller
     run, _ = train(limit_kb=limit_kb)
-    said = run.batch_log.read_text()
+    output = run.batch_log.read_text()
     status = read_json(run.status_json)
-    assert (status["state"], status["attempt"]) == ("COMPLETED", 2), said
-    assert "can't allocate memory" in said
-    assert "memory: one more attempt in the same allocation with zero3, batch 4×4" in said
-    assert "attempt 1 (zero3, batch 16×1, recompute none) ran out of memory before its first step" in said
+    assert (status["state"], status["attempt"]) == ("COMPLETED", 2), output
+    assert "can't allocate memory" in output
+    assert "memory: one more attempt in the same allocation with zero3, batch 4×4" in output
+    assert "attempt 1 (zero3, batch 16×1, recompute none) ran out of memory before its first step" in output
 
     first, second = (read_json(run.attempt_json(attempt)) for attempt in (1, 2))
     assert (first["state"], first["memory"]["option"], second["memory"]["option"]) == ("FAILED", 0, 1)
-    assert "on with zero3, batch 4×4" in first["reason"]
+    assert "continues with zero3, batch 4×4" in first["reason"]
     assert "ran out of memory" in second["memory"]["because"]
-    job = read_json(run.resolved_json)["job"]["training"]
+    assert (first["bundle"], first["fallback"]["bundle"], second["bundle"]) == (1, 2, 2)
+    assert (second["fallback"], current_bundle(run).number) == (None, 2)
+    job = read_json(run.bundle(2).resolved_json)["job"]["training"]
     assert (job["per_device_batch_size"], job["gradient_accumulation_steps"]) == (4, 4)
     assert losses(run) == losses(manual)
-    assert {record["attempt"] for record in run.read_metrics() if record["kind"] == "train"} == {2}
+    assert {record["attempt"] for record in read_metric_lines(run) if record["kind"] == "train"} == {2}
     # A CPU has no peak that could be compared with the plan.
-    assert not [record for record in run.read_metrics() if record["kind"] == "memory"]
+    assert not [record for record in read_metric_lines(run) if record["kind"] == "memory"]
 
 
-def test_after_the_last_option_the_job_has_failed_and_the_card_says_why(
+def test_after_the_last_option_the_job_has_failed_and_the_card_has_the_reason(
     train: Train, smaller: tuple[RunDir, int]
 ) -> None:
     _, limit_kb = smaller
     run, _ = train("training.per_device_batch_size=16", limit_kb=limit_kb)
     status = read_json(run.status_json)
-    said = run.batch_log.read_text()
-    assert (status["state"], status["exit_code"], status["attempt"]) == ("FAILED", 12, 1), said
+    output = run.batch_log.read_text()
+    assert (status["state"], status["exit_code"], status["attempt"]) == ("FAILED", 12, 1), output
     assert "the last option of training.memory: auto" in status["reason"]
     done = subprocess.run(
         [sys.executable, "-m", "janus_cluster.cli", "status", str(run.path)],

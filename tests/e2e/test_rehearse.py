@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_files import read_metric_lines
 
-from janus_cluster.rundir import RunDir
+from janus_cluster.run.paths import RunDir
 from janus_cluster.sandbox import SandboxInfo
 
 _NO_PROOF_OF = "the job can be stopped"
@@ -22,7 +23,7 @@ ROOM = ("--set", "preflight.min_free_gb=0.1")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rehearse") / "demo_data"
-    command = [sys.executable, "-m", "janus_cluster.training.data.demo", str(folder), "--episodes", "4"]
+    command = [sys.executable, "-m", "janus_cluster.janusvln.world.demo", str(folder), "--episodes", "4"]
     subprocess.run(command, check=True, capture_output=True)
     return folder
 
@@ -40,13 +41,13 @@ def rehearse(home: Path, data: Path, *argv: str) -> subprocess.CompletedProcess[
 
 
 def trained(run: RunDir) -> list[tuple[int, int]]:
-    return [(r["attempt"], r["step"]) for r in run.read_metrics() if r["kind"] == "train"]
+    return [(r["attempt"], r["step"]) for r in read_metric_lines(run) if r["kind"] == "train"]
 
 
 def expect_exactness(run: RunDir, claims: Sequence[dict[str, Any]]) -> None:
-    """metrics.jsonl itself, not the command's own words, tells that no step was lost or repeated."""
+    """metrics.jsonl itself, not the command's output, shows that no step was lost or repeated."""
     assert {c["state"] for c in claims[1:]} == {"proven"}, claims
-    (stop,) = [r for r in run.read_metrics() if r["kind"] == "stop"]
+    (stop,) = [r for r in read_metric_lines(run) if r["kind"] == "stop"]
     steps = trained(run)
     assert [step for _, step in steps] == list(range(1, 41))
     assert [step for attempt, step in steps if attempt == 1] == list(range(1, stop["step"] + 1))
@@ -60,7 +61,7 @@ def test_a_rehearsal_on_this_machine_proves_that_the_run_goes_on(data: Path, tmp
     value = json.loads(done.stdout)
     assert value["exit_code"] == 0
     expect_exactness(RunDir(Path(value["run_dir"])), value["claims"])
-    assert value["claims"][0]["state"] == "not proven", "nothing is said for a gate that is off"
+    assert value["claims"][0]["state"] == "not proven", "nothing is claimed for a gate that is off"
     assert "not proven  Slurm" in done.stderr
     assert "s from the signal to the checkpoint" in done.stderr
 
@@ -88,4 +89,4 @@ def test_a_rehearsal_on_slurm_is_requeued_as_the_same_job_and_goes_on(data: Path
     assert "the Slurm of your cluster" in done.stderr
     submission = json.loads(run.submission_json.read_text())
     assert submission["job_id"] == value["job_id"]
-    assert submission["history"] == [], "Slurm queued it again, nobody submitted it again"
+    assert submission["history"] == [], "Slurm queued it again; it was not submitted again"

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
+from demo_runs import EVERY, Curve, Runs
 
-from janus_cluster.rundir import RunDir, read_json
+from janus_cluster.run.files import read_json
 from janus_cluster.sandbox import SandboxInfo, down, fault, heal, up
 from janus_cluster.sandbox.hosts import SLURMCTLD, Starter
 from janus_cluster.sandbox.layout import layout_of
@@ -24,182 +23,12 @@ from janus_cluster.sandbox.lifecycle import load_running
 
 pytestmark = pytest.mark.slurm
 
-Curve = dict[int, float]
-EVERY = 4
-# What status.json may say before what is waited for: the last two between two attempts.
-ON_THE_WAY = ("RUNNING", "STOPPED", "CANCELLED")
-STEPS = 20
-# The gate is the other test files' subject; a constant rate makes the curve independent of the number of steps.
-JOB = (
-    "--no-preflight",
-    *("--set", "training.logging_steps=1"),
-    *("--set", "training.lr_scheduler=constant"),
-    *("--set", "training.warmup_ratio=0"),
-    *("--set", f"checkpoint.every_steps={EVERY}"),
-    *("--set", "checkpoint.export=false"),
-    *("--set", "preflight.use_node_memory=false"),
-)
-
-
-class Runs:
-    """janus-cluster and Slurm for the tests of this file, with a home of their own around the session's sandbox."""
-
-    def __init__(self, folder: Path, sandbox: SandboxInfo, *, data: Path) -> None:
-        self.folder = folder
-        self.sandbox = sandbox
-        self.data = data
-        self.jobs: list[Job] = []
-        (folder / "sandbox").symlink_to(sandbox.home)
-
-    def janus(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "janus_cluster.cli", *argv],
-            cwd=self.folder,
-            env=os.environ | {"JANUS_HOME": str(self.folder), "DEMO_DATA": str(self.data)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-
-    def slurm(self, *argv: str, check: bool = True) -> str:
-        environ = os.environ | self.sandbox.env()
-        done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=check, timeout=600)
-        return done.stdout
-
-    def submit(self, *sets: str, steps: int = STEPS) -> Job:
-        done = self.janus(
-            *("submit", "demo", "--nodes", "2", "--cluster", "sandbox", "--json", *JOB),
-            *("--set", f"training.max_steps={steps}"),
-            *(word for value in sets for word in ("--set", value)),
-        )
-        assert done.returncode == 0, done.stderr
-        value = json.loads(done.stdout)
-        self.jobs.append(Job(self, RunDir(Path(value["run_dir"])), value["job_id"]))
-        return self.jobs[-1]
-
-    def end_all(self) -> None:
-        """No job of this file is in the queue any more: one that a failed test left would hold up all that follow."""
-        while self.jobs:
-            self.jobs.pop().end()
-
-
-class Job:
-    """One submitted run, watched through its files."""
-
-    def __init__(self, runs: Runs, run: RunDir, job_id: str) -> None:
-        self.runs = runs
-        self.run = run
-        self.id = job_id
-        self.pending_since_s: float | None = None
-
-    def wait_for_step(self, step: int, *, attempt: int = 1) -> None:
-        self.wait_until(lambda: any(e["step"] >= step and e["attempt"] >= attempt for e in self.events("train")))
-
-    def wait_for_event(self, kind: str) -> None:
-        self.wait_until(lambda: bool(self.events(kind)))
-
-    def wait_for_end(self, state: str = "COMPLETED", *, attempt: int = 1) -> dict[str, Any]:
-        """The run's status once it is in `state`; a requeued job does not wait for the two minutes of Slurm."""
-
-        def is_over() -> bool:
-            own = read_json(self.run.status_json) if self.run.status_json.exists() else {"state": None, "attempt": 0}
-            if own["attempt"] >= attempt:
-                assert own["state"] in (state, *ON_THE_WAY), self.everything()
-                if own["state"] == state:
-                    return True
-            self.begin_if_requeued()
-            return False
-
-        self.wait_until(is_over, pause_s=1.0)
-        # The ladder's word, once Slurm has noticed, too.
-        self.wait_until(lambda: self.status()["state"] == state, pause_s=1.0, limit_s=60)
-        return self.status()
-
-    def begin_if_requeued(self) -> None:
-        """A requeued job does not wait for two minutes; but begun in the second of its requeue, slurmd refuses it."""
-        if self.slurm_state() != "PENDING":
-            self.pending_since_s = None
-        elif self.pending_since_s is None:
-            self.pending_since_s = time.monotonic()
-        elif time.monotonic() - self.pending_since_s > 4:
-            self.runs.slurm("scontrol", "update", f"JobId={self.id}", "StartTime=now", check=False)
-
-    def slurm_state(self) -> str:
-        return self.runs.slurm("squeue", "--noheader", f"--jobs={self.id}", "--format=%T", check=False).strip()
-
-    def is_in_state(self, state: str) -> bool:
-        """Whether that is what squeue says; "" of a job that is no more."""
-        return self.slurm_state() == state
-
-    def is_running_again(self) -> bool:
-        """Whether the second attempt has done a step."""
-        self.begin_if_requeued()
-        return bool(self.events("train", attempt=2))
-
-    def end(self) -> None:
-        """Slurm has forgotten the job."""
-        self.runs.slurm("scancel", self.id, check=False)
-        self.wait_until(partial(self.is_in_state, ""), limit_s=180)
-
-    def status(self) -> dict[str, Any]:
-        done = self.runs.janus("status", self.id, "--json")
-        assert done.returncode == 0, done.stderr
-        value: dict[str, Any] = json.loads(done.stdout)
-        return value | {"attempt": value["attempt"] or 0}
-
-    def words(self) -> str:
-        return self.runs.janus("status", self.id).stdout
-
-    def events(self, kind: str, *, attempt: int | None = None) -> list[dict[str, Any]]:
-        found = [e for e in self.run.read_metrics() if e["kind"] == kind]
-        return [e for e in found if attempt in (None, e["attempt"])]
-
-    def curve(self, *, attempt: int | None = None) -> Curve:
-        """Step → loss; of a step that was done twice, the last."""
-        return {e["step"]: e["loss"] for e in self.events("train", attempt=attempt)}
-
-    def pid(self, rank: int) -> int:
-        return int(read_json(self.run.heartbeat_json(1, rank))["pid"])
-
-    def requires(self, reference: Curve, *, steps: int = STEPS) -> None:
-        """Every step is there, and each loss is that of the run that nothing happened to, bit for bit."""
-        curve = self.curve()
-        assert sorted(curve) == list(range(1, steps + 1)), self.everything()
-        assert {s: loss for s, loss in curve.items() if s in reference} == {
-            s: loss for s, loss in reference.items() if s <= steps
-        }
-
-    def resumed_at(self) -> list[tuple[int, int]]:
-        """(attempt, step) of every resume; the attempt's first step is the next one."""
-        found = [(e["attempt"], e["step"]) for e in self.events("resume")]
-        for attempt, step in found:
-            assert min(self.curve(attempt=attempt)) == step + 1
-        return found
-
-    def everything(self) -> str:
-        logs = [self.run.batch_log, *sorted(self.run.logs.glob("attempt_*/*.log"))]
-        return "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-2500:]}" for p in logs if p.exists())
-
-    def wait_until(self, is_done: Callable[[], bool], *, pause_s: float = 0.2, limit_s: float = 600) -> None:
-        """Nothing is waited for longer than `limit_s` without a step: how fast steps are is the machine's business."""
-        deadline, size = time.monotonic() + limit_s, -1
-        while not is_done():
-            if (grown := self.metrics_bytes()) != size:
-                deadline, size = time.monotonic() + limit_s, grown
-            assert time.monotonic() < deadline, self.everything()
-            time.sleep(pause_s)
-
-    def metrics_bytes(self) -> int:
-        return self.run.metrics_jsonl.stat().st_size if self.run.metrics_jsonl.exists() else 0
-
 
 @pytest.fixture(scope="module")
 def runs(sandbox: SandboxInfo, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("reliability")
     data = folder / "demo_data"
-    command = [sys.executable, "-m", "janus_cluster.training.data.demo", str(data), "--episodes", "6"]
+    command = [sys.executable, "-m", "janus_cluster.janusvln.world.demo", str(data), "--episodes", "6"]
     subprocess.run(command, check=True, capture_output=True)
     return Runs(folder, sandbox, data=data)
 
@@ -288,13 +117,20 @@ def test_a_killed_worker_costs_the_steps_since_the_checkpoint(runs: Runs, refere
     job.requires(reference)
 
 
-def test_a_rank_that_stands_still_is_named_and_its_run_goes_on(runs: Runs, reference: Curve) -> None:
+def test_a_rank_that_hangs_is_named_and_its_run_goes_on(runs: Runs, reference: Curve) -> None:
     job = runs.submit("training.hang_timeout_s=12")
     job.wait_for_step(EVERY + 1)
     os.kill(job.pid(1), signal.SIGSTOP)
+    stopped_at = time.time()
     status = job.wait_for_end(attempt=2)
     assert (status["state"], status["exit_code"]) == ("COMPLETED", 0)
-    hang = read_json(job.run.attempt_json(1))["hang"]
+    ended = read_json(job.run.attempt_json(1))
+    assert ended["ended_at"] - stopped_at < 12 + 60
+    collective = re.search(
+        r"rank 1 on h800-02 did not join \w+ #\d+.* in which rank 0 waits", ended["failure"]["message"]
+    )
+    assert collective is not None, ended["failure"]
+    hang = ended["hang"]
     assert (hang["rank"], hang["node"]) == (1, "h800-02")
     assert "gives no sign of life" in hang["message"]
     assert "the stacks:" in job.run.rank_log(1, "h800-01", 0).read_text(), "where the others waited is in their logs"
@@ -308,7 +144,7 @@ def test_a_fault_that_never_goes_away_ends_the_job(runs: Runs) -> None:
         os.kill(int(read_json(job.run.heartbeat_json(attempt, 1))["pid"]), signal.SIGKILL)
     status = job.wait_for_end("FAILED", attempt=2)
     assert (status["state"], status["exit_code"], status["attempt"]) == ("FAILED", 12, 2)
-    assert "2 attempts got no further" in job.run.batch_log.read_text()
+    assert "2 attempts made no progress" in job.run.batch_log.read_text()
     assert "rank 1 on h800-02" in job.words()
 
 
@@ -362,8 +198,8 @@ def test_a_bit_that_flipped_in_the_newest_checkpoint_costs_one_checkpoint(runs: 
     status = job.wait_for_end(attempt=2)
     assert (status["state"], status["exit_code"]) == ("COMPLETED", 0)
     assert job.resumed_at() == [(2, before)]
-    said = job.run.rank_log(2, "h800-01", 0).read_text()
-    assert f"checkpoint-{newest}" in said and "sha256" in said
+    output = job.run.rank_log(2, "h800-01", 0).read_text()
+    assert f"checkpoint-{newest}" in output and "sha256" in output
     job.requires(reference)
 
 

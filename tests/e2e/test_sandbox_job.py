@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_files import read_metric_lines
 
-from janus_cluster.rundir import RunDir
+from janus_cluster.run.paths import RunDir
 from janus_cluster.sandbox import SandboxInfo
 
 pytestmark = pytest.mark.slurm
@@ -28,7 +29,7 @@ SMALL = (*SHORT, *ROOM)
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a few demo episodes, shared by the nodes as /tmp is."""
     folder = tmp_path_factory.mktemp("janus e2e")
-    command = [sys.executable, "-m", "janus_cluster.training.data.demo", str(folder / "demo_data"), "--episodes", "6"]
+    command = [sys.executable, "-m", "janus_cluster.janusvln.world.demo", str(folder / "demo_data"), "--episodes", "6"]
     subprocess.run(command, check=True, capture_output=True)
     return folder
 
@@ -93,7 +94,7 @@ def test_the_job_allocates_both_nodes_with_eight_gpus_each(trained: Trained, san
     shown = slurm(sandbox, ["scontrol", "show", "job", job_id])
     assert "NodeList=h800-[01-02]" in shown
     assert "gres/gpu=16" in shown or "gres:gpu:h800:8" in shown
-    assert "--gres=gpu:h800:8" in run.job_sbatch.read_text()
+    assert "--gres=gpu:h800:8" in run.bundle(1).job_sbatch.read_text()
 
 
 def test_tail_merges_both_nodes_and_returns_0(trained: Trained) -> None:
@@ -116,17 +117,17 @@ def test_both_nodes_have_a_verdict_and_it_is_a_pass(trained: Trained) -> None:
 
 def test_zero_3_trained_on_two_nodes(trained: Trained) -> None:
     _, run, _ = trained
-    assert json.loads(run.ds_config_json.read_text())["zero_optimization"]["stage"] == 3
-    steps = [r for r in run.read_metrics() if r["kind"] == "train"]
+    assert json.loads(run.bundle(1).ds_config_json.read_text())["zero_optimization"]["stage"] == 3
+    steps = [r for r in read_metric_lines(run) if r["kind"] == "train"]
     assert [r["step"] for r in steps] == [1, 2, 3, 4]
     assert {p.name for p in run.attempt_logs(1).glob("*.rank*.log")} == {"h800-01.rank0.log", "h800-02.rank1.log"}
 
 
-def test_a_checkpoint_and_an_exported_model_lie_there(trained: Trained, tmp_path: Path) -> None:
+def test_a_checkpoint_and_an_exported_model_are_there(trained: Trained, tmp_path: Path) -> None:
     _, run, _ = trained
     assert (run.checkpoints / "checkpoint-4").is_dir()
     program = (
-        "import sys; from janus_cluster.training.model.janus import JanusModel;"
+        "import sys; from janus_cluster.janusvln.model.janus import JanusModel;"
         "from transformers import AutoTokenizer;"
         "m = JanusModel.from_pretrained(sys.argv[1]); t = AutoTokenizer.from_pretrained(sys.argv[1]);"
         "print(sum(p.numel() for p in m.parameters()), len(t))"
@@ -138,7 +139,7 @@ def test_a_checkpoint_and_an_exported_model_lie_there(trained: Trained, tmp_path
     assert int(done.stdout.split()[-2]) > 0
 
 
-def test_the_ladder_says_completed(trained: Trained, janus: Janus) -> None:
+def test_the_state_is_completed(trained: Trained, janus: Janus) -> None:
     job_id, run, _ = trained
     value = status(janus, job_id)
     assert (value["state"], value["exit_code"], value["attempt"]) == ("COMPLETED", 0, 1)
@@ -146,7 +147,7 @@ def test_the_ladder_says_completed(trained: Trained, janus: Janus) -> None:
     assert value["name"] == run.name
 
 
-def test_slurm_itself_says_completed(trained: Trained, sandbox: SandboxInfo) -> None:
+def test_the_state_in_slurm_is_completed(trained: Trained, sandbox: SandboxInfo) -> None:
     deadline = time.monotonic() + 60
     while "JobState=COMPLETED" not in (shown := slurm(sandbox, ["scontrol", "show", "job", trained[0]])):
         assert time.monotonic() < deadline, shown
@@ -156,7 +157,7 @@ def test_slurm_itself_says_completed(trained: Trained, sandbox: SandboxInfo) -> 
 def test_sbatch_by_hand_does_the_same(janus: Janus, sandbox: SandboxInfo) -> None:
     done = janus("submit", "demo", "--nodes", "2", "--dry-run", "--json", "--set", "kind=preflight")
     run = RunDir(Path(json.loads(done.stdout)["run_dir"]))
-    slurm(sandbox, ["sbatch", "--wait", str(run.job_sbatch)], timeout_s=300)
+    slurm(sandbox, ["sbatch", "--wait", str(run.links.job_sbatch)], timeout_s=300)
     assert json.loads(run.verdict_json(1).read_text())["state"] == "PASS", everything(run)
     assert json.loads(run.status_json.read_text())["state"] == "COMPLETED"
 
@@ -183,7 +184,7 @@ def test_a_path_missing_on_one_node_fails_the_gate_and_training_never_starts(
     assert verdict["exclude"] == bad
     assert "paths.required" in janus("status", job_id).stdout
     assert list(run.attempt_logs(1).glob("*.rank*.log")) == []
-    assert list(run.read_metrics()) == []
+    assert list(read_metric_lines(run)) == []
     shown = slurm(sandbox, ["scontrol", "show", "job", job_id])
     assert "JobState=FAILED" in shown or "JobState=COMPLETING" in shown
     assert "ExitCode=10:0" in shown
@@ -202,10 +203,10 @@ def test_a_refusal_of_the_real_sbatch_leaves_nothing(janus: Janus, sandbox: Sand
     assert not list((Path(sandbox.home).parent / "runs").glob("refused-*"))
 
 
-def test_a_cancelled_job_says_so(janus: Janus) -> None:
+def test_a_cancelled_job_is_reported_as_such(janus: Janus) -> None:
     job_id, run = submit(janus, "demo", "--nodes", "2", "--set", "training.max_steps=5000", *ROOM)
     deadline = time.monotonic() + 120
-    while not list(run.read_metrics()):
+    while not list(read_metric_lines(run)):
         assert time.monotonic() < deadline, everything(run)
         time.sleep(0.5)
     assert janus("cancel", job_id).returncode == 0

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from janus_cluster.rundir import RunDir, read_json
+from janus_cluster.run.files import read_json
+from janus_cluster.run.paths import RunDir
 from janus_cluster.sandbox import SandboxInfo, fault, heal
 from tests.conftest import not_tested
 
@@ -30,7 +31,7 @@ def janus(sandbox: SandboxInfo, tmp_path_factory: pytest.TempPathFactory) -> Jan
     if sandbox.mode != "namespaces":
         not_tested("NO NAMESPACES HERE, so faults of single hosts were not tested: they need root")
     work = tmp_path_factory.mktemp("gate")
-    command = [sys.executable, "-m", "janus_cluster.training.data.demo", str(work / "demo_data"), "--episodes", "4"]
+    command = [sys.executable, "-m", "janus_cluster.janusvln.world.demo", str(work / "demo_data"), "--episodes", "4"]
     subprocess.run(command, check=True, capture_output=True)
     # A home of its own around the same sandbox: the nodes that are blamed here are not to be avoided elsewhere.
     (work / "sandbox").symlink_to(sandbox.home)
@@ -81,7 +82,7 @@ def test_a_rail_slowed_to_half_by_the_kernel_is_named(janus: Janus, healthy: Pat
     found = failed(report)
     assert list(found) == ["rail.ib3"], found
     assert found["rail.ib3"]["node"] == "h800-01,h800-02"
-    assert report["exclude"] == [], "which end is slow cannot be told"
+    assert report["exclude"] == [], "which end is slow cannot be determined"
     assert "error counters h800-01 +0, h800-02 +0; loopback" in found["rail.ib3"]["fix"]
     rails = {r["id"]: r["state"] for r in results_of(report) if r["id"].startswith("rail.")}
     assert rails == {f"rail.ib{i}": "FAIL" if i == 3 else "PASS" for i in range(8)}
@@ -101,7 +102,7 @@ def put_file(sandbox: SandboxInfo, node: str, name: str) -> None:
     (folder / "file").touch()
 
 
-def test_without_another_node_the_retry_says_so_and_the_job_ends(janus: Janus, sandbox: SandboxInfo) -> None:
+def test_without_another_node_the_retry_is_refused_and_the_job_ends(janus: Janus, sandbox: SandboxInfo) -> None:
     put_file(sandbox, "h800-01", "one")
     report = gate(janus, *RETRY, "--set", "preflight.require_paths=[/mnt/node/one]")
     assert list(failed(report)) == ["paths.required"]

@@ -1,4 +1,4 @@
-"""The installed package is edited between submission and attempt: what runs is what was submitted, or it is told."""
+"""The installed package is edited between submission and attempt: the submitted code runs, or a warning is printed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from janus_cluster.resources import jobs_dir
-from janus_cluster.rundir import RunDir
-from janus_cluster.snapshot import read_package, write_package
+from janus_cluster.job.resources import jobs_dir
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.snapshot import read_package, write_package
 
 Janus = Callable[..., subprocess.CompletedProcess[str]]
 # The attempt imports the one, the ranks import both.
-ATTEMPT_FILE, RANK_FILE = "node/port.py", "training/loss.py"
+ATTEMPT_FILE, RANK_FILE = "node/port.py", "janusvln/loss.py"
 NOTHING_TO_DO = ("--set", "kind=preflight", "--no-preflight")
 
 
@@ -43,7 +43,7 @@ def janus(tmp_path: Path) -> Janus:
 
 
 def edit(tmp_path: Path, version: int) -> None:
-    """The installed code says which version it is, wherever it is imported."""
+    """The installed code prints its version, wherever it is imported."""
     for name, who in ((ATTEMPT_FILE, "attempt"), (RANK_FILE, "rank")):
         path = tmp_path / "installed" / "janus_cluster" / name
         text = path.read_text().split("\nprint(")[0]
@@ -90,7 +90,7 @@ def test_code_edited_while_a_run_waits_and_before_it_is_resumed_does_not_run(jan
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "code"), [("warn", 0), ("fail", 2)])
-def test_installed_code_that_was_edited_is_told_or_refused(
+def test_installed_code_that_was_edited_is_reported_or_refused(
     policy: str, code: int, janus: Janus, tmp_path: Path
 ) -> None:
     edit(tmp_path, 1)
@@ -100,11 +100,11 @@ def test_installed_code_that_was_edited_is_told_or_refused(
     edit(tmp_path, 2)
     (tmp_path / "go").touch()
     assert end_of(janus, run) == code, logs(run)
-    told = run.batch_log.read_text()
-    assert "attempt runs code 2" in told
+    reported = run.batch_log.read_text()
+    assert "attempt runs code 2" in reported
     for word in ("has changed since it was submitted", ATTEMPT_FILE, RANK_FILE):
-        assert word in told
-    assert ("warning: janus_cluster has changed" in told) == (policy == "warn")
+        assert word in reported
+    assert ("warning: janus_cluster has changed" in reported) == (policy == "warn")
     shown = janus("status", run.name).stdout
     assert ("the job's environment is broken [environment]" in shown) == (policy == "fail"), shown
     assert json.loads(run.status_json.read_text())["exit_code"] == code
@@ -112,7 +112,14 @@ def test_installed_code_that_was_edited_is_told_or_refused(
 
 @pytest.mark.train
 def test_every_rank_runs_the_submitted_code(janus: Janus, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "janus_cluster.training.data.demo", str(tmp_path / "demo_data"), "--episodes", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "janus_cluster.janusvln.world.demo",
+        str(tmp_path / "demo_data"),
+        "--episodes",
+        "4",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     edit(tmp_path, 1)
     short = ("--set", "training.max_steps=1", "--set", "checkpoint.export=false", "--set", "data.validation_fraction=0")

@@ -43,7 +43,7 @@ def terminal(sandbox: SandboxInfo, tmp_path: Path) -> Iterator[Terminal]:
     program.chmod(0o755)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "sandbox").symlink_to(sandbox.home)
-    command = [sys.executable, "-m", "janus_cluster.training.data.demo", str(tmp_path / "demo_data")]
+    command = [sys.executable, "-m", "janus_cluster.janusvln.world.demo", str(tmp_path / "demo_data")]
     subprocess.run([*command, "--episodes", "6"], check=True, capture_output=True)
     environ = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}", "JANUS_HOME": str(tmp_path / "home")}
     with Terminal(tmp_path, environ) as opened:
@@ -131,7 +131,7 @@ def come_back(terminal: Terminal, job_id: str) -> None:
     terminal.type(f"clear; janus-cluster tail {job_id}")
     again = terminal.wait_for(LIVE)
     assert int(again["step"]) > 10
-    terminal.wait_for(r"^── COMPLETED \(exit code 0, says ", limit_s=300)
+    terminal.wait_for(r"^── COMPLETED \(exit code 0, source: ", limit_s=300)
     terminal.wait_for(r"^\$\s*\Z")
     terminal.type('echo "code $?"')
     terminal.wait_for("^code 0$")

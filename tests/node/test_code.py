@@ -1,4 +1,4 @@
-"""Other code or other packages than were submitted are told at the start of an attempt, or refused."""
+"""Other code or other packages than were submitted are reported at the start of an attempt, or refused."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from janus_cluster.job.resources import jobs_dir
 from janus_cluster.node.code import compare_versions
-from janus_cluster.render.bundle import collect_manifest
-from janus_cluster.resources import jobs_dir
-from janus_cluster.rundir import RunDir, read_json, write_json_atomically
-from janus_cluster.snapshot import read_package, write_package
+from janus_cluster.run.files import read_json, write_json_atomically
+from janus_cluster.run.manifest import collect_manifest
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.snapshot import read_package, write_package
 
 _PROGRAM = """
 import sys; from pathlib import Path
-from janus_cluster.config.load import load_job
-from janus_cluster.config.resolve import resolve_job
+from janus_cluster.job.load import load_job
+from janus_cluster.job.resolve import resolve_job
 from janus_cluster.errors import UsageError
 from janus_cluster.node.code import check_code
-from janus_cluster.rundir import RunDir
+from janus_cluster.run.paths import RunDir
 run = RunDir(Path(sys.argv[1]))
 loaded = load_job(Path(sys.argv[2]), sets=sys.argv[3:], environ={})
 resolved = resolve_job(loaded, run_dir=run.path, cluster="local", environ={}, cwd=run.path, python=sys.executable)
@@ -36,9 +37,9 @@ except UsageError as e:
 def run(tmp_path: Path) -> RunDir:
     """A run folder with a manifest of the code of this moment, and a copy of that code beside it."""
     run = RunDir(tmp_path / "run")
-    run.path.mkdir()
+    run.bundle(1).path.mkdir(parents=True)
     code = read_package()
-    write_json_atomically(run.manifest_json, collect_manifest(jobs_dir() / "demo.yaml", code=code))
+    collect_manifest(jobs_dir() / "demo.yaml", code=code).write(run.bundle(1).manifest_json)
     write_package(code, tmp_path / "installed")
     return run
 
@@ -67,16 +68,16 @@ def test_the_same_code_is_not_worth_a_word(run: RunDir) -> None:
 
 
 @pytest.mark.slow
-def test_changed_code_is_told_or_refused_and_the_files_are_named(run: RunDir) -> None:
-    append(run, "training/loss.py", "\n# another line\n")
+def test_changed_code_is_reported_or_refused_and_the_files_are_named(run: RunDir) -> None:
+    append(run, "janusvln/loss.py", "\n# another line\n")
     done = check(run)
     assert done.returncode == 0, done.stderr
-    (said,) = done.stdout.splitlines()
-    for word in ("has changed since it was submitted", "1 file differs", "training/loss.py", str(run.path.parent)):
-        assert word in said
+    (output,) = done.stdout.splitlines()
+    for word in ("has changed since it was submitted", "1 file differs", "janusvln/loss.py", str(run.path.parent)):
+        assert word in output
     refused = check(run, "environment.on_code_change=fail")
     assert refused.returncode == 1
-    for word in ("training/loss.py", "environment.on_code_change: fail", "next: ", "janus-cluster resume"):
+    for word in ("janusvln/loss.py", "environment.on_code_change: fail", "next: ", "janus-cluster resume"):
         assert word in refused.stderr
 
 
@@ -86,11 +87,11 @@ def test_packages_that_changed_since_the_first_attempt_are_named(tmp_path: Path)
     assert compare_versions(run, attempt=run.begin_attempt()) is None
     first = read_json(run.versions_json(1))
     write_json_atomically(run.versions_json(1), first | {"pydantic": "1.0", "deepspeed": None, "gone": "7"})
-    said = compare_versions(run, attempt=run.begin_attempt())
-    assert said is not None and said.startswith("versions changed since attempt 1: ")
-    assert f"pydantic 1.0 → {first['pydantic']}" in said
-    assert "gone 7 → none" in said
-    assert "python" not in said
+    output = compare_versions(run, attempt=run.begin_attempt())
+    assert output is not None and output.startswith("versions changed since attempt 1: ")
+    assert f"pydantic 1.0 → {first['pydantic']}" in output
+    assert "gone 7 → none" in output
+    assert "python" not in output
 
 
 def test_a_first_attempt_without_versions_is_passed_over(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import signal
@@ -14,21 +13,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from run_files import append_metric_line
 
-from janus_cluster.config.load import load_job
-from janus_cluster.config.resolve import resolve_job
-from janus_cluster.config.schema import ResolvedJob
-from janus_cluster.local.launcher import LocalLauncher
+from janus_cluster.errors import JanusError
+from janus_cluster.job.load import load_job
+from janus_cluster.job.resolve import resolve_job
+from janus_cluster.job.resolved import ResolvedJob
+from janus_cluster.job.resources import jobs_dir
 from janus_cluster.node.attempt import run_attempt
-from janus_cluster.node.batch_log import say
+from janus_cluster.node.batch_log import log_line
 from janus_cluster.node.ledger import Ledger
-from janus_cluster.node.memory import wait_until_seen
+from janus_cluster.node.local_launcher import LocalLauncher
+from janus_cluster.node.memory import load_when_visible
 from janus_cluster.node.phases import Attempt, StopSignals
-from janus_cluster.node.status import StatusFile
-from janus_cluster.node.steps import Step
-from janus_cluster.resources import jobs_dir
-from janus_cluster.rundir import RunDir, read_json, write_json_atomically
-from janus_cluster.slurm.launcher import SlurmLauncher
+from janus_cluster.node.slurm_launcher import SlurmLauncher
+from janus_cluster.node.status import StatusWriter
+from janus_cluster.node.steps import PhaseProcesses
+from janus_cluster.run.files import read_json, write_json_atomically
+from janus_cluster.run.paths import BundleDir, RunDir
+from janus_cluster.run.records.metrics import read_events
 
 
 def resolve(folder: Path, *sets: str) -> ResolvedJob:
@@ -40,11 +43,11 @@ def test_a_status_that_cannot_be_written_now_is_no_end_and_is_written_later(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunDir(tmp_path / "run")
-    status = StatusFile(run, cluster="slurm", job_id="7", attempt=1, nodes=["h800-01"])
+    status = StatusWriter(run, cluster="slurm", job_id="7", attempt=1, nodes=["h800-01"])
     status.update(phase="training")
     assert not status.is_written
-    said = capsys.readouterr().out
-    assert said.count("ENOENT") == 1 and str(run.status_json) in said, "said once, not every 15 s"
+    output = capsys.readouterr().out
+    assert output.count("ENOENT") == 1 and str(run.status_json) in output, "printed once, not every 15 s"
     run.path.mkdir()
     status.update()
     assert status.is_written and read_json(run.status_json)["phase"] == "training"
@@ -52,14 +55,14 @@ def test_a_status_that_cannot_be_written_now_is_no_end_and_is_written_later(
 
 def test_an_end_that_cannot_be_recorded_is_still_an_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(tmp_path)
-    ledger = Ledger(run, attempt=run.begin_attempt(), job_id="7", nodes=["h800-01"])
+    ledger = Ledger(run, attempt=run.begin_attempt(), job_id="7", nodes=["h800-01"], bundle=1)
     shutil.rmtree(run.attempt_logs(1))
     ledger.end("STOPPED", 13, "SIGUSR1")
     assert "attempt.json: ENOENT" in capsys.readouterr().out
 
 
-def test_a_full_disk_takes_the_attempts_words_and_not_the_attempt() -> None:
-    code = f"from {say.__module__} import say; say('word'); import os; os._exit(7)"
+def test_a_full_disk_costs_the_attempt_its_log_lines_only() -> None:
+    code = f"from {log_line.__module__} import log_line; log_line('line'); import os; os._exit(7)"
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, check=False, timeout=600)
     assert done.returncode == 7
@@ -67,12 +70,12 @@ def test_a_full_disk_takes_the_attempts_words_and_not_the_attempt() -> None:
 
 def test_a_torn_line_of_metrics_spoils_no_other(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    run.append_metric({"kind": "train", "step": 1})
+    append_metric_line(run, {"kind": "train", "step": 1})
     with run.metrics_jsonl.open("a") as f:
         f.write('{"kind": "train", "st')
-    run.append_metric({"kind": "resume", "step": 0})
-    run.append_metric({"kind": "train", "step": 1})
-    assert [(r["kind"], r["step"]) for r in run.read_metrics()] == [("train", 1), ("resume", 0), ("train", 1)]
+    append_metric_line(run, {"kind": "resume", "step": 0})
+    append_metric_line(run, {"kind": "train", "step": 1})
+    assert [(event.KIND, event.step) for event in read_events(run)] == [("train", 1), ("resume", 0), ("train", 1)]
 
 
 class Unkillable(subprocess.Popen[bytes]):
@@ -85,7 +88,7 @@ class Unkillable(subprocess.Popen[bytes]):
 def test_a_process_that_cannot_be_killed_does_not_hold_the_attempt(capsys: pytest.CaptureFixture[str]) -> None:
     stuck = Unkillable([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        step = Step([stuck], end_together=True, grace_s=0.2)
+        step = PhaseProcesses([stuck], end_together=True, grace_s=0.2)
         begun = time.monotonic()
         assert step.wait(timeout_s=None, on_wait=lambda s: s.terminate()) == 128 + 9
         assert time.monotonic() - begun < 10
@@ -98,9 +101,9 @@ def test_a_process_that_cannot_be_killed_does_not_hold_the_attempt(capsys: pytes
 class Sleeping(LocalLauncher):
     """One node, whose task does nothing for a minute."""
 
-    def start(self, task_argv: Sequence[str], *, end_together: bool) -> Step:
+    def start(self, task_argv: Sequence[str], *, end_together: bool) -> PhaseProcesses:
         self.process = subprocess.Popen(["sleep", "60"])
-        return Step([self.process], end_together=end_together)
+        return PhaseProcesses([self.process], end_together=end_together)
 
 
 @pytest.mark.slow
@@ -121,7 +124,7 @@ def test_an_attempt_that_was_taken_for_lost_leaves_the_run_folder_to_the_newer_o
 
 
 @pytest.mark.slow
-def test_a_stop_that_cannot_be_told_to_the_ranks_ends_them_in_time(tmp_path: Path) -> None:
+def test_a_stop_that_cannot_be_sent_to_the_ranks_ends_them_in_time(tmp_path: Path) -> None:
     run, stop = RunDir(tmp_path), StopSignals()
     attempt = Attempt(run, resolve(tmp_path, "restart.stop_timeout_s=1"), Sleeping(1), stop)
     shutil.rmtree(run.attempt_logs(1))
@@ -129,16 +132,18 @@ def test_a_stop_that_cannot_be_told_to_the_ranks_ends_them_in_time(tmp_path: Pat
     assert attempt.run_training_phase() == 128 + signal.SIGTERM
 
 
-def test_a_configuration_that_is_not_to_be_seen_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+def test_a_bundle_that_a_node_does_not_see_yet_is_waited_for(tmp_path: Path) -> None:
     run, resolved = RunDir(tmp_path), resolve(tmp_path)
-    text = resolved.model_dump_json()
-    later = threading.Timer(0.3, lambda: run.resolved_json.write_text(text))
+    run.bundles.mkdir()
+    staging = BundleDir(tmp_path / "staging")
+    staging.path.mkdir()
+    staging.resolved_json.write_text(resolved.model_dump_json())
+    later = threading.Timer(0.3, lambda: staging.path.rename(run.bundle(2).path))
     later.start()
-    assert wait_until_seen(run, config_hash=resolved.config_hash, limit_s=20).config_hash == resolved.config_hash
+    assert load_when_visible(run, 2, limit_s=20) == resolved
     later.join()
-    run.resolved_json.unlink()
-    with pytest.raises(OSError, match=os.strerror(errno.ENOENT)):
-        wait_until_seen(run, config_hash=resolved.config_hash, limit_s=0)
+    with pytest.raises(JanusError, match=r"bundles/3/resolved\.json: this node does not see it"):
+        load_when_visible(run, 3, limit_s=0)
 
 
 TASK = """
@@ -150,7 +155,7 @@ time.sleep(60)
 """
 ATTEMPT = """
 import sys
-from janus_cluster.local.launcher import LocalLauncher
+from janus_cluster.node.local_launcher import LocalLauncher
 task = [sys.executable, "-c", sys.argv[1]]
 LocalLauncher(1).start(task, end_together=True).wait(timeout_s=None, on_wait=lambda step: None)
 """
@@ -169,7 +174,7 @@ def test_on_one_machine_no_rank_outlives_the_attempt() -> None:
 
 
 def lives(process: Path) -> bool:
-    """Whether the process is there, and more than a dead one that nobody has collected yet."""
+    """Whether the process is there, and is no zombie."""
     try:
         return " Z " not in (process / "stat").read_text()
     except OSError:

@@ -15,7 +15,7 @@ import pytest
 from janus_cluster.node.caches import cache_variables
 from janus_cluster.node.child import exit_code
 from janus_cluster.node.temporary import make_private_folder, remove_private_folder
-from janus_cluster.rundir import RunDir
+from janus_cluster.run.paths import RunDir
 
 PATIENCE_S = 30
 
@@ -43,6 +43,20 @@ def test_ranks_get_a_short_private_folder_with_their_caches_where_the_path_is_to
 
 def test_a_folder_that_serves_is_kept() -> None:
     assert make_private_folder({"TMPDIR": "/tmp"}) is None
+
+
+@pytest.mark.train
+def test_eval_runs_in_such_a_folder_and_leaves_none(too_long: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    environ = os.environ | {"TMPDIR": str(too_long)}
+    argv = [sys.executable, "-m", "janus_cluster.cli", "eval", str(model), "--data", str(tmp_path)]
+    done = subprocess.run(argv, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode != 0, "it is no model"
+    folder = done.stderr.split("TMPDIR=", 1)[1].split(maxsplit=1)[0]
+    assert len(folder) < 40 and not Path(folder).exists()
+    assert list(too_long.iterdir()) == []
 
 
 PARENT = """

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from janus_cluster.config.load import load_job
-from janus_cluster.config.resolve import resolve_job
-from janus_cluster.config.schema import ResolvedJob
-from janus_cluster.local.launcher import LocalLauncher
+from janus_cluster.job.load import load_job
+from janus_cluster.job.resolve import resolve_job
+from janus_cluster.job.resolved import ResolvedJob
+from janus_cluster.job.resources import jobs_dir
 from janus_cluster.node.bracket import run_between_counters
+from janus_cluster.node.local_launcher import LocalLauncher
 from janus_cluster.node.network import network_variables, probe_variables
-from janus_cluster.node.retry import retry_without_bad_nodes
+from janus_cluster.node.retry import Retry, retry_without_bad_nodes
 from janus_cluster.node.topology import NodeIdentity
 from janus_cluster.preflight.gate import build_verdict
-from janus_cluster.preflight.model import CheckResult, Verdict
-from janus_cluster.resources import jobs_dir
-from janus_cluster.rundir import RunDir, read_json
+from janus_cluster.run.files import read_json
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.verdict import CheckResult, Verdict
 
 NODES = ("local-01", "local-02")
 
@@ -47,19 +48,27 @@ def verdict_of(resolved: ResolvedJob, *bad: str) -> Verdict:
 def test_there_is_no_retry_without_one_bad_node(tmp_path: Path, on_fail: str, bad: list[str], word: str) -> None:
     resolved, run = resolve(tmp_path, f"preflight.on_fail={on_fail}"), RunDir(tmp_path)
     done = retry_without_bad_nodes(run, resolved, LocalLauncher(2), verdict_of(resolved, *bad), attempt=1)
-    assert done[0] is False and word in done[1]
+    assert done.is_queued is False and word in done.message
     assert not run.retry_json.exists()
 
 
-def test_a_retry_that_could_never_start_says_why_and_is_not_tried_twice(tmp_path: Path) -> None:
+def test_a_retry_that_could_never_start_shows_why_and_is_not_tried_twice(tmp_path: Path) -> None:
     resolved, run = resolve(tmp_path, "preflight.on_fail=exclude-and-retry"), RunDir(tmp_path)
     verdict = verdict_of(resolved, "local-02")
-    is_queued, words = retry_without_bad_nodes(run, resolved, LocalLauncher(2), verdict, attempt=1)
-    assert not is_queued and "without local-02" in words and "no queue" in words
+    retry = retry_without_bad_nodes(run, resolved, LocalLauncher(2), verdict, attempt=1)
+    assert not retry.is_queued and "without local-02" in retry.message and "no queue" in retry.message
     record = read_json(run.retry_json)
     assert (record["exclude"], record["requeued_at"]) == (["local-02"], None)
     again = retry_without_bad_nodes(run, resolved, LocalLauncher(2), verdict, attempt=2)
-    assert again == (False, "not tried again: it was once already")
+    assert again == Retry(False, "not tried again: that was done once already")
+
+
+def test_the_jobs_own_excluded_host_list_counts_as_its_nodes(tmp_path: Path) -> None:
+    resolved = resolve(tmp_path, "preflight.on_fail=exclude-and-retry", "slurm.exclude=gpu[003-005],gpu9")
+    retry = retry_without_bad_nodes(
+        RunDir(tmp_path), resolved, LocalLauncher(2), verdict_of(resolved, "local-02"), attempt=1
+    )
+    assert "leave out gpu003, gpu004, gpu005, gpu9, local-02" in retry.message
 
 
 def test_the_interface_of_the_route_is_given_to_gloo_and_the_users_own_wins(
@@ -81,7 +90,7 @@ def test_the_interface_of_the_route_is_given_to_gloo_and_the_users_own_wins(
     assert network_variables(run, resolved, alone, attempt=1, master_addr="127.0.0.1") == []
 
 
-def test_the_probe_asks_nccl_for_its_own_words(tmp_path: Path) -> None:
+def test_the_probe_asks_nccl_for_its_log(tmp_path: Path) -> None:
     node = NodeIdentity("n1", 0, 2)
     assert probe_variables(RunDir(tmp_path), resolve(tmp_path), node, attempt=1) == []
     gpus = resolve(tmp_path, job="preflight")

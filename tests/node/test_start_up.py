@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from janus_cluster.config.load import load_job
-from janus_cluster.config.resolve import resolve_job
-from janus_cluster.config.schema import ResolvedJob
+from janus_cluster.job.load import load_job
+from janus_cluster.job.resolve import resolve_job
+from janus_cluster.job.resolved import ResolvedJob
+from janus_cluster.job.resources import jobs_dir
 from janus_cluster.node.caches import cache_variables
 from janus_cluster.node.read_ahead import select_files, start_read_ahead
-from janus_cluster.resources import jobs_dir
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 # As long as reading takes on any disk.
@@ -84,7 +84,7 @@ def pages_in_cache(files: list[Path]) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-def test_the_weights_are_in_the_page_cache_before_anybody_maps_them(models: Path) -> None:
+def test_the_weights_are_in_the_page_cache_before_they_are_mapped(models: Path) -> None:
     resolved = resolve(models)
     files = select_files(resolved, node_rank=0)
     for file in files:
@@ -93,13 +93,13 @@ def test_the_weights_are_in_the_page_cache_before_anybody_maps_them(models: Path
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     seen, total = pages_in_cache(files)
     if seen > total / 2:
-        pytest.skip("this file system keeps its pages, whatever posix_fadvise says")
+        pytest.skip("this file system keeps its pages despite posix_fadvise")
     reader = start_read_ahead(resolved, node_rank=0)
     assert reader is not None and reader.wait(timeout=PATIENCE_S) == 0
     assert pages_in_cache(files) == (total, total)
 
 
-def test_compiled_things_lie_on_the_nodes_own_disk_in_a_private_folder(tmp_path: Path) -> None:
+def test_compiled_things_are_on_the_nodes_own_disk_in_a_private_folder(tmp_path: Path) -> None:
     found = {v.name: v.value for v in cache_variables({"TMPDIR": str(tmp_path), "TRITON_CACHE_DIR": "/mine"})}
     (folder,) = tmp_path.iterdir()
     assert found == {

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from janus_cluster.node.watchdog import Beat, Watchdog, judge_progress
-from janus_cluster.rundir import RunDir, write_json_atomically
+from janus_cluster.run.files import write_json_atomically
+from janus_cluster.run.paths import RunDir
 
 LIMIT_S = 60.0
 
@@ -67,12 +68,12 @@ def test_the_rank_that_is_behind_is_named_where_all_live() -> None:
     assert found is not None and found[0] == 1 and "data of step 7" in found[2]
 
 
-def test_nobody_is_blamed_where_nothing_tells_the_ranks_apart() -> None:
+def test_no_rank_is_blamed_where_nothing_distinguishes_them() -> None:
     found = judge(beat(0), beat(1))
     assert found is not None and found[:2] == (None, None)
 
 
-def test_nothing_is_said_before_the_first_heartbeat() -> None:
+def test_nothing_is_reported_before_the_first_heartbeat() -> None:
     assert judge() is None
 
 
@@ -93,11 +94,11 @@ def test_only_changes_by_the_watchers_own_clock_count(tmp_path: Path) -> None:
     run, now = RunDir(tmp_path), [0.0]
     watchdog = Watchdog(run, attempt=1, world_size=2, hang_timeout_s=40, start_timeout_s=600, clock=lambda: now[0])
 
-    def write(rank: int, count: int, told: float) -> None:
+    def write(rank: int, count: int, time_s: float) -> None:
         path = run.heartbeat_json(1, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         who = {"rank": rank, "node": f"n{rank}", "doing": "step", "step": 3, "has_begun": True}
-        write_json_atomically(path, who | {"count": count, "time": told})
+        write_json_atomically(path, who | {"count": count, "time": time_s})
 
     # Node n1's clock is an hour ahead; from 20 s on both stand still and rank 1 is silent, too.
     for t in range(0, 70, 10):
@@ -109,11 +110,11 @@ def test_only_changes_by_the_watchers_own_clock_count(tmp_path: Path) -> None:
     assert hang is not None and (hang.rank, hang.node) == (1, "n1")
 
 
-def write_beat(run: RunDir, rank: int, count: int, *, step: int = 3, told: float = 0.0) -> None:
+def write_beat(run: RunDir, rank: int, count: int, *, step: int = 3, time_s: float = 0.0) -> None:
     path = run.heartbeat_json(1, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     who = {"rank": rank, "node": f"n{rank}", "doing": "step", "step": step, "has_begun": count > 0}
-    write_json_atomically(path, who | {"count": count, "time": told})
+    write_json_atomically(path, who | {"count": count, "time": time_s})
 
 
 def test_a_job_that_was_suspended_for_hours_is_not_taken_for_a_hung_one(tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_a_job_that_was_suspended_for_hours_is_not_taken_for_a_hung_one(tmp_path
     assert watchdog.look() is not None
 
 
-def test_while_nobody_can_write_the_run_folder_nobody_is_taken_for_hung(tmp_path: Path) -> None:
+def test_while_the_run_folder_cannot_be_written_no_rank_is_taken_for_hung(tmp_path: Path) -> None:
     run, now = RunDir(tmp_path), [0.0]
     watchdog = Watchdog(run, attempt=1, world_size=1, hang_timeout_s=40, start_timeout_s=600, clock=lambda: now[0])
     write_beat(run, 0, 1)
@@ -159,7 +160,7 @@ def test_a_heartbeat_that_is_seen_late_through_nfs_names_no_wrong_node(tmp_path:
     for t in range(10, 320, 10):
         now[0] = float(t)
         for rank in range(3):
-            write_beat(run, rank, 1, step=6 if rank == 2 else 7, told=min(t, 250) if rank == 1 else t)
+            write_beat(run, rank, 1, step=6 if rank == 2 else 7, time_s=min(t, 250) if rank == 1 else t)
         hang = watchdog.look()
     assert hang is not None and hang.rank == 2
 

@@ -10,15 +10,16 @@ import pytest
 
 from janus_cluster.errors import JobNotFound
 from janus_cluster.observe.find import find_run, job_name, list_runs
-from janus_cluster.rundir import RunDir, write_json_atomically
+from janus_cluster.run.files import write_json_atomically
+from janus_cluster.run.paths import RunDir
 
 
 def make_run(folder: Path, name: str, *, job: str, job_id: str | None, age_s: float) -> RunDir:
     run = RunDir(folder / name)
-    run.path.mkdir(parents=True)
-    write_json_atomically(run.resolved_json, {"job": {"name": job}})
+    run.bundle(1).path.mkdir(parents=True)
+    write_json_atomically(run.bundle(1).resolved_json, {"job": {"name": job}})
     made = time.time() - age_s
-    os.utime(run.resolved_json, (made, made))
+    os.utime(run.bundle(1).resolved_json, (made, made))
     if job_id:
         write_json_atomically(
             run.submission_json, {"cluster": "slurm", "job_id": job_id, "submitted_at": made, "slurm_conf": None}
@@ -64,7 +65,7 @@ def test_beginning_of_several_runs_names_them(runs: Path) -> None:
     assert "demo-big-20261121-cccc" in caught.value.message
 
 
-def test_unknown_name_tells_the_nearest_and_what_to_type(runs: Path) -> None:
+def test_unknown_name_shows_the_nearest_and_what_to_type(runs: Path) -> None:
     with pytest.raises(JobNotFound, match="did you mean train_2node") as caught:
         find_run("trian_2node", [runs])
     assert "janus-cluster list" in (caught.value.hint or "")
@@ -77,7 +78,7 @@ def test_what_is_no_run_is_not_found(runs: Path, ref: str) -> None:
         find_run(ref, [runs])
 
 
-def test_a_run_of_somebody_else_is_not_called_absent(runs: Path) -> None:
+def test_a_run_of_another_user_is_not_called_absent(runs: Path) -> None:
     (runs / "theirs-1").mkdir(mode=0o700)
     code = (
         "import sys; from pathlib import Path; from janus_cluster.observe.find import find_run; "
@@ -92,7 +93,7 @@ def test_a_run_of_somebody_else_is_not_called_absent(runs: Path) -> None:
     assert "theirs-1: you may not read it" in done.stderr
 
 
-def test_empty_folder_says_that_there_are_no_runs(tmp_path: Path) -> None:
+def test_empty_folder_shows_that_there_are_no_runs(tmp_path: Path) -> None:
     with pytest.raises(JobNotFound, match="there are no runs in"):
         find_run("demo", [tmp_path / "missing"])
 
@@ -109,5 +110,5 @@ def test_runs_are_listed_newest_first_and_once(runs: Path) -> None:
 
 def test_job_name_comes_from_the_folder_when_resolved_json_is_gone(runs: Path) -> None:
     run = RunDir(runs / "demo-big-20261121-cccc")
-    run.resolved_json.unlink()
+    run.bundle(1).resolved_json.unlink()
     assert job_name(run) == "demo-big"

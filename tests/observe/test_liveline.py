@@ -56,7 +56,7 @@ def test_lines_go_above_the_live_line_which_is_drawn_anew(terminal: Terminal) ->
     assert terminal.read() == "step 1/9\r\x1b[2Ka line\r\nstep 2/9"
     screen.flush()
     screen.leave()
-    assert terminal.read() == "\r\x1b[2Kstep 2/9\r\n", "nothing is drawn that stands there already"
+    assert terminal.read() == "\r\x1b[2Kstep 2/9\r\n", "nothing is drawn that is there already"
 
 
 def test_a_live_line_never_wraps(terminal: Terminal) -> None:
@@ -87,9 +87,9 @@ def test_the_progress_line_has_step_speed_loss_eta_and_the_memory_of_the_ranks()
     )
 
 
-@pytest.mark.parametrize(("age_s", "is_told"), [(164.0, False), (165.0, True)])
-def test_a_step_that_takes_three_times_as_long_is_told(age_s: float, is_told: bool) -> None:
-    assert ("last word" in render_progress(PROGRESS, now=1000.0 + age_s)) is is_told
+@pytest.mark.parametrize(("age_s", "is_reported"), [(164.0, False), (165.0, True)])
+def test_a_step_that_takes_three_times_as_long_is_reported(age_s: float, is_reported: bool) -> None:
+    assert ("last record" in render_progress(PROGRESS, now=1000.0 + age_s)) is is_reported
 
 
 def test_without_gpus_there_is_no_memory_and_before_the_first_step_nothing() -> None:

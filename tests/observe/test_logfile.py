@@ -9,7 +9,7 @@ import pytest
 
 from janus_cluster.observe import logfile
 from janus_cluster.observe.logfile import GrowingFile, LineFilter, LogLine
-from janus_cluster.stamped import render_stamp
+from janus_cluster.run.stamped import render_stamp
 
 
 def keep_all(_line: LogLine) -> bool:
@@ -189,7 +189,7 @@ def test_a_line_has_its_own_time_or_that_of_the_line_before(tmp_path: Path) -> N
     assert GrowingFile(path).start_at_end(9, keep_all) == expected
 
 
-def test_the_last_words_of_a_file_are_as_old_as_its_last_change(tmp_path: Path) -> None:
+def test_the_last_lines_of_a_file_are_as_old_as_its_last_change(tmp_path: Path) -> None:
     path = tmp_path / "a.log"
     append(path, stamped(NOW, "one") + b"Killed\n")
     at(path, NOW + 3600)
@@ -205,12 +205,13 @@ def test_the_last_words_of_a_file_are_as_old_as_its_last_change(tmp_path: Path) 
         "[rank3]:[E%m%d %H:%M:%S.299042 ProcessGroupNCCL.cpp:629] Watchdog",
         "W%m%d %H:%M:%S.299000 4711 torch/distributed/run.py:774] Setting",
         "slurmstepd-h800-01: error: *** JOB 7 ON h800-01 CANCELLED AT %Y-%m-%dT%H:%M:%S DUE TO TIME LIMIT ***",
+        "[%Y-%m-%dT%H:%M:%S.345] error: *** JOB 7 ON h800-01 CANCELLED AT %Y-%m-%dT%H:%M:%S DUE TO TIME LIMIT ***",
     ],
 )
 def test_a_time_that_glog_or_slurm_wrote_counts_unless_it_cannot_be(tmp_path: Path, form: str) -> None:
     path = tmp_path / "a.log"
-    said = time.strftime(form, time.localtime(NOW + 60)).encode() + b"\n"
-    append(path, stamped(NOW, "one") + said + stamped(NOW + 99, "two"))
+    other = time.strftime(form, time.localtime(NOW + 60)).encode() + b"\n"
+    append(path, stamped(NOW, "one") + other + stamped(NOW + 99, "two"))
     at(path, NOW + 100)
     assert [line.time - NOW for line in GrowingFile(path).read_new()[0]] == [0, pytest.approx(60.3, abs=0.31), 99]
     # Of another time zone: before the line before it, or after the file's last change.
@@ -280,7 +281,7 @@ def test_a_file_without_times_begins_near_its_end_where_a_time_is_asked_for(tmp_
     assert old.read_new()[0] == []
 
 
-def test_a_look_takes_a_piece_and_says_that_there_is_more(tmp_path: Path) -> None:
+def test_a_look_takes_a_piece_and_shows_that_there_is_more(tmp_path: Path) -> None:
     path = tmp_path / "a.log"
     append(path, b"x" * 99 + b"\n")
     append(path, (b"y" * 99 + b"\n") * 5000)

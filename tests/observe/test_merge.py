@@ -26,14 +26,14 @@ def test_lines_of_several_files_come_by_their_times() -> None:
     assert [text for _, text in shown(merge)] == ["a", "b", "c", "d"]
 
 
-def test_lines_of_one_file_keep_their_order_whatever_their_times_say() -> None:
+def test_lines_of_one_file_keep_their_order_for_any_times() -> None:
     merge = Merge()
     merge.add(rank(0), [LogLine(5, "first"), LogLine(3, "second")], now=0)
     merge.add(rank(1), [LogLine(4, "other")], now=0)
     assert [text for _, text in shown(merge)] == ["other", "first", "second"]
 
 
-def test_what_all_ranks_say_is_one_line_with_all_of_them() -> None:
+def test_equal_lines_of_all_ranks_are_one_line_with_all_of_them() -> None:
     merge = Merge()
     for number in range(16):
         merge.add(rank(number, node=1 + number // 8), [LogLine(1 + number / 10, "the same")], now=0)
@@ -42,7 +42,7 @@ def test_what_all_ranks_say_is_one_line_with_all_of_them() -> None:
     assert [(render_label(g.sources), len(g.sources)) for g in groups] == [("h800-01", 1), ("h800-01,02:0-15", 16)]
 
 
-def test_a_rank_that_says_it_twice_is_counted_in_two_lines() -> None:
+def test_a_rank_that_prints_it_twice_is_counted_in_two_lines() -> None:
     merge = Merge()
     merge.add(rank(0), [LogLine(1, "again"), LogLine(1.1, "between"), LogLine(1.2, "again")], now=0)
     merge.add(rank(1), [LogLine(1.05, "again"), LogLine(1.3, "again")], now=0)
@@ -71,14 +71,14 @@ def test_the_time_and_rank_that_c10d_writes_make_no_difference() -> None:
     assert [label for label, _ in shown(merge)] == ["h800-01:0-1"]
 
 
-def test_a_line_waits_for_others_and_then_takes_along_what_came() -> None:
+def test_a_line_waits_for_others_and_is_then_shown_with_them() -> None:
     merge = Merge(hold_s=1.0)
     merge.add(rank(0), [LogLine(10, "same")], now=0)
     assert shown(merge, now=0.5, everything=False) == []
     merge.add(rank(1), [LogLine(10.4, "same"), LogLine(10.5, "later")], now=0.6)
     assert shown(merge, now=1.0, everything=False) == [("h800-01:0-1", "same")]
     assert shown(merge, now=1.6, everything=False) == [("h800-01:1", "later")]
-    assert merge.num_waiting == 0
+    assert shown(merge) == []
 
 
 def test_nothing_is_taken_that_a_file_that_is_behind_could_precede() -> None:
@@ -87,7 +87,7 @@ def test_nothing_is_taken_that_a_file_that_is_behind_could_precede() -> None:
     merge.add(rank(1), [LogLine(2, "b")], now=0)
     assert [text for _, text in shown(merge, until=2.0)] == ["a", "b"]
     merge.add(rank(1), [LogLine(3, "c")], now=0, read_to=4)
-    assert merge.newest_of(rank(1)) == 4, "lines that nobody wants to see are read all the same"
+    assert merge.newest_of(rank(1)) == 4, "lines that are not shown are read nevertheless"
     assert [text for _, text in shown(merge)] == ["c", "e"]
 
 

@@ -25,7 +25,7 @@ from janus_cluster.observe.noise import Kind, classify, shorten_bar
         ("", None),
     ],
 )
-def test_noise_is_told_from_what_is_to_be_read(text: str, kind: Kind | None) -> None:
+def test_noise_is_distinguished_from_what_is_to_be_read(text: str, kind: Kind | None) -> None:
     assert classify(text) == kind
 
 

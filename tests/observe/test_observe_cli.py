@@ -10,16 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
+from run_files import write_verdict
 
-from janus_cluster.rundir import RunDir, write_json_atomically
+from janus_cluster.run.files import write_json_atomically
+from janus_cluster.run.paths import RunDir
 
 
 def make_run(home: Path, name: str, *, state: str, exit_code: int | None) -> RunDir:
     run = RunDir(home / "runs" / name)
-    run.path.mkdir(parents=True)
+    run.bundle(1).path.mkdir(parents=True)
     run.begin_attempt()
     run.node_log(1, "h800-01").write_text("a line of the log\n")
-    write_json_atomically(run.resolved_json, {"job": {"name": name.split("-", maxsplit=1)[0]}})
+    write_json_atomically(run.bundle(1).resolved_json, {"job": {"name": name.split("-", maxsplit=1)[0]}})
     job = {"cluster": "local", "job_id": f"local-99999999{len(name)}"}
     write_json_atomically(run.submission_json, job | {"submitted_at": time.time() - 5})
     word = job | {"attempt": 1, "nodes": ["h800-01"], "state": state, "exit_code": exit_code, "started_at": time.time()}
@@ -70,10 +72,10 @@ def test_status_json_of_many_jobs_is_a_list(home: Path) -> None:
     assert [v["state"] for v in values] == ["FAILED", "COMPLETED"]
 
 
-def test_status_tells_reason_once_and_next_command(home: Path) -> None:
+def test_status_shows_reason_once_and_next_command(home: Path) -> None:
     done = type_in(home, "status", "train")
     assert done.stdout.count("because") == 1
-    assert "next: janus-cluster tail local-9999999920 --no-follow -n 100\n" in done.stdout
+    assert "next: janus-cluster tail train-20261121-bbbbb --no-follow -n 100\n" in done.stdout
 
 
 def test_list_shows_runs_of_the_given_folder_only(home: Path, tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_without_a_stdout_tail_still_ends_with_the_jobs_code(home: Path) -> None
     assert (done.returncode, done.stderr) == (12, b"")
 
 
-def test_unknown_job_exits_22_and_says_what_to_type(home: Path) -> None:
+def test_unknown_job_exits_22_and_shows_what_to_type(home: Path) -> None:
     for command in ("tail", "status", "cancel"):
         done = type_in(home, command, "nope")
         assert (done.returncode, done.stdout) == (22, "")
@@ -146,7 +148,7 @@ def test_watch_and_json_together_are_refused(home: Path) -> None:
 def test_commands_do_not_import_torch_and_tail_needs_no_rich(home: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['rich'] = None\n"
-        "from janus_cluster.cli import cli\n"
+        "from janus_cluster.cli.main import cli\n"
         "sys.exit(cli.main(['tail', 'demo', '--no-follow'], standalone_mode=False))"
     )
     env = os.environ | {"JANUS_HOME": str(home)}
@@ -154,7 +156,7 @@ def test_commands_do_not_import_torch_and_tail_needs_no_rich(home: Path) -> None
 
 
 def break_rank(home: Path) -> RunDir:
-    """A failed run on a (pretended) Slurm node, with a rank's last words and a log that would like to be obeyed."""
+    """A failed run on a (pretended) Slurm node, with a rank's last lines and escape sequences in its log."""
     run = make_run(home, "train-20261121-ccccc", state="FAILED", exit_code=12)
     run.rank_log(1, "h800-01", 3).write_text(
         'step 1\n\x1b]0;owned\x07Traceback (most recent call last):\n  File "/x/train.py", line 7, in step\n'
@@ -172,7 +174,7 @@ def test_status_and_tail_show_one_card_of_a_failed_run(home: Path, command: tupl
     assert "first:      rank 3 on h800-01" in done.stdout
     assert "error:      OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB" in done.stdout
     assert 'frames:     File "/x/train.py", line 7, in step' in done.stdout
-    assert "next: janus-cluster resume local-9999999920 --set" in done.stdout
+    assert "next: janus-cluster resume train-20261121-ccccc --set" in done.stdout
 
 
 def test_for_programs_the_card_is_an_object(home: Path) -> None:
@@ -182,7 +184,7 @@ def test_for_programs_the_card_is_an_object(home: Path) -> None:
     assert (card["kind"], card["rank"], card["node"]) == ("gpu_out_of_memory", 3, "h800-01")
     assert "CUDA out of memory" in card["message"]
     assert card["frames"][0] == 'File "/x/train.py", line 7, in step'
-    assert card["next"][0].startswith("janus-cluster resume local-9999999920 --set")
+    assert card["next"][0].startswith("janus-cluster resume train-20261121-ccccc --set")
     assert json.loads(type_in(home, "list", "--json").stdout)[0]["card"] is None
 
 
@@ -201,9 +203,8 @@ def test_a_node_that_failed_the_gate_is_remembered_when_status_looks(home: Path)
     run = make_run(home, "gate-20261121-eeeee", state="FAILED", exit_code=10)
     for path in (run.submission_json, run.status_json):
         write_json_atomically(path, json.loads(path.read_text()) | {"cluster": "slurm", "job_id": "7"})
-    result = {"id": "gpu.count", "node": "h800-02", "state": "FAIL", "measured": "7", "expected": "8", "fix": None}
-    verdict = {"created_at": time.time(), "nodes": ["h800-01", "h800-02"], "exclude": ["h800-02"], "results": [result]}
-    write_json_atomically(run.verdict_json(1), verdict)
+    rows = [("h800-01", "gpu.count", "PASS", "8"), ("h800-02", "gpu.count", "FAIL", "7")]
+    write_verdict(run, 1, rows, created_at=time.time())
     type_in(home, "status", "gate")
     type_in(home, "status", "gate")
     values = json.loads(type_in(home, "nodes", "--json").stdout)

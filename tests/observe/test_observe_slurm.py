@@ -13,10 +13,11 @@ from typing import Any, Protocol
 
 import pytest
 
+from janus_cluster.desk.cancel import cancel_run
 from janus_cluster.errors import JobNotFound, SlurmUnavailable, UsageError
-from janus_cluster.observe.cancel import cancel_run
 from janus_cluster.observe.tail import tail
-from janus_cluster.rundir import RunDir, write_json_atomically
+from janus_cluster.run.files import write_json_atomically
+from janus_cluster.run.paths import RunDir
 from janus_cluster.slurm.commands import Slurm
 from janus_cluster.slurm.state import JobState, load_job_states
 
@@ -43,8 +44,10 @@ def start(slurm: Slurm, tmp_path: Path) -> Iterator[Callable[..., RunDir]]:
     def begin(body: str, *options: str) -> RunDir:
         run = RunDir(tmp_path / f"demo-{len(job_ids)}")
         run.logs.mkdir(parents=True)
-        run.job_sbatch.write_text(f"#!/bin/bash\n#SBATCH --job-name=demo\n#SBATCH --output={run.batch_log}\n{body}\n")
-        argv = ["sbatch", "--parsable", *options, str(run.job_sbatch)]
+        script = run.bundle(1).job_sbatch
+        script.parent.mkdir(parents=True)
+        script.write_text(f"#!/bin/bash\n#SBATCH --job-name=demo\n#SBATCH --output={run.batch_log}\n{body}\n")
+        argv = ["sbatch", "--parsable", *options, str(script)]
         environ = os.environ | {"SLURM_CONF": str(slurm.conf)}
         job_id = subprocess.run(
             argv, env=environ, capture_output=True, text=True, check=True, timeout=600
@@ -100,7 +103,7 @@ def test_both_nodes_of_a_running_job_are_named(start: Callable[..., RunDir], slu
     assert len(state.nodes) == 2
     job = slurm.scontrol_show_job(job_id_of(run))
     assert job is not None
-    assert (job.state, job.nodes, job.command) == ("RUNNING", state.nodes, str(run.job_sbatch))
+    assert (job.state, job.nodes, job.command) == ("RUNNING", state.nodes, str(run.bundle(1).job_sbatch))
 
 
 def test_cancelled_job_is_not_believed_to_run_and_cannot_be_cancelled_twice(start: Callable[..., RunDir]) -> None:
@@ -116,7 +119,7 @@ def test_cancelled_job_is_not_believed_to_run_and_cannot_be_cancelled_twice(star
         cancel_run(run)
 
 
-def test_held_job_tells_why_and_tail_ends_when_it_is_cancelled(start: Callable[..., RunDir], slurm: Slurm) -> None:
+def test_held_job_shows_why_and_tail_ends_when_it_is_cancelled(start: Callable[..., RunDir], slurm: Slurm) -> None:
     run = start("true", "--hold")
     assert wait_for(run, lambda s: s.state == "PENDING").reason == "JobHeldUser"
     cancelling = threading.Timer(1.5, slurm.scancel, [job_id_of(run)])

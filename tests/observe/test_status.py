@@ -5,34 +5,33 @@ import re
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from run_files import append_metric_line
 
-from janus_cluster.node.status import StatusFile as StatusWriter
+from janus_cluster.node.status import StatusWriter
 from janus_cluster.observe.listing import render_list
 from janus_cluster.observe.progress import TAIL_BYTES, Progress, build_progress, load_progress
-from janus_cluster.observe.status import (
-    RunStatus,
-    add_card,
-    collect_status,
-    describe_balance,
-    load_earlier,
-    render_duration,
-    render_status,
-)
-from janus_cluster.preflight.model import CheckResult, Verdict
-from janus_cluster.rundir import RunDir, write_json_atomically
-from janus_cluster.slurm.state import NOBODY, JobState
+from janus_cluster.observe.status import RunStatus, add_card, add_slow, collect_status, load_earlier, next_commands
+from janus_cluster.observe.status_view import describe_balance, render_status
+from janus_cluster.run.files import write_json_atomically
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.attempt import AttemptRecord
+from janus_cluster.run.records.health import GpuSample, HealthSample
+from janus_cluster.run.records.metrics import CheckpointEvent, TrainEvent, parse_events
+from janus_cluster.run.records.verdict import CheckResult, Verdict
+from janus_cluster.slurm.state import NO_SOURCE, JobState
 
 CONTRACT = [
     *("job_id", "name", "state", "source", "age_s", "attempt", "nodes"),
-    *("step", "total_steps", "exit_code", "reason", "run_dir", "slurm_age_s"),
+    *("step", "total_steps", "exit_code", "reason", "run_dir"),
     *("loss", "step_time_s", "median_step_time_s", "plan_step_time_s", "samples_per_s", "eta_s"),
     *("action_accuracy", "majority_accuracy", "checkpoint", "export", "ranks"),
-    *("earlier", "failed_checks", "exclude", "retry", "card", "next"),
+    *("slow", "earlier", "failed_checks", "exclude", "retry", "card", "next"),
 ]
 
 
@@ -49,7 +48,7 @@ def make_run(folder: Path) -> tuple[RunDir, StatusWriter]:
 def train(run: RunDir, steps: Sequence[int], **changes: Any) -> None:
     for step in steps:
         record = {"kind": "train", "time": 1.0, "attempt": 1, "step": step, "total_steps": 40, "loss": 2.5 / step}
-        run.append_metric(record | {"step_time_s": 3.0, "samples_per_s": 5.25, "learning_rate": 1e-5} | changes)
+        append_metric_line(run, record | {"step_time_s": 3.0, "samples_per_s": 5.25, "learning_rate": 1e-5} | changes)
 
 
 def shown(statuses: Sequence[RunStatus]) -> str:
@@ -78,7 +77,6 @@ def test_json_has_exactly_the_keys_of_the_contract(tmp_path: Path) -> None:
         "exit_code": 0,
         "reason": None,
         "run_dir": str(run.path),
-        "slurm_age_s": None,
         "loss": 2.5 / 3,
         "step_time_s": 3.0,
         "median_step_time_s": 3.0,
@@ -90,6 +88,7 @@ def test_json_has_exactly_the_keys_of_the_contract(tmp_path: Path) -> None:
         "checkpoint": None,
         "export": None,
         "ranks": [],
+        "slow": [],
         "earlier": [],
         "failed_checks": [],
         "exclude": [],
@@ -128,7 +127,7 @@ def test_failed_gate_names_node_check_measurement_fix_and_next_command(tmp_path:
     text = shown(collect_status([run]))
     assert "FAIL paths.model on h800-02: missing [ /models/x ] (expected: a folder)" in text
     assert "fix: mount /models on h800-02" in text
-    assert "janus-cluster resume local-999999999 --set slurm.exclude=h800-02" in text
+    assert f"janus-cluster resume {run.path} --set slurm.exclude=h800-02" in text
     assert "paths.model on h800-01" not in text
 
 
@@ -147,11 +146,11 @@ def test_nodes_that_all_failed_are_not_to_be_excluded(tmp_path: Path) -> None:
     assert "exclude" not in text
     assert "FAIL paths.model on h800-01, h800-02: missing (expected: there)" in text
     (with_card,) = [shown([add_card(status)]) for status in collect_status([run])]
-    assert with_card.count("paths.model") == 1, "said once, in the card"
+    assert with_card.count("paths.model") == 1, "shown once, in the card"
     assert with_card.index("failed:") < with_card.index("paths.model") < with_card.index("next:")
 
 
-def test_gate_without_a_verdict_file_still_tells_its_reason(tmp_path: Path) -> None:
+def test_gate_without_a_verdict_file_still_shows_its_reason(tmp_path: Path) -> None:
     run, writer = make_run(tmp_path)
     writer.finish("FAILED", 11, reason="h800-02 did not report")
     assert "h800-02 did not report" in shown(collect_status([run]))
@@ -160,9 +159,9 @@ def test_gate_without_a_verdict_file_still_tells_its_reason(tmp_path: Path) -> N
 def test_finished_run_shows_accuracy_checkpoint_and_export(tmp_path: Path) -> None:
     run, writer = make_run(tmp_path)
     train(run, range(1, 41))
-    run.append_metric({"kind": "checkpoint", "step": 40, "path": "/runs/x/checkpoints/checkpoint-40"})
-    run.append_metric({"kind": "eval", "step": 40, "action_accuracy": 0.75, "majority_accuracy": 0.5})
-    run.append_metric({"kind": "export", "step": 40, "path": "/runs/x/export"})
+    append_metric_line(run, {"kind": "checkpoint", "step": 40, "path": "/runs/x/checkpoints/checkpoint-40"})
+    append_metric_line(run, {"kind": "eval", "step": 40, "action_accuracy": 0.75, "majority_accuracy": 0.5})
+    append_metric_line(run, {"kind": "export", "step": 40, "path": "/runs/x/export"})
     writer.finish("COMPLETED", 0)
     text = shown(collect_status([run]))
     assert "held-out action accuracy: 0.750 (majority class 0.500)" in text
@@ -175,9 +174,9 @@ def test_a_run_that_was_moved_names_its_checkpoint_where_it_is_now(tmp_path: Pat
     run, _ = make_run(tmp_path)
     (run.checkpoints / "checkpoint-40").mkdir(parents=True)
     for kind, place in (("checkpoint", "/old/place/checkpoints/checkpoint-40"), ("export", "/old/place/export")):
-        run.append_metric({"kind": kind, "time": 1.0, "attempt": 1, "step": 40, "path": place})
+        append_metric_line(run, {"kind": kind, "time": 1.0, "attempt": 1, "step": 40, "path": place})
     assert load_progress(run).checkpoint == str(run.checkpoints / "checkpoint-40")
-    assert load_progress(run).export == "/old/place/export", "what is in neither place is told as it was"
+    assert load_progress(run).export == "/old/place/export", "what is in neither place is shown as recorded"
 
 
 def test_progress_is_read_from_the_end_of_a_long_file(tmp_path: Path) -> None:
@@ -204,14 +203,15 @@ def test_no_metrics_is_no_progress(tmp_path: Path) -> None:
     assert load_progress(run).step is None
 
 
-def test_dry_run_tells_how_to_submit_it(tmp_path: Path) -> None:
+def test_dry_run_shows_how_to_submit_it(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "导航 1")
     run.path.mkdir()
     statuses = collect_status([run])
     assert statuses[0].to_json()["state"] == "NOT_SUBMITTED"
-    assert shown(statuses).count(f"sbatch '{run.job_sbatch}'") == 1
-    write_json_atomically(run.resolved_json, {"cluster": "local"})
-    assert f"next: JANUS_LAUNCHER=local bash '{run.job_sbatch}'" in shown(statuses), "there may be no Slurm here"
+    assert shown(statuses).count(f"sbatch '{run.links.job_sbatch}'") == 1
+    run.bundle(1).path.mkdir(parents=True)
+    write_json_atomically(run.bundle(1).resolved_json, {"cluster": "local"})
+    assert f"next: JANUS_LAUNCHER=local bash '{run.links.job_sbatch}'" in shown(statuses), "there may be no Slurm here"
 
 
 def test_every_next_command_is_one_that_a_shell_takes_as_it_is_copied(tmp_path: Path) -> None:
@@ -252,25 +252,51 @@ def test_a_narrow_terminal_cuts_no_number(tmp_path: Path) -> None:
     assert run.name in capture.get() and "status.json," in capture.get(), "a name can be copied"
 
 
-def test_a_job_that_waits_says_why_and_until_when(tmp_path: Path) -> None:
+def resolved_with(job: dict[str, Any]) -> dict[str, Any]:
+    return {"schema_version": 1, "job": job}
+
+
+def test_a_completed_run_goes_on_with_its_evaluation_and_its_report(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path)
+    run.bundle(1).path.mkdir(parents=True)
+    status = RunStatus(run=run, job_id="7", state=JobState(state="COMPLETED", source="status.json", exit_code=0))
+    job: dict[str, Any] = {"kind": "train", "data": {"validation_fraction": 0.2}}
+    write_json_atomically(run.bundle(1).resolved_json, resolved_with(job))
+    first, second = next_commands(status)
+    assert first.startswith(f"janus-cluster eval {run.path} ")
+    assert second.startswith(f"janus-cluster report {run.path} ")
+    write_json_atomically(run.bundle(1).resolved_json, resolved_with({"kind": "preflight"}))
+    (again,) = next_commands(status)
+    assert again.startswith(f"janus-cluster submit {run.links.job_yaml} ")
+
+
+def test_a_job_that_waits_shows_why_and_until_when(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path)
     state = JobState(state="PENDING", source="squeue", age_s=0.0, reason="Resources", starts_at=time.time() + 725)
     text = shown([RunStatus(run=run, job_id="7", state=state)])
     assert re.search(r"reason: Resources; expected start \d\d:\d\d \(in 12 min\)", text)
 
 
-def test_what_nobody_says_is_said_by_nobody(tmp_path: Path) -> None:
+def test_a_job_that_cannot_start_shows_what_to_type_and_no_expected_start(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path)
-    state = JobState(state="UNKNOWN", source=NOBODY, reason="Slurm does not answer")
-    assert "7: UNKNOWN (says nobody)" in shown([RunStatus(run=run, job_id="7", state=state)])
+    state = JobState(
+        state="PENDING", source="squeue", age_s=0.0, reason="DependencyNeverSatisfied", starts_at=time.time() + 725
+    )
+    text = shown([RunStatus(run=run, job_id="7", state=state)])
+    assert "next: scancel 7" in text and "expected start" not in text and "tail" not in text
+    text = shown([RunStatus(run=run, job_id="7", state=replace(state, reason="QOSMaxJobsPerUserLimit"))])
+    assert "next: squeue --me" in text and f"next: janus-cluster tail {run.path}" in text and "expected start" in text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0 s"), (119, "119 s"), (120, "2 min"), (3 * 3600 + 300, "3 h 05 min"), (50 * 3600, "2 d 2 h")],
-)
-def test_durations_are_short(seconds: float, text: str) -> None:
-    assert render_duration(seconds) == text
+def test_a_suspended_job_shows_what_lets_it_go_on(tmp_path: Path) -> None:
+    status = RunStatus(run=RunDir(tmp_path / "r"), job_id="7", state=JobState(state="SUSPENDED", source="squeue"))
+    assert next_commands(status)[0].split("   #")[0] == "scontrol resume 7"
+
+
+def test_a_state_without_a_source_is_shown_as_such(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path)
+    state = JobState(state="UNKNOWN", source=NO_SOURCE, reason="Slurm does not answer")
+    assert "7: UNKNOWN (source: none)" in shown([RunStatus(run=run, job_id="7", state=state)])
 
 
 def test_uneven_ranks_are_named_with_their_lowest_and_highest() -> None:
@@ -304,22 +330,37 @@ def test_of_sixteen_ranks_the_two_that_matter_are_named_with_their_nodes(tmp_pat
     }
 
 
+def test_what_is_slow_is_named_with_its_cost(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path)
+    run.health_jsonl(1, "h800-02").parent.mkdir(parents=True)
+    for i in range(10):
+        clocks = (1400.0, 1400.0, 1288.0)
+        gpus = tuple(GpuSample(gpu=g, sm_mhz=mhz, reasons=0x4) for g, mhz in enumerate(clocks))
+        HealthSample(time=100.0 + 30 * i, gpus=gpus).append(run.health_jsonl(1, "h800-02"))
+    train(run, [1])
+    (status,) = map(add_slow, collect_status([run]))
+    assert "slow: h800-02 GPU 2: SW power cap, SM clock 1288 MHz (the others: 1400)" in shown([status])
+    (slow,) = status.to_json()["slow"]
+    assert (slow["kind"], slow["node"], slow["gpu"], slow["since"]) == ("gpu", "h800-02", 2, 100.0)
+    assert slow["cost_share"] == pytest.approx(0.08)
+
+
 def test_a_checkpoint_behind_the_last_logged_step_counts() -> None:
-    logged = {"kind": "train", "attempt": 2, "step": 20, "total_steps": 24, "step_time_s": 1.0}
-    saved = {"kind": "checkpoint", "attempt": 2, "step": 24, "path": "/c/checkpoint-24"}
+    logged = TrainEvent(attempt=2, step=20, total_steps=24, step_time_s=1.0)
+    saved = CheckpointEvent(attempt=2, step=24, path="/c/checkpoint-24")
     progress = build_progress([logged, saved])
     assert (progress.step, progress.eta_s) == (24, 0.0)
-    assert build_progress([saved | {"attempt": 1}, logged]).step == 20
+    assert build_progress([replace(saved, attempt=1), logged]).step == 20
 
 
 def test_the_expected_time_is_that_of_the_attempt_that_runs() -> None:
-    old = [{"kind": "train", "attempt": 1, "step": s, "total_steps": 9, "step_time_s": 30.0} for s in (1, 2, 3)]
-    new = {"kind": "train", "attempt": 2, "step": 4, "total_steps": 9, "step_time_s": 10.0}
+    old = [TrainEvent(attempt=1, step=s, total_steps=9, step_time_s=30.0) for s in (1, 2, 3)]
+    new = TrainEvent(attempt=2, step=4, total_steps=9, step_time_s=10.0)
     progress = build_progress([*old, new])
     assert (progress.attempt, progress.median_step_time_s, progress.eta_s) == (2, 10.0, 50.0)
 
 
-def test_numbers_that_are_none_are_shown_as_such_and_reckoned_with_by_nobody(tmp_path: Path) -> None:
+def test_numbers_that_are_none_are_shown_as_such_and_not_used(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path)
     nan = float("nan")
     train(run, [1], loss=nan, step_time_s=nan, samples_per_s=float("inf"), ranks={"data_wait_s": [nan, 0.1]})
@@ -331,18 +372,18 @@ def test_numbers_that_are_none_are_shown_as_such_and_reckoned_with_by_nobody(tmp
 
 def test_what_is_no_list_of_numbers_by_rank_is_left_out() -> None:
     damaged = {"visual_tokens": [1, "x"], "data_wait_s": None, "gpu_memory_peak_gb": [], "ok": [1, 2.5]}
-    assert build_progress([{"kind": "train", "ranks": damaged}]).ranks == {"ok": (1.0, 2.5)}
-    assert build_progress([{"kind": "train", "ranks": 7}]).ranks == {}
+    assert build_progress(parse_events([json.dumps({"kind": "train", "ranks": damaged})])).ranks == {"ok": (1.0, 2.5)}
+    assert build_progress(parse_events(['{"kind": "train", "ranks": 7}'])).ranks == {}
 
 
-def test_earlier_attempts_are_told_with_their_reason(tmp_path: Path) -> None:
+def test_earlier_attempts_are_shown_with_their_reason(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path)
     run.begin_attempt()
-    record = {"from_step": 4, "state": "FAILED", "reason": "rank 1: SIGKILL", "ended_at": 1.0}
-    write_json_atomically(run.attempt_json(1), record)
-    write_json_atomically(run.attempt_json(2), record | {"ended_at": None, "reason": None, "from_step": 8})
+    times = {"started_at": 0.5, "ended_at": 1.0}
+    AttemptRecord(attempt=1, from_step=4, state="FAILED", reason="rank 1: SIGKILL", **times).write(run.attempt_json(1))
+    AttemptRecord(attempt=2, from_step=8, state="RUNNING", started_at=0.5).write(run.attempt_json(2))
     run.begin_attempt()
     assert load_earlier(run, 3) == (
         "attempt 1, from step 4: FAILED: rank 1: SIGKILL",
-        "attempt 2, from step 8: killed before it could say why",
+        "attempt 2, from step 8: killed before it recorded a reason",
     )

@@ -15,20 +15,22 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from run_files import append_metric_line, write_verdict
 
-from janus_cluster.errors import JobNotFound, UsageError
+from janus_cluster.errors import JobCannotStart, JobNotFound, UsageError
 from janus_cluster.observe import logfile
 from janus_cluster.observe import tail as tail_module
 from janus_cluster.observe.tail import tail
 from janus_cluster.observe.tail_view import parse_since
-from janus_cluster.rundir import RunDir, write_json_atomically
-from janus_cluster.stamped import render_stamp
+from janus_cluster.run.files import write_json_atomically
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.stamped import render_stamp
 
 # A job as the attempt would write it: two nodes, one of them late; half a character; a log cut short; a final word.
 WRITER = r"""
@@ -38,9 +40,9 @@ logs = os.path.join(run, "logs", "attempt_1")
 def put(name, data, mode="ab"):
     with open(os.path.join(logs, name), mode) as f:
         f.write(data)
-put("h800-01.log", b"first node says one\n")
+put("h800-01.log", b"first node prints one\n")
 time.sleep(0.3)
-put("h800-02.log", b"second node came late\n")
+put("h800-02.log", b"second node is late\n")
 bar = "\u2588".encode()
 put("h800-01.rank0.log", b"progress " + bar[:1])
 time.sleep(0.5)
@@ -61,7 +63,7 @@ put("h800-01.log", b"after the final word\n")
 
 def make_run(folder: Path, *, attempts: int = 1) -> RunDir:
     run = RunDir(folder / "demo-1")
-    run.path.mkdir(parents=True)
+    run.bundle(1).path.mkdir(parents=True)
     for _ in range(attempts):
         run.begin_attempt()
     return run
@@ -100,8 +102,8 @@ def test_growing_late_torn_and_truncated_logs_are_followed_to_the_jobs_end(tmp_p
     lines = out.getvalue().splitlines()
     assert code == 12
     for line in [
-        "h800-01 | first node says one",
-        "h800-02 | second node came late",
+        "h800-01 | first node prints one",
+        "h800-02 | second node is late",
         "h800-01:0 | \ufffd\ufffdbinary",
         "h800-02 | cut",
         "h800-02 | last words without an end",
@@ -109,7 +111,7 @@ def test_growing_late_torn_and_truncated_logs_are_followed_to_the_jobs_end(tmp_p
         assert lines.count(line) == 1, (line, lines)
     assert any(line.startswith("h800-01:0 | ") and line.endswith("█ whole") for line in lines)
     assert any("cut short" in line for line in lines)
-    assert lines[-1] == "── FAILED (exit code 12, says status.json): training ended ──"
+    assert lines[-1] == "── FAILED (exit code 12, source: status.json): training ended ──"
 
 
 def stamped(seconds: float, text: str) -> str:
@@ -143,11 +145,11 @@ def lines_of(run: RunDir, **options: Any) -> list[str]:
 
 def sixteen_ranks(run: RunDir, *texts: str, seconds: float) -> None:
     for rank in range(16):
-        said = "".join(stamped(seconds + rank / 100, text.format(rank=rank)) for text in texts)
-        run.rank_log(1, f"h800-{1 + rank // 8:02d}", rank).write_text(said)
+        output = "".join(stamped(seconds + rank / 100, text.format(rank=rank)) for text in texts)
+        run.rank_log(1, f"h800-{1 + rank // 8:02d}", rank).write_text(output)
 
 
-def test_what_sixteen_ranks_say_is_one_line_and_raw_shows_all(tmp_path: Path) -> None:
+def test_equal_lines_of_sixteen_ranks_are_one_line_and_raw_shows_all(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     submit_as(run, 999_999_999)
     seconds = time.time() - 60
@@ -190,7 +192,7 @@ def test_noise_is_left_out_of_a_pipe_unless_it_is_asked_for(tmp_path: Path) -> N
     bar, chatter, step, rest = (f"h800-01:0 | {line}" for line in NOISE.splitlines())
     assert lines_of(run) == [step, rest]
     assert lines_of(run, grep="loss") == [chatter, step]
-    assert lines_of(run, grep="Loading|read") == [rest], "a bar is no line, whatever stands in it"
+    assert lines_of(run, grep="Loading|read") == [rest], "a bar is no line, for any text in it"
     assert lines_of(run, raw=True) == [bar, chatter, step, rest]
     assert lines_of(run, num_lines=1) == [rest]
 
@@ -203,14 +205,14 @@ def test_noise_that_was_left_out_is_counted_at_the_end(tmp_path: Path) -> None:
     assert shown[-1] == "── 1 lines of DeepSpeed's and NCCL's INFO were left out; --raw shows them ──"
 
 
-def test_who_asks_for_more_than_is_looked_through_is_told(tmp_path: Path) -> None:
+def test_a_request_for_more_than_is_searched_is_answered_with_a_note(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     submit_as(run, 999_999_999)
     log = run.node_log(1, "h800-01")
     hay = "hay" * 1000
     log.write_text(stamped(5, "needle") + f"{hay}\n" * (logfile.MAX_BACK_BYTES // len(hay)))
-    told = "── fewer than 2 lines are in the last 4 MB of each log; --since 1d looks further back ──"
-    assert lines_of(run, num_lines=2, grep="needle") == [told]
+    reported = "── fewer than 2 lines are in the last 4 MB of each log; --since 1d looks further back ──"
+    assert lines_of(run, num_lines=2, grep="needle") == [reported]
     assert lines_of(run, num_lines=2) == [f"h800-01 | {hay}"] * 2
     log.write_text(stamped(5, "needle") + "hay\n" * 10)
     assert lines_of(run, num_lines=2, grep="needle") == ["h800-01 | needle"], "a whole log was looked through"
@@ -261,7 +263,7 @@ def test_long_logs_of_two_attempts_are_merged_in_pieces_that_fit_into_memory(tmp
         ("2026-11-21", "2026-11-21T00:00:00+00:00"),
     ],
 )
-def test_a_time_is_told_in_the_ways_people_write_it(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_time_is_read_in_the_ways_people_write_it(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
     try:
@@ -283,10 +285,10 @@ def test_job_that_dies_without_a_word_is_no_success(tmp_path: Path) -> None:
     end_as(run, "RUNNING", None)
     out = io.StringIO()
     assert tail(run, out=out, poll_s=0.01) == 1
-    assert "ended without saying why" in out.getvalue()
+    assert "ended without a reason" in out.getvalue()
 
 
-def test_end_that_nobody_knows_is_no_success_after_a_grace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_end_is_no_success_after_a_grace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     for name in ("squeue", "scontrol", "sacct"):
@@ -301,7 +303,47 @@ def test_end_that_nobody_knows_is_no_success_after_a_grace(tmp_path: Path, monke
     assert "UNKNOWN" in out.getvalue()
 
 
-def test_pending_is_told_once_per_change_and_slurm_is_asked_seldom(
+@pytest.fixture
+def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], RunDir]:
+    """A run whose job waits in the queue for the reason that is given; the grace is short."""
+
+    def make(reason: str) -> RunDir:
+        bin_dir, run = tmp_path / "bin", make_run(tmp_path)
+        bin_dir.mkdir()
+        script = str(run.bundle(1).job_sbatch)
+        fields = ["7", "PENDING", "0", "0", "", "N/A", f"{time.time():.0f}", reason, script, "demo", ""]
+        (bin_dir / "squeue").write_text(f"#!{sys.executable}\nprint({chr(31).join(fields)!r})\n")
+        (bin_dir / "squeue").chmod(0o755)
+        monkeypatch.setenv("PATH", str(bin_dir))
+        monkeypatch.setattr(tail_module, "CANNOT_START_GRACE_S", 0.3)
+        write_json_atomically(run.submission_json, {"cluster": "slurm", "job_id": "7", "submitted_at": time.time()})
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("reason", "command"), [("DependencyNeverSatisfied", "scancel 7"), ("JobHeldUser", "release 7")]
+)
+def test_a_job_that_cannot_start_is_not_followed_without_an_end(
+    waiting: Callable[[str], RunDir], reason: str, command: str
+) -> None:
+    with pytest.raises(JobCannotStart, match=f"job 7 is queued and cannot start: {reason}") as e:
+        tail(waiting(reason), out=io.StringIO(), poll_s=0.05, state_poll_s=0.1)
+    assert e.value.exit_code == 24
+    assert command in str(e.value.hint)
+
+
+@pytest.mark.parametrize("reason", ["Priority", "QOSGrpCpuLimit"])
+def test_a_job_that_only_waits_is_followed_to_its_end(waiting: Callable[[str], RunDir], reason: str) -> None:
+    run = waiting(reason)
+    end = threading.Timer(2, lambda: end_as(run, "COMPLETED", 0, cluster="slurm", job_id="7"))
+    end.start()
+    assert tail(run, out=io.StringIO(), poll_s=0.05, state_poll_s=0.1) == 0
+    end.join()
+
+
+def test_pending_is_reported_once_per_change_and_slurm_is_asked_seldom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bin_dir = tmp_path / "bin"
@@ -314,7 +356,7 @@ def test_pending_is_told_once_per_change_and_slurm_is_asked_seldom(
         f"#!{sys.executable}\nimport time\nopen({str(calls)!r}, 'a').write('x')\nr = open({str(reason)!r}).read()\n"
         f"s = open({str(start)!r}).read()\n"
         f"print('\\x1f'.join(['7', 'PENDING', '0', '0', '', s, '%d' % time.time(), r, "
-        f"{str(run.job_sbatch)!r}, 'demo', '']))\n"
+        f"{str(run.bundle(1).job_sbatch)!r}, 'demo', '']))\n"
     )
     (bin_dir / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(bin_dir))
@@ -353,7 +395,19 @@ def test_final_word_of_the_attempt_before_a_requeue_is_not_the_end(
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     run = make_run(tmp_path, attempts=1)
-    row = ["7", "PENDING", "0", "1", "", "N/A", f"{time.time():.0f}", "BeginTime", str(run.job_sbatch), "demo", ""]
+    row = [
+        "7",
+        "PENDING",
+        "0",
+        "1",
+        "",
+        "N/A",
+        f"{time.time():.0f}",
+        "BeginTime",
+        str(run.bundle(1).job_sbatch),
+        "demo",
+        "",
+    ]
     (bin_dir / "squeue").write_text(f"#!{sys.executable}\nprint({chr(31).join(row)!r})\n")
     (bin_dir / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(bin_dir))
@@ -421,7 +475,7 @@ def test_no_follow_of_a_running_job_returns_at_once(tmp_path: Path, sleeper: sub
         ({"node": "h800-01", "rank": 1}, "node h800-01, rank 1"),
     ],
 )
-def test_a_node_or_rank_without_a_log_is_told_with_those_that_have_one(
+def test_a_node_or_rank_without_a_log_is_reported_with_those_that_have_one(
     tmp_path: Path, view: dict[str, Any], asked: str
 ) -> None:
     run = make_run(tmp_path)
@@ -436,15 +490,14 @@ def test_a_node_or_rank_without_a_log_is_told_with_those_that_have_one(
 def test_after_a_failed_gate_tail_ends_with_the_fault_and_what_to_type(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     submit_as(run, 999_999_999)
-    fault = {"id": "gpu.count", "node": "h800-01", "state": "FAIL", "measured": "7", "expected": "8", "fix": "mend it"}
-    write_json_atomically(run.verdict_json(1), {"results": [fault], "exclude": []})
+    write_verdict(run, 1, [("h800-01", "gpu.count", "FAIL", "7")], fix="mend it")
     end_as(run, "FAILED", 10, reason="preflight FAIL")
     out = io.StringIO()
     assert tail(run, out=out, follow=False) == 10
     text = out.getvalue()
     assert "FAIL gpu.count on h800-01: 7 (expected: 8)" in text
     assert "fix: mend it" in text
-    assert "next: janus-cluster resume local-999999999   # the same run, when it is mended" in text
+    assert f"next: janus-cluster resume {run.path}   # the same run, when it is mended" in text
 
 
 def test_bad_expression_is_a_usage_error(tmp_path: Path) -> None:
@@ -473,7 +526,7 @@ def test_ctrl_c_leaves_the_job_alone(tmp_path: Path, sleeper: subprocess.Popen[b
     submit_as(run, sleeper.pid)
     run.node_log(1, "h800-01").write_text("here\n")
     code = (
-        "import sys; from pathlib import Path; from janus_cluster.rundir import RunDir; "
+        "import sys; from pathlib import Path; from janus_cluster.run.paths import RunDir; "
         "from janus_cluster.observe.tail import tail; sys.exit(tail(RunDir(Path(sys.argv[1])), out=sys.stdout))"
     )
     watcher = subprocess.Popen([sys.executable, "-c", code, str(run.path) + "/."], stdout=subprocess.PIPE, text=True)
@@ -534,7 +587,7 @@ def read_terminal(parent: int, shown: list[bytes]) -> None:
             shown.append(data)
 
 
-def test_terminal_has_one_live_line_below_what_ranks_say(
+def test_terminal_has_one_live_line_below_the_ranks_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
@@ -558,13 +611,13 @@ def test_terminal_has_one_live_line_below_what_ranks_say(
         time.sleep(0.2)
         with logs[0].open("a") as f:
             f.write(stamped(time.time(), "Loading:  25%|██▌  | 1/4 [00:01<00:05,  1.90s/it]"))
-            f.write(stamped(time.time(), "both say it"))
+            f.write(stamped(time.time(), "both print it"))
         time.sleep(0.3)
-        run.append_metric({"kind": "train", "time": time.time(), **step, "ranks": ranks})
+        append_metric_line(run, {"kind": "train", "time": time.time(), **step, "ranks": ranks})
         with logs[0].open("a") as f:
             f.write(stamped(time.time(), "step 3/20 loss 1.500 action 1.286 lr 1.0e-03 step_time_s 2.00"))
         with logs[1].open("a") as f:
-            f.write(stamped(time.time(), "both say it"))
+            f.write(stamped(time.time(), "both print it"))
         time.sleep(0.4)
         end_as(run, "COMPLETED", 0, job_id=job_id)
 
@@ -580,7 +633,7 @@ def test_terminal_has_one_live_line_below_what_ranks_say(
     assert "no step yet · Loading 25%" in screen
     assert f"{live} · Loading 25%" in screen
     rows = [row.rpartition("\x1b[2K")[2] for row in screen.split("\r\n")]
-    assert rows.count("h800-01,02:0-1 | both say it  ×2") == 1
+    assert rows.count("h800-01,02:0-1 | both print it  ×2") == 1
     assert [row for row in rows if "action" in row or "%|" in row] == []
     assert rows[-3].startswith(live), "the last progress stays"
-    assert rows[-2] == "── COMPLETED (exit code 0, says status.json) ──"
+    assert rows[-2] == "── COMPLETED (exit code 0, source: status.json) ──"

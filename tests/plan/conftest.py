@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from janus_cluster.config.schema import Data
+from janus_cluster.job.schema import Data
+from janus_cluster.modelspec.sizes import Sizes, preset_sizes
 from janus_cluster.plan.sample import Sample, plan_sample
-from janus_cluster.plan.sizes import Sizes, preset_sizes
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from janus_cluster.config.schema import JobConfig
+from janus_cluster.job.schema import JobConfig
+from janus_cluster.modelspec.sizes import Sizes
+from janus_cluster.plan.hardware import Gpu
+from janus_cluster.plan.sample import Sample
 from janus_cluster.plan.setup import Setup
+from janus_cluster.plan.time import plan_step
 
 RANKS = 8
 
@@ -24,3 +29,13 @@ def job(**keys: Any) -> JobConfig:
 
 def setup(**keys: Any) -> Setup:
     return Setup.of(job(**keys), ranks_per_node=RANKS)
+
+
+def node_gain(sizes: Sizes, sample: Sample, one: Setup, gpu: Gpu, *, same_batch: bool) -> float:
+    """How many times the samples per second of one node two nodes bring.
+
+    With the same effective batch each rank does half the micro-steps; else the batch doubles with the ranks.
+    """
+    two = replace(one, nodes=2, accumulation=max(1, one.accumulation // 2) if same_batch else one.accumulation)
+    seconds = [plan_step(sizes, sample, s, gpu).total for s in (one, two)]
+    return (two.effective_batch / seconds[1]) / (one.effective_batch / seconds[0])

@@ -1,4 +1,4 @@
-"""training.memory: auto: what it chooses, what it leaves alone, and what it says where nothing fits."""
+"""training.memory: auto: what it chooses, what it leaves alone, and its error where nothing fits."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from janus_cluster.config.load import LoadedJob, load_job, value_of
-from janus_cluster.config.resolve import resolve_job
-from janus_cluster.config.schema import MemoryPlan
+from janus_cluster.cli.plan import make_plan
 from janus_cluster.errors import UsageError
+from janus_cluster.job.load import LoadedJob, load_job, value_of, with_values
+from janus_cluster.job.resolve import resolve_fallbacks, resolve_job
+from janus_cluster.job.resolved import MemoryPlan
+from janus_cluster.job.resources import jobs_dir
 from janus_cluster.plan.auto import ORIGIN, describe_memory, plan_memory_keys
 from janus_cluster.plan.choose import DECIDED
-from janus_cluster.plan.cli import make_plan
-from janus_cluster.resources import jobs_dir
 
 ENVIRON = {"MODEL_PATH": "/models/qwen", "VGGT_MODEL_PATH": "/models/vggt", "DATA_ROOT": "/data/r2r"}
 LITTLE = "hardware.gpu_memory_gb=24"
@@ -28,7 +28,7 @@ def load(
     batch: int | None = None,
     environ: dict[str, str] | None = None,
 ) -> LoadedJob:
-    path = jobs_dir() / f"{job.format(nodes)}.yaml"
+    path = jobs_dir() / f"{job.format(min(nodes, 2))}.yaml"
     options = {"nodes": nodes, "training.effective_batch_size": batch}
     return load_job(path, sets=sets, environ=ENVIRON | (environ or {}), options=options)
 
@@ -50,7 +50,7 @@ def test_a_manual_job_and_one_that_trains_nothing_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_the_shipped_jobs_get_what_plan_would_take_and_what_their_comments_say(nodes: int) -> None:
+def test_the_shipped_jobs_get_what_plan_would_take_and_what_is_in_their_comments(nodes: int) -> None:
     loaded = load(nodes=nodes)
     after, memory = choose(loaded)
     planned = make_plan(None, nodes=nodes, sets=["training.memory=manual"], gpu_name=None, samples=None, environ={})
@@ -59,14 +59,14 @@ def test_the_shipped_jobs_get_what_plan_would_take_and_what_their_comments_say(n
         key: value_of(planned.chosen.job, key) for key in DECIDED
     }
     assert memory.option.words == "zero2, batch 1×8, recompute none"
-    said = f"{memory.option.planned_gb:.0f} of {memory.limit_gb:.0f} GB planned"
+    output = f"{memory.option.planned_gb:.0f} of {memory.limit_gb:.0f} GB planned"
     text = (jobs_dir() / f"train_{nodes}node.yaml").read_text(encoding="utf-8")
-    assert said in " ".join(text.replace("#", " ").split())
-    # What stands in the file is that choice, so that manual is no worse.
+    assert output in " ".join(text.replace("#", " ").split())
+    # The values in the file are that choice, so that manual is no worse.
     assert after.config == loaded.config
 
 
-def test_every_chosen_key_says_where_it_comes_from() -> None:
+def test_every_chosen_key_has_its_origin() -> None:
     after, _ = choose(load())
     assert {after.origins[key] for key in DECIDED} == {ORIGIN} == {"training.memory: auto"}
     assert after.origins["training.learning_rate"] != ORIGIN
@@ -129,28 +129,31 @@ def test_a_variable_of_the_shell_counts_as_typed_and_its_default_does_not() -> N
     assert choose(load())[0].origins["training.per_device_batch_size"] == ORIGIN
 
 
-def test_what_replaces_the_job_files_values_is_said() -> None:
+def test_what_replaces_the_job_files_values_is_reported() -> None:
     loaded = load(job="demo", nodes=2)
     with pytest.raises(UsageError):
         plan_memory_keys(load("training.memory=auto", job="demo"))
     assert plan_memory_keys(loaded)[1] is None
     sets = ("training.memory=auto", "hardware.gpu_memory_gb=4", "hardware.processes_per_node=2")
     _, memory = choose(load(*sets, job="demo"))
-    (said,) = [line for line in describe_memory(memory) if "instead of what stands in" in line]
-    assert "demo.yaml" in said
-    assert "deepspeed.profile: zero3 → " in said
+    (output,) = [line for line in describe_memory(memory) if "instead of the values in" in line]
+    assert "demo.yaml" in output
+    assert "deepspeed.profile: zero3 → " in output
 
 
 def test_hardware_that_is_not_known_is_refused_until_its_memory_is_given() -> None:
     for sets, words in (
-        (("hardware.gpu_type=a100",), ["'a100'", "h800, h200", "hardware.gpu_memory_gb", "training.memory=manual"]),
+        (
+            ("hardware.gpu_type=a100",),
+            ["'a100'", "h20, h200, h800", "hardware.gpu_memory_gb", "training.memory=manual"],
+        ),
         (('hardware.gpu_type=""',), ["''", "training.memory=manual"]),
         (("hardware.device=cpu",), ["hardware.device is cpu", "hardware.gpu_memory_gb", "training.memory=manual"]),
     ):
         with pytest.raises(UsageError) as caught:
             plan_memory_keys(load(*sets))
-        said = f"{caught.value.message} {caught.value.hint}"
-        assert all(word in said for word in words), said
+        output = f"{caught.value.message} {caught.value.hint}"
+        assert all(word in output for word in words), output
         _, memory = choose(load(*sets, "hardware.gpu_memory_gb=100"))
         # Only a GPU has a context and NCCL to keep room for.
         assert memory.limit_gb == (100 if "cpu" in sets[0] else 94)
@@ -176,8 +179,8 @@ def test_where_nothing_fits_the_nearest_is_named_and_what_is_to_be_typed_helps(s
     way = (error.hint or "").split("; or ")[0]
     if way.startswith("leave out"):
         sets = [text for text in sets if text.partition("=")[0] not in way]
-    elif way == "--nodes 2":
-        nodes = 2
+    elif way.startswith("--nodes"):
+        nodes = int(way.removeprefix("--nodes"))
     else:
         sets = [*sets, shlex.split(way)[1]]
     choose(load(*sets, nodes=nodes))
@@ -192,14 +195,21 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused() -> None:
 
 def test_each_option_holds_what_resolving_its_keys_gives() -> None:
     loaded = load()
-    _, memory = choose(loaded)
+    chosen, memory = choose(loaded)
     assert len(memory.options) > 1
-    for option in memory.options:
+    plain = resolve_job(
+        chosen, run_dir=Path("/r"), cluster="slurm", environ=ENVIRON, cwd=Path("/"), python="python", memory=memory
+    )
+    chain = resolve_fallbacks(plain)
+    assert [(r.bundle, r.fallback_bundle) for r in chain[:-1]] == [(n, n + 1) for n in range(1, len(chain))]
+    assert chain[-1].fallback_bundle is None
+    for option, fallback in zip(memory.options, chain, strict=True):
         sets = ["training.memory=manual", *(f"{key}={str(value).lower()}" for key, value in option.keys.items())]
         resolved = resolve_job(
             load(*sets), run_dir=Path("/r"), cluster="slurm", environ=ENVIRON, cwd=Path("/"), python="python"
         )
-        assert resolved.ds_config == option.ds_config
+        assert fallback.ds_config == resolved.ds_config
+        assert fallback.job == with_values(plain.job, option.keys)
         assert resolved.effective_batch_size == 128
 
 

@@ -1,4 +1,4 @@
-"""Which option is taken, and what the command says of it."""
+"""Which option is taken, and what the command prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from plan_jobs import RANKS, job
 
+from janus_cluster.cli.plan import make_plan
 from janus_cluster.errors import UsageError
+from janus_cluster.modelspec.sizes import Sizes
 from janus_cluster.plan.choose import (
     Option,
     choose,
@@ -23,15 +25,13 @@ from janus_cluster.plan.choose import (
     plan_options,
     with_wanted_batch,
 )
-from janus_cluster.plan.cli import make_plan
-from janus_cluster.plan.hardware import GPUS
-from janus_cluster.plan.sizes import Sizes
+from janus_cluster.plan.hardware import known_gpus
 
-H800 = GPUS["h800"]
+H800 = known_gpus()["h800"]
 
 
 def options(sizes: Sizes, **keys: Any) -> list[Option]:
-    return plan_options(job(**keys), sizes=sizes, ranks_per_node=RANKS, gpu=H800)
+    return plan_options(job(**keys), sizes=sizes, ranks_per_node=RANKS, gpu=H800, nodes=(1, 2))
 
 
 def test_what_fits_comes_first_the_fastest_before_the_rest(sizes: Sizes) -> None:
@@ -78,7 +78,7 @@ def test_the_choice_is_near_the_fastest_and_the_roomiest_of_those(sizes: Sizes) 
 
 def test_where_nothing_fits_nothing_is_chosen(sizes: Sizes) -> None:
     small = replace(H800, memory_gb=20.0)
-    found = plan_options(job(), sizes=sizes, ranks_per_node=RANKS, gpu=small)
+    found = plan_options(job(), sizes=sizes, ranks_per_node=RANKS, gpu=small, nodes=(1, 2))
     assert found
     assert not any(o.fits for o in found)
     assert choose(found, nodes=1) is None
@@ -138,9 +138,9 @@ def test_the_command_prints_table_choice_and_how_far_to_trust_it(tmp_path: Path)
     assert "choice   zero2, batch 1×8, recompute none, 2 nodes" in done.stdout
     assert "type     nothing: the job has it" in done.stdout
     assert "training.memory: auto takes zero2, batch 1×8, recompute none" in done.stdout
-    said = " ".join(done.stdout.split())
-    assert "Never compared with an H800 run" in said
-    assert "54.7 s a step of 64) is reproduced as" in said
+    output = " ".join(done.stdout.split())
+    assert "Never compared with an H800 run" in output
+    assert "54.7 s a step of 64) is reproduced as" in output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,7 +148,7 @@ def test_what_a_manual_job_lacks_is_there_to_be_typed(tmp_path: Path) -> None:
     manual = ("training.memory=manual", "deepspeed.profile=zero3", "training.gradient_checkpointing=true")
     done = run(tmp_path, "--nodes", "2", *(word for text in manual for word in ("--set", text)))
     assert "type     --set deepspeed.profile=zero2 --set training.gradient_checkpointing=false" in done.stdout
-    assert "1.31× as fast as the job as it stands" in " ".join(done.stdout.split())
+    assert "1.31× as fast as the job as given" in " ".join(done.stdout.split())
 
 
 def test_the_json_of_a_plan_keeps_its_contract(tmp_path: Path) -> None:
@@ -164,9 +164,10 @@ def test_the_json_of_a_plan_keeps_its_contract(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_bad_input_ends_with_2_and_says_what_to_do(tmp_path: Path) -> None:
+def test_bad_input_ends_with_2_and_shows_what_to_do(tmp_path: Path) -> None:
     for argv, words in (
-        (["--nodes", "3"], ["--nodes 3", "1, 2"]),
+        (["--nodes", "65"], ["--nodes: nodes: 65", "less than or equal to 64"]),
+        (["--nodes", "3"], ["128", "24 ranks", "effective_batch_size=120 or --set training.effective_batch_size=144"]),
         (["absent.yaml"], ["absent.yaml", "no such job file"]),
         (["--set", "data.history=33"], ["data.max_length", "8192", "--set data.max_length="]),
     ):

@@ -1,24 +1,24 @@
-"""docs/performance.md says what the code computes."""
+"""docs/performance.md has the figures that the code computes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from plan_jobs import setup
+from plan_jobs import node_gain, setup
 
-from janus_cluster.config.schema import Data
+from janus_cluster.job.schema import Data
+from janus_cluster.modelspec.sizes import Sizes, preset_sizes
 from janus_cluster.plan.flops import Work, count_flops
-from janus_cluster.plan.hardware import ASSUMED, GPUS
+from janus_cluster.plan.hardware import ASSUMED, known_gpus
 from janus_cluster.plan.memory import layer_bytes_per_token
 from janus_cluster.plan.report import describe_trust
 from janus_cluster.plan.sample import Sample, plan_sample
-from janus_cluster.plan.sizes import Sizes, preset_sizes
-from janus_cluster.plan.time import LOGGED_STEP_S, node_gain, plan_step, predecessor_step
+from janus_cluster.plan.time import LOGGED_STEP_S, plan_step, predecessor_step
 
 PAGE = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
 FLAT = " ".join(PAGE.split())
-H800 = GPUS["h800"]
+H800 = known_gpus()["h800"]
 
 
 @pytest.mark.parametrize(
@@ -65,21 +65,21 @@ def test_the_table_of_two_nodes_is_the_one_that_is_computed(sample: Sample, pres
     gains = [node_gain(sizes, sample, setup(**keys), H800, same_batch=same) for same in (True, False)]
     cells = [cell.split("(")[0].strip() for cell in rows[0].strip("| ").split("|")[1:]]
     on_wire, exposed = (float(part) for part in cells.pop().split("/"))
-    said = [*(float(cell) for cell in cells), on_wire, exposed]
+    documented = [*(float(cell) for cell in cells), on_wire, exposed]
     computed = [one.total, two.total, gains[0], double.total, gains[1], double.communication, double.exposed]
-    assert said == pytest.approx(computed, abs=0.0051)
+    assert documented == pytest.approx(computed, abs=0.0051)
 
 
 def test_the_assumptions_are_the_ones_that_are_used(sizes: Sizes) -> None:
     assert f"| {ASSUMED.efficiency:.0%} |".replace("%", " %") in PAGE
-    assert f"{H800.bus_gb_per_s[1]:.0f} GB/s on one node, {H800.bus_gb_per_s[2]:.0f} on two" in PAGE
+    assert f"{H800.bus_one_node_gb_per_s:.0f} GB/s on one node, {H800.bus_two_nodes_gb_per_s:.0f} on two" in PAGE
     assert f"{ASSUMED.module_call_s * 1e3:.2f} ms of host time" in PAGE
     assert f"{ASSUMED.reserve_gb:.0f} GB of {H800.memory_gb:.0f}" in PAGE
     assert f"{ASSUMED.hidden:.0%} of a collective".replace("%", " %") in PAGE
     assert f"{layer_bytes_per_token(sizes, 2) / 1e3:.0f} KB for 7B" in PAGE
 
 
-def test_the_logged_run_is_told_as_it_is_reproduced() -> None:
+def test_the_logged_run_is_described_as_it_is_reproduced() -> None:
     predicted = predecessor_step()
     assert f"{predicted.total:.1f} s, −{1 - predicted.total / LOGGED_STEP_S:.0%}".replace("%", " %") in FLAT
     assert f"{predicted.hooks:.0f} s of it are hooks" in FLAT

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from janus_cluster.config.schema import Data, Lora, Tune
+from janus_cluster.job.schema import Data, Lora, Tune
+from janus_cluster.modelspec.sizes import Sizes, preset_sizes
 from janus_cluster.plan.flops import Work, count_flops
 from janus_cluster.plan.sample import Sample, plan_sample
-from janus_cluster.plan.sizes import Sizes, preset_sizes
 
 PREDECESSOR = Work(whole_recompute=True, whole_vggt=True, head_on_all=True)
 

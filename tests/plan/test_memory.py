@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from plan_jobs import setup
 
-from janus_cluster.config.schema import Data, Lora, Tune
+from janus_cluster.job.schema import Data, Lora, Tune
+from janus_cluster.modelspec.sizes import Sizes
 from janus_cluster.plan.flops import Work
 from janus_cluster.plan.memory import (
     GB,
@@ -18,7 +19,6 @@ from janus_cluster.plan.memory import (
     touched_elements,
 )
 from janus_cluster.plan.sample import Sample, plan_sample
-from janus_cluster.plan.sizes import Sizes
 
 TRAINED = 8_342_249_476 - 631_975_680
 ALL = 8_342_249_476
@@ -106,7 +106,7 @@ def test_a_recomputed_layer_keeps_its_input_only(sizes: Sizes, sample: Sample) -
     assert none - whole == pytest.approx(3909 * 28 * (layer_bytes_per_token(sizes, 2) - 2 * 3584))
 
 
-def test_gradients_that_lie_beside_others_are_counted(sizes: Sizes, sample: Sample) -> None:
+def test_gradients_that_are_held_beside_others_are_counted(sizes: Sizes, sample: Sample) -> None:
     def gradients(profile: str, steps: int) -> float:
         keys = {"deepspeed__profile": profile, "training__gradient_accumulation_steps": steps}
         return plan_memory(sizes, sample, setup(**keys)).gradients
@@ -175,7 +175,7 @@ def test_buckets_follow_the_profile_and_its_overrides(sizes: Sizes, sample: Samp
     assert plan_memory(sizes, sample, setup(deepspeed__profile="zero3")).buckets == 2 * 2 * 5e8 + 2 * 1e9
 
 
-def test_what_lies_there_at_once_is_added_and_what_does_not_is_not(sizes: Sizes, sample: Sample) -> None:
+def test_what_is_held_at_once_is_added_and_what_is_not_is_not(sizes: Sizes, sample: Sample) -> None:
     memory = plan_memory(sizes, sample, setup(deepspeed__profile="zero2"))
     parts = memory.weights + memory.gradients + memory.optimizer + memory.vggt + memory.buckets
     assert memory.total == parts + max(memory.encoder, memory.activations + memory.logits, memory.step)

@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from plan_jobs import setup
+from plan_jobs import node_gain, setup
 
+from janus_cluster.modelspec.sizes import Sizes
 from janus_cluster.plan.flops import count_flops
-from janus_cluster.plan.hardware import ASSUMED, GPUS
+from janus_cluster.plan.hardware import ASSUMED, known_gpus
 from janus_cluster.plan.sample import Sample
-from janus_cluster.plan.sizes import Sizes
-from janus_cluster.plan.time import LOGGED_STEP_S, node_gain, plan_step, plan_traffic, predecessor_step
+from janus_cluster.plan.time import LOGGED_STEP_S, plan_step, plan_traffic, predecessor_step
 
-H800 = GPUS["h800"]
+H800 = known_gpus()["h800"]
 IDEAL = replace(ASSUMED, efficiency=1.0, hidden=1.0, straggler=0.0, module_call_s=0.0, optimizer_bytes=0.0)
 
 
 def test_without_any_loss_a_step_takes_its_operations_at_the_peak(sizes: Sizes, sample: Sample) -> None:
     way = setup(deepspeed__profile="zero0", training__gradient_checkpointing=False)
-    endless_bus = replace(H800, bus_gb_per_s={1: 1e9, 2: 1e9})
+    endless_bus = replace(H800, bus_one_node_gb_per_s=1e9, bus_two_nodes_gb_per_s=1e9)
     time = plan_step(sizes, sample, way, endless_bus, assumed=IDEAL)
     assert time.total == pytest.approx(8 * count_flops(sizes, sample, way.work).total / 989e12)
     assert time.total == pytest.approx(1.8, abs=0.05)  # the known 1.8 s per step of 64
@@ -43,7 +43,7 @@ def test_payloads_of_each_stage(sizes: Sizes) -> None:
     assert alone.reduce + alone.gather_forward + alone.gather_step == 0
 
 
-def test_bytes_over_the_bus_take_as_long_as_the_bandwidth_says(sizes: Sizes, sample: Sample) -> None:
+def test_bytes_over_the_bus_take_as_long_as_the_bandwidth_gives(sizes: Sizes, sample: Sample) -> None:
     way = setup(deepspeed__profile="zero1")
     time = plan_step(sizes, sample, way, H800, assumed=replace(ASSUMED, hidden=0.0))
     trained = 2 * (8_342_249_476 - 631_975_680)
@@ -53,7 +53,7 @@ def test_bytes_over_the_bus_take_as_long_as_the_bandwidth_says(sizes: Sizes, sam
 
 
 def test_nothing_hides_longer_than_what_it_hides_behind(sizes: Sizes, sample: Sample) -> None:
-    slow = replace(H800, bus_gb_per_s={1: 1.0, 2: 1.0})
+    slow = replace(H800, bus_one_node_gb_per_s=1.0, bus_two_nodes_gb_per_s=1.0)
     time = plan_step(sizes, sample, setup(deepspeed__profile="zero3"), slow)
     assert 0.9 * time.communication < time.exposed < time.communication
     no_overlap = setup(deepspeed__profile="zero2", deepspeed__overrides={"zero_optimization.overlap_comm": False})
@@ -67,7 +67,7 @@ def test_two_nodes_bring_nearly_twice_and_never_more(sizes: Sizes, sample: Sampl
         same, larger = (node_gain(sizes, sample, way, H800, same_batch=s) for s in (True, False))
         assert 1.7 < same <= larger + 0.05, profile
         assert larger < 2, profile
-    tenth = replace(H800, bus_gb_per_s={1: 135.0, 2: 13.0})
+    tenth = replace(H800, bus_two_nodes_gb_per_s=13.0)
     assert node_gain(sizes, sample, setup(deepspeed__profile="zero2"), tenth, same_batch=True) < 1.2
 
 

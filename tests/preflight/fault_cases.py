@@ -1,4 +1,4 @@
-"""The fault matrix as a table: how each fault is made, and what the gate must then say of it."""
+"""The fault matrix as a table: how each fault is made, and the gate's expected result."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ PAIR = f"{GOOD},{BAD}"
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What the gate must say. `also` are the checks that see the same fault; no other may be other than PASS."""
+    """The expected result. `also` are the checks that see the same fault; no other may be other than PASS."""
 
     check: str
     word: str
     state: str = "FAIL"
     node: str = BAD
     also: tuple[str, ...] = ()
+    is_of_site: bool = False
 
     @property
     def excluded(self) -> list[str]:
-        """A pair is not told apart, and what all nodes have is the job's own: another node would not help."""
-        return [self.node] if self.state == "FAIL" and self.node in (BAD, HERE) else []
+        """Nodes of a pair are not distinguished; a fault of all nodes is the job's, so another node would not help."""
+        is_blamed = self.state == "FAIL" and self.node in (BAD, HERE) and not self.is_of_site
+        return [self.node] if is_blamed else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class Case:
     lines:         shell, among the mounts of the node that has the fault; the last word is what is mounted over
     tree:          how the pretended node BAD_NODE differs from the sound one
     memlock_bytes: the soft limit of that node's slurmd, or both limits of this host's shell
-    runs_size:     the run folders lie on a tmpfs of this size, which all nodes share
+    runs_size:     the run folders are on a tmpfs of this size, which all nodes share
     blocked_ports: TCP to these ports does not leave the node
     """
 
@@ -64,32 +66,33 @@ def hardware(name: str, *also: str) -> Case:
     return Case(tree=tree, lines="mount --bind $BAD_NODE $NODE", job=found)
 
 
-# nvidia-smi is asked family by family; where it ends with an error, or its GPUs do not match, none of them passes.
-GPU_FAMILIES = (
-    *(f"gpu.{name}" for name in ("ecc", "remapped_rows", "throttle", "pcie_width", "persistence", "fabric")),
-    "same.gpus",
-)
 RAILS = ("hca.ibstat", "same.hcas")
 
 CASES: dict[str, Case] = {
     "HCA down": hardware("rail down", *RAILS),
     "half rate": hardware("rail at half rate", *RAILS),
     "one rail missing": hardware("one rail missing", *RAILS),
-    "RoCE instead of IB": hardware("RoCE instead of InfiniBand", "hca.verbs", *RAILS),
+    # Alone it may be the site's kind; beside a node with InfiniBand it is this node's fault.
+    "RoCE instead of IB": replace(
+        hardware("RoCE instead of InfiniBand", "same.hcas"),
+        local=Found(check="site.kind", word="RoCE", node=HERE, is_of_site=True),
+    ),
     "ibpanic": hardware("ibpanic after valid blocks"),
-    "lost GPU": hardware("lost GPU", *GPU_FAMILIES, "gpu.nvlink"),
+    "lost GPU": hardware("lost GPU", "same.gpus"),
     "ECC": hardware("ECC"),
     "throttle": hardware("thermal throttle"),
-    "wrong SKU": hardware("wrong SKU", "same.gpus"),
-    "7 of 8 GPUs": hardware("7 of 8 GPUs", *GPU_FAMILIES),
+    "wrong SKU": replace(
+        hardware("wrong SKU", "same.gpus"),
+        local=Found(check="gpu.model", word="NVIDIA H800 PCIe", node=HERE, is_of_site=True),
+    ),
+    "7 of 8 GPUs": hardware("7 of 8 GPUs", "same.gpus"),
     "hung nvidia-smi": Case(
-        tree={"programs": {"nvidia-smi": HANGS["sleeps for ever"]}},
+        tree={"programs": {"nvidia-smi": HANGS["sleeps"]}},
         lines="mount --bind $BAD_NODE $NODE",
         job=Found(
             check="gpu.count",
             state="ERROR",
             word="nvidia-smi did not answer within 2 s",
-            also=("same.driver", "same.gpus"),
         ),
     ),
     "missing shard": Case(
@@ -113,9 +116,14 @@ CASES: dict[str, Case] = {
     ),
     "small /dev/shm": Case(
         lines="mount -t tmpfs -o size=64m tmpfs /dev/shm",
-        job=Found(check="limits.shm", word="0.0625 GiB", also=("limits.shm_free",)),
+        job=Found(check="limits.shm", word="64 MiB", also=("limits.shm_free",)),
     ),
-    "low memlock": Case(memlock_bytes=65536, job=Found(check="limits.memlock", state="WARN", word="6.1e-05 GiB")),
+    "low memlock": Case(
+        memlock_bytes=65536,
+        job=Found(check="limits.memlock", word="64 KiB"),
+        # Alone it may be the limit of the shell, which Slurm hands down to every node.
+        local=Found(check="limits.memlock", word="64 KiB", node=HERE, is_of_site=True),
+    ),
     "blocked master port": Case(
         # Every port that a rendezvous may get.
         blocked_ports="15000-31000",

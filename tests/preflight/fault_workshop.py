@@ -15,9 +15,9 @@ import yaml
 from node_fixtures import FakeNode
 from test_paths_content import cut, write_data, write_model, write_vggt
 
-from janus_cluster.resources import jobs_dir, templates_dir
+from janus_cluster.job.resources import jobs_dir, templates_dir
 
-MEMLOCK_WARN_BELOW_GIB = 0.001
+MEMLOCK_FAIL_BELOW_GIB = 0.001
 # What a machine without GPUs can measure, in place of the floors of real ones.
 ACTIVE = ("gemm", "intra_node", "rails", "transport", "all_reduce")
 
@@ -66,13 +66,15 @@ def write_site(folder: Path) -> None:
     profiles = folder / "templates" / "preflight"
     profile, cpu = (yaml.safe_load((profiles / f"{name}.yaml").read_text()) for name in ("h800-ib", "cpu"))
     profile |= {name: cpu[name] for name in ACTIVE}
+    # Profiles that build on this one name the layer.
+    profile["transport"] |= {"layer": "IB"}
     # How much this machine lets a process have is not what is tested here: many grant no 32 GiB of locked memory.
     profile["limits"]["nofile"] = cpu["limits"]["nofile"]
-    profile["limits"]["memlock_gib"]["warn_below"] = MEMLOCK_WARN_BELOW_GIB
+    profile["limits"]["memlock_gib"] |= {"warn_below": MEMLOCK_FAIL_BELOW_GIB, "fail_below": MEMLOCK_FAIL_BELOW_GIB}
     (profiles / "h800-ib.yaml").write_text(yaml.safe_dump(profile))
 
 
-# libfaketime cannot do it: it shifts the monotonic clock too, and told not to, breaks time.sleep of Python 3.11.
+# libfaketime cannot do it: it shifts the monotonic clock too, and without that breaks time.sleep of Python 3.11.
 SKEW = """
 #include <sys/syscall.h>
 #include <sys/time.h>
@@ -99,7 +101,7 @@ def write_prolog(path: Path, *lines: str) -> str:
 
 
 def build_workshop(folder: Path) -> Workshop:
-    """Everything that the lines of the table name lies in the folder."""
+    """Create everything in the folder that the lines of the table name."""
     write_site(folder / "site")
     FakeNode(folder / "node").write()
     names = {"FOLDER": str(folder), "SITE": str(folder / "site"), "NODE": str(folder / "node")}

@@ -15,18 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from janus_cluster.config.load import load_job
-from janus_cluster.config.resolve import resolve_job
-from janus_cluster.config.schema import ResolvedJob
+from janus_cluster import __version__
+from janus_cluster.job.load import load_job
+from janus_cluster.job.resolve import resolve_job
+from janus_cluster.job.resolved import ResolvedJob
+from janus_cluster.job.resources import jobs_dir
 from janus_cluster.preflight.facts import read_facts
-from janus_cluster.preflight.model import CheckResult
 from janus_cluster.preflight.static import judge_static
-from janus_cluster.resources import jobs_dir
-from janus_cluster.rundir import RunDir, write_text_atomically
+from janus_cluster.run.files import write_text_atomically
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.verdict import CheckResult
 
 NUM = 8
 # Checks of the process that runs the tests, its shell and its disk.
-OF_THIS_MACHINE = ("limits.memlock", "limits.nofile", "limits.shm", "limits.shm_free", "limits.tmp", "environment")
+OF_THIS_MACHINE = (
+    "limits.memlock", "limits.nofile", "limits.cpus", "limits.shm", "limits.shm_free", "limits.tmp", "environment",
+)  # fmt: skip
 DRIVER = "570.158.01"
 # Of Linux 5.15, so that DMA-BUF would be there if the driver were the open one.
 PROC = {
@@ -40,7 +44,7 @@ PROC = {
 def sound_packages() -> dict[str, str]:
     """Versions that the profiles' ranges take, with a torch whose CUDA 12.8 the driver serves."""
     return {
-        "janus-cluster": "0.1.0",
+        "janus-cluster": __version__,
         "torch": "2.9.1+cu128",
         "transformers": "5.23.0",
         "deepspeed": "0.19.8",
@@ -76,16 +80,23 @@ def smi_texts() -> dict[str, str]:
         "identity": "index, uuid, name, memory.total [MiB], driver_version, pci.bus_id\n"
         + "\n".join(gpu_rows())
         + "\n",
-        "ecc": "index, ecc.errors.uncorrected.volatile.total, ecc.errors.uncorrected.aggregate.total\n"
-        + "".join(f"{i}, 0, 0\n" for i in each),
+        "ecc": "index, ecc.errors.uncorrected.volatile.total, ecc.errors.uncorrected.aggregate.total, "
+        "ecc.errors.uncorrected.aggregate.sram.thresholdExceeded\n" + "".join(f"{i}, 0, 0, No\n" for i in each),
         "throttle": "index, clocks_event_reasons.active\n" + "".join(f"{i}, 0x0000000000000001\n" for i in each),
-        "pcie": "index, pcie.link.width.current, pcie.link.width.max, pcie.link.gen.current\n"
-        + "".join(f"{i}, 16, 16, 1\n" for i in each),
+        "pcie": "index, pcie.link.width.current, pcie.link.gen.max, pcie.link.gen.gpumax\n"
+        + "".join(f"{i}, 16, 5, 5\n" for i in each),
         "load": "index, pstate, pcie.link.gen.current, pcie.link.gen.max, pcie.link.width.current, "
-        "clocks.current.sm [MHz], clocks.max.sm [MHz], clocks_event_reasons.active\n"
-        + "".join(f"{i}, P0, 5, 5, 16, 1755, 1980, 0x0000000000000004\n" for i in each),
+        "clocks.current.sm [MHz], clocks.max.sm [MHz], clocks_event_reasons.active, pcie.link.gen.gpumax\n"
+        + "".join(f"{i}, P0, 5, 5, 16, 1755, 1980, 0x0000000000000004, 5\n" for i in each),
+        "health": "index, clocks.current.sm [MHz], clocks.max.sm [MHz], power.draw [W], temperature.gpu, "
+        "memory.used [MiB], clocks_event_reasons.active\n"
+        + "".join(f"{i}, 1400, 1980, 690.12, 61, 70112, 0x0000000000000004\n" for i in each),
         "persistence": "index, persistence_mode\n" + "".join(f"{i}, Enabled\n" for i in each),
         "fabric": "index, fabric.state, fabric.status\n" + "".join(f"{i}, Completed, Success\n" for i in each),
+        "mig": "index, mig.mode.current, mig.mode.pending\n" + "".join(f"{i}, Disabled, Disabled\n" for i in each),
+        "recovery": "index, gpu_recovery_action\n" + "".join(f"{i}, None\n" for i in each),
+        "power": "index, power.limit [W], power.default_limit [W]\n" + "".join(f"{i}, 700.00, 700.00\n" for i in each),
+        "processes": "gpu_uuid, pid, process_name, used_gpu_memory [MiB]\n",
         "remapped": "gpu_uuid, remapped_rows.correctable, remapped_rows.uncorrectable, remapped_rows.pending, "
         "remapped_rows.failure\n" + "".join(f"{uuid(i)}, 0, 0, 0, 0\n" for i in each),
         "nvlink": "".join(
@@ -101,12 +112,12 @@ KERNEL_STATES = {"Active": "4: ACTIVE", "Down": "1: DOWN", "Initializing": "2: I
 KERNEL_PHYS = {"LinkUp": "5: LinkUp", "Polling": "2: Polling", "Disabled": "3: Disabled"}
 
 
-SPEEDS = {400: "4X NDR", 200: "4X HDR", 100: "4X EDR", 40: "4X QDR", 10: "4X SDR"}
+SPEEDS = {400: "4X NDR", 200: "4X HDR", 100: "4X EDR", 56: "4X FDR", 40: "4X QDR", 10: "4X SDR"}
 
 
 @dataclass
 class FakePort:
-    """One port, as both sysfs and ibstat will tell it."""
+    """One port, as both sysfs and ibstat will show it."""
 
     device: str
     state: str = "Active"
@@ -115,6 +126,9 @@ class FakePort:
     layer: str = "InfiniBand"
     ca_type: str = "MT4129"
     width: str | None = "16"
+    speed: str | None = "32.0 GT/s PCIe"
+    speed_max: str | None = "32.0 GT/s PCIe"
+    is_virtual: bool = False
 
     def write(self, infiniband: Path) -> None:
         port = infiniband / self.device / "ports" / "1"
@@ -129,9 +143,17 @@ class FakePort:
             (port / name).write_text(value + "\n")
         (infiniband / self.device / "fw_ver").write_text("28.41.1000\n")
         (infiniband / self.device / "hca_type").write_text(self.ca_type + "\n")
-        if self.width:
-            (infiniband / self.device / "device").mkdir()
-            (infiniband / self.device / "device" / "current_link_width").write_text(self.width + "\n")
+        device = infiniband / self.device / "device"
+        device.mkdir()
+        for name, value in (
+            ("current_link_width", self.width),
+            ("current_link_speed", self.speed),
+            ("max_link_speed", self.speed_max),
+        ):
+            if value is not None:
+                (device / name).write_text(value + "\n")
+        if self.is_virtual:
+            (device / "physfn").mkdir()
 
     def ibstat(self) -> str:
         lines = [
@@ -178,12 +200,21 @@ case "$1" in
     --query-gpu=index,clocks_event*) f=throttle ;;
     --query-gpu=index,pcie*) f=pcie ;;
     --query-gpu=index,pstate*) f=load ;;
+    --query-gpu=index,clocks.current*) f=health ;;
     --query-gpu=index,persistence*) f=persistence ;;
     --query-gpu=index,fabric*) f=fabric ;;
+    --query-gpu=index,mig*) f=mig ;;
+    --query-gpu=index,gpu_recovery*) f=recovery ;;
+    --query-gpu=index,power*) f=power ;;
+    --query-compute-apps=*) f=processes ;;
     --query-remapped-rows=*) f=remapped ;;
     nvlink) f=nvlink ;;
     *) echo "Invalid combination of input arguments."; exit 6 ;;
 esac
+if [ ! -e "$here/$f" ]; then
+    echo "Field \"${1##*,}\" is not a valid field to query."
+    exit 2
+fi
 cat "$here/$f"
 exit "$(cat "$here/rc")"
 """
@@ -244,6 +275,8 @@ class FakeNode:
             "nvidia-smi": _SMI,
             "ibstat": f'#!/bin/sh\n{here}cat "$here/ibstat.txt"\n{self.ibstat_tail}\nexit {self.ibstat_rc}\n',
             "ibv_devices": f'#!/bin/sh\n{here}cat "$here/ibv.txt"\n',
+            "ibv_devinfo": f'#!/bin/sh\n{here}sed -n "s/^ *\\(mlx[^ ]*\\).*/hca_id:\\t\\1/p" "$here/ibv.txt"\n',
+            "lspci": "#!/bin/sh\necho '15:01.0 PCI bridge: X'\necho '\tACSCtl: SrcValid- ReqRedir- CmpltRedir-'\n",
             "dmesg": "#!/bin/sh\necho '[    1.0] nothing to see'\n",
         } | self.programs
         for name, text in programs.items():
@@ -261,7 +294,7 @@ class FakeNode:
         return os.environ | {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}"}
 
     def facts(self, resolved: ResolvedJob) -> dict[str, Any]:
-        """What this node says about itself with its programs first on PATH."""
+        """This node's facts with its programs first on PATH."""
         before = os.environ["PATH"]
         os.environ["PATH"] = self.environ()["PATH"]
         try:
@@ -272,9 +305,11 @@ class FakeNode:
     def facts_of_process(self, resolved: ResolvedJob) -> dict[str, Any]:
         """What `node.task --phase facts` wrote for this node."""
         run = RunDir(Path(resolved.run_dir))
-        write_text_atomically(run.resolved_json, resolved.model_dump_json())
+        run.bundle(1).path.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(run.bundle(1).resolved_json, resolved.model_dump_json())
         run.preflight(1).mkdir(parents=True, exist_ok=True)
-        argv = [sys.executable, "-m", "janus_cluster.node.task", str(run.path), "--attempt", "1", "--phase", "facts"]
+        argv = [sys.executable, "-m", "janus_cluster.node.task", str(run.path), "--bundle", "1"]
+        argv += ["--attempt", "1", "--phase", "facts"]
         identity = {"JANUS_NODE": self.name, "JANUS_NODE_RANK": "0", "JANUS_NUM_NODES": "1"}
         subprocess.run(argv, env=self.environ() | identity, check=True, timeout=600, capture_output=True)
         value: dict[str, Any] = json.loads(run.facts_json(1, self.name).read_text())

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_files import write_verdict
 
-from janus_cluster.config.load import load_job
-from janus_cluster.config.resolve import resolve_job
-from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.errors import GateFailed, GateUndetermined
+from janus_cluster.job.load import load_job
+from janus_cluster.job.resolve import resolve_job
+from janus_cluster.job.resolved import ResolvedJob
+from janus_cluster.job.resources import jobs_dir
 from janus_cluster.preflight.calibration import (
     append_history,
     load_baseline,
@@ -21,9 +23,9 @@ from janus_cluster.preflight.calibration import (
     write_baseline,
 )
 from janus_cluster.preflight.gate import judge_active
-from janus_cluster.preflight.model import CheckResult, Verdict
-from janus_cluster.resources import jobs_dir
-from janus_cluster.rundir import RunDir, write_json_atomically
+from janus_cluster.run.files import write_json_atomically
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.verdict import CheckResult, State, Verdict
 
 NODES = ("n1", "n2")
 
@@ -35,9 +37,12 @@ def resolve(run_dir: Path) -> ResolvedJob:
     )
 
 
-def probe(speed: float) -> dict[str, Any]:
-    rail = {"name": "ib0", "payload_bytes": 10**9, "times_s": [1 / speed], "again_s": None, "together_s": [2 / speed]}
+def probe(speed: float, node: str = "n1") -> dict[str, Any]:
+    rail = {"rail": "ib0", "nodes": list(NODES), "payload_bytes": 10**9, "sum_correct": True, "error": None}
+    alone = rail | {"together": False, "times_s": [1 / speed]}
+    together = rail | {"together": True, "times_s": [2 / speed]}
     return {
+        "node": node,
         "world_size": 2,
         "backend": "gloo",
         "payload_bytes": 10**9,
@@ -45,20 +50,18 @@ def probe(speed: float) -> dict[str, Any]:
         "sum_correct": True,
         "gemm": [{"rank": 0, "local_rank": 0, "tflops": 10 * speed, "consistent": True}],
         "intra_node": None,
-        "rails": [rail | {"sum_correct": True, "error": None}],
+        "rails": [alone, together],
     }
 
 
-def write_run(path: Path, speeds: dict[str, float], *, state: str = "PASS") -> RunDir:
-    path.mkdir(parents=True)
+def write_run(path: Path, speeds: dict[str, float], *, state: State = "PASS") -> RunDir:
     run = RunDir(path)
-    run.resolved_json.write_text(resolve(path).model_dump_json())
+    run.bundle(1).path.mkdir(parents=True)
+    run.bundle(1).resolved_json.write_text(resolve(path).model_dump_json())
     attempt = run.begin_attempt()
     for node, speed in speeds.items():
-        write_json_atomically(run.all_reduce_json(attempt, node), probe(speed))
-    row = {"id": "rail.ib0", "node": "n1,n2", "state": state}
-    verdict = {"state": state, "job_id": "7", "nodes": list(NODES), "created_at": 5.0, "results": [row]}
-    write_json_atomically(run.verdict_json(attempt), verdict)
+        write_json_atomically(run.all_reduce_json(attempt, node), probe(speed, node))
+    write_verdict(run, attempt, [("n1,n2", "rail.ib0", state, "1 GB/s")], state=state, nodes=NODES, created_at=5.0)
     return run
 
 
@@ -111,7 +114,7 @@ def test_the_baseline_of_another_profile_is_kept(tmp_path: Path) -> None:
     assert load_baseline(site, "cpu", num_nodes=2)["gemm"] == 10.0
 
 
-def test_a_slow_pair_is_told_beside_what_its_nodes_did_before(tmp_path: Path) -> None:
+def test_a_slow_pair_is_shown_beside_earlier_results_of_its_nodes(tmp_path: Path) -> None:
     site = tmp_path / "site"
     row = CheckResult(
         id="rail.ib0", phase="active", node="n1,n2", state="FAIL", measured="slow", expected="fast", fix="swap one end"
@@ -120,11 +123,11 @@ def test_a_slow_pair_is_told_beside_what_its_nodes_did_before(tmp_path: Path) ->
     verdict = Verdict(state="FAIL", job_id="7", config_hash="x", nodes=NODES, created_at=5.0, results=(row, sound))
     slow = write_run(tmp_path / "slow", {"n1": 1.0, "n2": 1.0}, state="FAIL")
     for i in range(3):
-        assert with_own_history(verdict, site, slow) == verdict, f"{i} earlier runs say too little"
+        assert with_own_history(verdict, site, slow) == verdict, f"{i} earlier runs are too few"
         append_history(site, write_run(tmp_path / f"run{i}", {"n1": 1.0, "n2": 2.0}))
     append_history(site, slow)
-    told = with_own_history(verdict, site, slow)
-    assert told.results[0].fix == (
+    compared = with_own_history(verdict, site, slow)
+    assert compared.results[0].fix == (
         "swap one end; n1: 1.00 of its own median over 3 runs; n2: 0.50 of its own median over 3 runs"
     )
-    assert (told.results[1], told.state) == (sound, "FAIL")
+    assert (compared.results[1], compared.state) == (sound, "FAIL")

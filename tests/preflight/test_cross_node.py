@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
+import time
 from typing import Any
 
 import pytest
 
-from janus_cluster.node.connect import call, exchange, listen
+from janus_cluster.node.connect import _connect_until, call, exchange, listen
 from janus_cluster.node.port import find_free_port
 from janus_cluster.preflight.cross_node import (
     describe_loopback,
@@ -18,6 +20,7 @@ from janus_cluster.preflight.cross_node import (
     judge_cross_node,
 )
 from janus_cluster.preflight.interfaces import find_rails, judge_links, plan_rails, read_interfaces
+from janus_cluster.preflight.versions import judge_same_versions
 
 NODES = ("n1", "n2")
 
@@ -73,7 +76,106 @@ def tables(**second: Any) -> dict[str, dict[str, dict[str, Any]]]:
     return {"n1": table, "n2": {**table, **second}}
 
 
-def test_agreement_says_who_differs_in_what() -> None:
+def test_of_three_nodes_who_lacks_a_network_of_the_others_is_named() -> None:
+    facts = {"n1": rails_of(1, 2), "n2": rails_of(2), "n3": rails_of(3), "n4": rails_of(4)}
+    rails = find_rails(facts)
+    assert [rail["name"] for rail in rails] == ["ib0", "ib1", "ib2"]
+    judged = {r.node: r for r in judge_links(rails, list(facts))}
+    assert {node: r.state for node, r in judged.items()} == {"n1": "FAIL", "n2": "PASS", "n3": "PASS", "n4": "PASS"}
+    assert "ib2" in judged["n1"].measured
+    assert [rail["name"] for rail in plan_rails(facts)] == ["ib0", "ib1"], "what one node lacks is not tested"
+    own = {"n1": rails_of(1, 2), "n2": rails_of(2, 2), "n3": rails_of(3), "n4": rails_of(4, 2)}
+    assert [rail["name"] for rail in find_rails(own)] == ["ib0", "ib1"], "a network of one node alone is no rail"
+
+
+@pytest.mark.parametrize("odd", ["n1", "n2", "n3"])
+def test_of_three_nodes_the_odd_one_is_blamed_also_where_it_is_the_first(odd: str) -> None:
+    tables = {n: {"driver": {"driver": "550" if n == odd else "570"}} for n in ("n1", "n2", "n3")}
+    (found,) = judge_agreement(tables)
+    assert (found.id, found.node, found.state) == ("same.driver", odd, "FAIL")
+    assert "550" in found.measured and "570" in found.measured
+    versions = {n: {"torch": "2.8" if n == odd else "2.9"} for n in ("n1", "n2", "n3")}
+    assert {r.node for r in judge_same_versions(versions) if r.state == "FAIL"} == {odd}
+
+
+def test_without_a_majority_no_node_is_the_odd_one() -> None:
+    tables = {n: {"driver": {"driver": v}} for n, v in (("n1", "1"), ("n2", "1"), ("n3", "2"), ("n4", "2"))}
+    (found,) = judge_agreement(tables)
+    assert (found.node, found.state) == ("n1,n2,n3,n4", "FAIL")
+
+
+def test_copies_of_other_times_hide_no_file_that_differs() -> None:
+    tables = {
+        n: {"files": {"m.mtime": k, "m.hash": "x" if n == "n3" else "y"}} for k, n in enumerate(("n1", "n2", "n3"))
+    }
+    (found,) = judge_agreement(tables)
+    assert (found.node, found.state) == ("n3", "FAIL")
+
+
+def test_a_connection_that_fails_is_of_the_far_node_where_node_0_was_reached_by_others() -> None:
+    peers = [{"node": n, "back": f"{n}:1", "error": "timed out" if n == "n3" else None} for n in ("n2", "n3", "n4")]
+    reports: dict[str, Any] = {"n1": {"error": None, "peers": peers}}
+    reports |= {n: {"error": None, "clock_offset_s": 0.0} for n in ("n2", "n3", "n4")}
+    found = judge_connections(reports, address="a", port=1, clock_warn_s=30)
+    assert [(r.node, r.state) for r in found if r.id == "master_port"] == [
+        ("n1,n2", "PASS"),
+        ("n3", "FAIL"),
+        ("n1,n4", "PASS"),
+    ]
+    alone = {"error": None, "peers": [p | {"error": "timed out"} for p in peers]}
+    found = judge_connections(reports | {"n1": alone}, address="a", port=1, clock_warn_s=30)
+    assert [r.node for r in found if r.state == "FAIL"] == ["n1,n2", "n1,n3", "n1,n4"]
+
+
+def test_peers_that_cannot_be_reached_back_do_not_keep_the_others_waiting() -> None:
+    """An address that answers nothing takes 5 s: one after the other, four of them would take longer than the limit."""
+    port, token, found = find_free_port(seed=7), "run/1", []
+    listener = threading.Thread(target=lambda: found.extend(listen(port, num_peers=5, token=token, limit_s=15)))
+    listener.start()
+    silent = [socket.create_server(("127.0.0.1", 0), backlog=0) for _ in range(4)]
+    full = [socket.create_connection(server.getsockname()) for server in silent]
+    connections = []
+    for k, server in enumerate(silent):
+        connections.append(_hello(port, token, f"deaf{k}", server.getsockname()[1]))
+    assert "clock_offset_s" in call("127.0.0.1", port, node="n9", token=token)
+    listener.join(30)
+    assert not listener.is_alive()
+    assert {peer["node"] for peer in found} == {"n9", *(f"deaf{k}" for k in range(4))}
+    for s in (*silent, *full, *connections):
+        s.close()
+
+
+def _hello(port: int, token: str, node: str, back: int) -> socket.socket:
+    """A peer of that name has called, and is to be reached back at port `back`."""
+    connection = _connect_until("127.0.0.1", port, time.monotonic() + 30)
+    connection.sendall(json.dumps({"token": token, "node": node, "port": back}).encode() + b"\n")
+    return connection
+
+
+@pytest.mark.parametrize(("address", "back"), [("127.0.0.1", "127.0.0.1:"), ("::1", "[::1]:")])
+def test_the_master_port_is_reached_by_ipv4_and_by_ipv6_and_back(address: str, back: str) -> None:
+    if ":" in address and not socket.has_dualstack_ipv6():
+        pytest.skip("this host has no IPv6")
+    port, token, found = find_free_port(seed=11), "run/1", []
+    listener = threading.Thread(target=lambda: found.extend(listen(port, num_peers=1, token=token)))
+    listener.start()
+    assert "clock_offset_s" in call(address, port, node="n2", token=token)
+    listener.join(30)
+    (peer,) = found
+    assert (peer["node"], peer["error"]) == ("n2", None) and peer["back"].startswith(back)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_port_that_one_address_of_this_host_has_taken_is_not_free(address: str) -> None:
+    if ":" in address and not socket.has_dualstack_ipv6():
+        pytest.skip("this host has no IPv6")
+    port = find_free_port(seed=13)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, port), family=family):
+        assert find_free_port(seed=13) != port
+
+
+def test_agreement_shows_who_differs_in_what() -> None:
     assert {r.id: r.state for r in judge_agreement(tables())} == {"same.files": "PASS", "same.gpus": "PASS"}
     (files, gpus) = judge_agreement(tables(gpus={}))
     assert (files.state, gpus.state, gpus.node) == ("PASS", "FAIL", "n1,n2")
@@ -83,9 +185,9 @@ def test_agreement_says_who_differs_in_what() -> None:
 
 
 def test_a_node_that_gave_no_answer_differs_in_nothing_and_agrees_in_nothing() -> None:
-    """A hung nvidia-smi is no other driver: the pair is not judged, and the node's own check says why."""
+    """A hung nvidia-smi is no other driver: the pair is not judged, and the node's own check has the reason."""
     (result,) = (r for r in judge_agreement(tables(gpus=None)) if r.id == "same.gpus")
-    assert (result.state, result.measured) == ("ERROR", "nothing to compare: n2 gave no answer")
+    assert (result.state, result.measured) == ("SKIP", "nothing to compare: n2 gave no answer (gpu.count)")
 
 
 def test_files_that_differ_only_in_time_are_a_warning() -> None:
@@ -107,9 +209,9 @@ def test_the_clock_spread_is_judged(offset_s: float, state: str) -> None:
 
 
 def reports(**second: Any) -> dict[str, dict[str, Any] | None]:
-    heard = {"node": "n2", "back": "198.18.0.2:4", "error": None}
+    accepted = {"node": "n2", "back": "198.18.0.2:4", "error": None}
     return {
-        "n1": {"error": None, "peers": [heard], "loopback_gb_per_s": 2.0},
+        "n1": {"error": None, "peers": [accepted], "loopback_gb_per_s": 2.0},
         "n2": {"error": None, "clock_offset_s": 0.1, "loopback_gb_per_s": 3.0} | second,
     }
 
@@ -155,7 +257,7 @@ def test_the_exchange_goes_both_ways_and_measures_the_clock() -> None:
     assert [(p["node"], p["error"]) for p in found] == [("n2", None)]
 
 
-def test_a_port_where_nobody_or_another_program_answers_is_told() -> None:
+def test_a_port_where_none_or_another_program_answers_is_reported() -> None:
     port = find_free_port(seed=72)
     with pytest.raises(OSError, match="refused"):
         call("127.0.0.1", port, node="n2", token="t", limit_s=0.3)

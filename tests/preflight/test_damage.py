@@ -1,7 +1,7 @@
 """No damage to what a program prints crashes its parser, or turns a node that is not sound into a pass.
 
-The judge of a family may say PASS for damaged text only where a second, much simpler reading finds every fact that a
-sound node shows. The faults are seeded; the damage is random, the same in every run.
+The judge of a family may give PASS for damaged text only where a second, much simpler reading finds every fact that a
+sound node shows. The faults are seeded; the damage is drawn.
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from node_fixtures import KERNEL_PHYS, KERNEL_STATES, gpu_rows, smi_texts, sound_ports, uuid
 
+from janus_cluster.job.profiles import load_preflight_profile
+from janus_cluster.preflight.command import CommandOutput
 from janus_cluster.preflight.gpu import judge_gpus
 from janus_cluster.preflight.gpu_health import judge_gpu_health
 from janus_cluster.preflight.gpu_load import judge_gpu_load
-from janus_cluster.preflight.gpu_query import FAMILIES, LOAD, REMAPPED, parse_table
+from janus_cluster.preflight.gpu_processes import judge_processes
+from janus_cluster.preflight.gpu_query import FAMILIES, HEALTH, LOAD, REMAPPED, parse_processes, parse_table
 from janus_cluster.preflight.hca import port_name
 from janus_cluster.preflight.hca_judge import judge_hcas
 from janus_cluster.preflight.ibstat import parse_ibstat
-from janus_cluster.preflight.model import worst
 from janus_cluster.preflight.nvlink import judge_nvlink
-from janus_cluster.preflight.profile import load_profile
-from janus_cluster.preflight.xid import judge_xids
-from janus_cluster.resources import templates_dir
+from janus_cluster.run.records.verdict import worst
+from tests.drawing import RANDOM, drawn
 
-H800 = load_profile(templates_dir(), "h800-ib")
+H800 = load_preflight_profile("h800-ib")
 ROUNDS = 150
 GARBAGE = [
     "",
@@ -71,26 +74,40 @@ def damage(text: str, rng: random.Random) -> str:
     return "".join(lines)
 
 
+def lost_lines(num_lines: int) -> st.SearchStrategy[dict[int, str]]:
+    """Numbers of lines, each with its replacement."""
+    return st.dictionaries(
+        st.integers(0, num_lines - 1), st.sampled_from(["", *(f"{text}\n" for text in GARBAGE)]), max_size=20
+    )
+
+
 def tables(family: str, text: str) -> dict[str, Any]:
     """A sound node's answers, but for one family's text."""
     found = {}
     for name, sound in smi_texts().items():
-        told = text if name == family else sound
+        damaged = text if name == family else sound
         if name == "nvlink":
-            found[name] = {"text": told, "problem": None, "error": None}
+            found[name] = {"text": damaged, "problem": None, "error": None}
+        elif name == "processes":
+            found[name] = parse_processes(output(damaged))
         else:
-            fields = {"remapped": REMAPPED, "load": LOAD[0]}.get(name) or FAMILIES[name][0]
-            found[name] = {**parse_table(told, fields), "problem": None, "error": None}
+            fields = {"remapped": REMAPPED, "load": LOAD[0], "health": HEALTH[0]}.get(name) or FAMILIES[name][0]
+            found[name] = {**parse_table(damaged, fields), "problem": None, "error": None}
     return found
 
 
+def output(text: str) -> CommandOutput:
+    return CommandOutput(program="nvidia-smi", rc=0, stdout=text, stderr="", error=None, duration_s=0.1)
+
+
 def judge_smi(family: str, text: str) -> str:
-    told = tables(family, text)
+    damaged = tables(family, text)
     results = [
-        *judge_gpus(told, H800["gpu"], node="n", gpus_per_node=8),
-        *judge_gpu_health(told, H800["gpu"], node="n", gpus_per_node=8),
-        *judge_nvlink(told["nvlink"], H800["gpu"], node="n", gpus_per_node=8),
-        *judge_gpu_load([told["load"]], H800["gpu"], node="n", gpus_per_node=8),
+        *judge_gpus(damaged, H800["gpu"], node="n", gpus_per_node=8),
+        *judge_gpu_health(damaged, H800["gpu"], node="n", gpus_per_node=8),
+        *judge_nvlink(damaged, H800["gpu"], node="n", gpus_per_node=8),
+        *judge_processes(damaged, H800["gpu"], node="n"),
+        *judge_gpu_load([damaged["load"]], H800["gpu"], node="n", gpus_per_node=8),
     ]
     return worst([r.state for r in results])
 
@@ -106,7 +123,12 @@ def judge_ibstat(text: str) -> str:
     facts = {
         "hca": {"ports": ports, "folder": "/sys"},
         "ibstat": {"text": text, "stderr": "", "problem": None, "error": None},
-        "verbs": {"text": "".join(f"  {p['device']}  {1:016x}\n" for p in ports), "problem": None, "error": None},
+        "verbs": {
+            "text": "".join(f"  {p['device']}  {1:016x}\n" for p in ports),
+            "problem": None,
+            "error": None,
+            "opened": {"text": "".join(f"hca_id:\t{p['device']}\n" for p in ports), "problem": None, "error": None},
+        },
         "peermem": {"module": "nvidia_peermem", "version": "1"},
     }
     results = judge_hcas(facts, H800["hca"], node="n")
@@ -120,23 +142,29 @@ def sees_eight(pattern: Callable[[int], str], text: str) -> bool:
 
 SMI_FACTS: dict[str, Callable[[int], str]] = {
     "identity": lambda i: rf"^\s*{i}\s*,.*NVIDIA H800, [89]\d{{4,}}",
-    "ecc": lambda i: rf"^\s*{i}\s*,\s*0+[ .]?.*,\s*0+",
+    "ecc": lambda i: rf"^\s*{i}\s*,\s*0+[ .]?.*,\s*0+.*,",
     "throttle": lambda i: rf"^\s*{i}\s*,\s*0x0*[0145]\s*$",
-    "pcie": lambda i: rf"^\s*{i}\s*,\s*0*(1[6-9]|[2-9]\d|\d{{3,}})",
+    "pcie": lambda i: rf"^\s*{i}\s*,\s*0*(1[6-9]|[2-9]\d|\d{{3,}}).*,\s*0*([5-9]|\d\d)",
     "load": lambda i: rf"^\s*{i}\s*,[^,]*,\s*\d.*,\s*\d.*,\s*0*(1[6-9]|[2-9]\d|\d{{3,}})",
     "persistence": lambda i: rf"^\s*{i}\s*,\s*Enabled\s*$",
     "fabric": lambda i: rf"^\s*{i}\s*,\s*Completed,\s*Success\s*$",
     "remapped": lambda i: r"^\s*\S*\w{6,}\S*,\s*0",
+    "mig": lambda i: rf"^\s*{i}\s*,\s*Disabled,\s*Disabled\s*$",
+    "recovery": lambda i: rf"^\s*{i}\s*,\s*None\s*$",
+    "power": lambda i: rf"^\s*{i}\s*,\s*0*[7-9]\d\d",
     "nvlink": lambda i: rf"^\s*GPU {i}:",
 }
 SMI_FAULTS = {
     "identity": (gpu_rows()[5], gpu_rows(name="NVIDIA H800 PCIe")[5]),
     "ecc": ("5, 0, 0", "5, 3, 3"),
     "throttle": ("5, 0x0000000000000001", "5, 0x0000000000000040"),
-    "pcie": ("5, 16, 16", "5, 8, 16"),
+    "pcie": ("5, 16, 5", "5, 16, 4"),
     "load": ("5, P0, 5, 5, 16", "5, P0, 3, 5, 16"),
     "persistence": ("5, Enabled", "5, Disabled"),
     "fabric": ("5, Completed", "5, In Progress"),
+    "mig": ("5, Disabled", "5, Enabled"),
+    "recovery": ("5, None", "5, Reset"),
+    "power": ("5, 700.00", "5, 400.00"),
     "remapped": (f"{uuid(5)}, 0, 0, 0, 0", f"{uuid(5)}, 0, 0, 1, 1"),
     "nvlink": (
         f"{uuid(5)})\n\t Link 0: 26.562 GB/s",
@@ -147,70 +175,76 @@ SMI_FAULTS = {
 
 @pytest.mark.parametrize("family", SMI_FAULTS)
 def test_a_pass_of_damaged_nvidia_smi_still_holds_every_wanted_fact(family: str) -> None:
-    rng = random.Random(f"1 {family}")
     sound = smi_texts()[family]
     assert judge_smi(family, sound) == "PASS"
-    for _ in range(ROUNDS):
+
+    @drawn(ROUNDS)
+    @given(rng=RANDOM)
+    def judge_damaged(rng: random.Random) -> None:
         text = sound
         for _ in range(rng.randrange(1, 4)):
             text = damage(text, rng)
         if judge_smi(family, text) == "PASS":
             assert sees_eight(SMI_FACTS[family], text), text
 
+    judge_damaged()
+
 
 @pytest.mark.parametrize("family", SMI_FAULTS)
 def test_lost_lines_never_turn_a_faulty_gpu_into_a_pass(family: str) -> None:
-    rng = random.Random(f"2 {family}")
     sound, fault = SMI_FAULTS[family]
     faulty = smi_texts()[family].replace(sound, fault)
     assert faulty != smi_texts()[family]
     assert judge_smi(family, faulty) != "PASS"
     lines = faulty.splitlines(keepends=True)
-    for _ in range(ROUNDS):
-        kept = [line if rng.random() < 0.8 else rng.choice(["", "", rng.choice(GARBAGE) + "\n"]) for line in lines]
-        if rng.random() < 0.3 and family != "nvlink":
-            rng.shuffle(kept)
-        assert judge_smi(family, "".join(kept)) != "PASS", "".join(kept)
+
+    @drawn(ROUNDS)
+    @given(lost=lost_lines(len(lines)), order=st.permutations(range(len(lines))), is_shuffled=st.booleans())
+    def judge_without_lines(lost: dict[int, str], order: list[int], is_shuffled: bool) -> None:
+        shown = order if is_shuffled and family != "nvlink" else range(len(lines))
+        kept = "".join(lost.get(i, lines[i]) for i in shown)
+        assert judge_smi(family, kept) != "PASS", kept
+
+    judge_without_lines()
 
 
-def test_a_pass_of_damaged_ibstat_still_holds_every_wanted_fact() -> None:
-    rng = random.Random(3)
-    sound = "".join(p.ibstat() for p in sound_ports())
-    assert judge_ibstat(sound) == "PASS"
-    for _ in range(2 * ROUNDS):
-        text = sound
-        for _ in range(rng.randrange(1, 4)):
-            text = damage(text, rng)
-        if judge_ibstat(text) == "PASS":
-            assert sees_eight(lambda i: rf"^\s*CA 'mlx5_{i}'", text)
-            assert len(re.findall(r"State: Active", text)) >= 9
-            assert len(re.findall(r"Rate: 400", text)) >= 8
+@drawn(2 * ROUNDS)
+@given(rng=RANDOM)
+def test_a_pass_of_damaged_ibstat_still_holds_every_wanted_fact(rng: random.Random) -> None:
+    text = "".join(p.ibstat() for p in sound_ports())
+    assert judge_ibstat(text) == "PASS"
+    for _ in range(rng.randrange(1, 4)):
+        text = damage(text, rng)
+    if judge_ibstat(text) == "PASS":
+        assert sees_eight(lambda i: rf"^\s*CA 'mlx5_{i}'", text)
+        assert len(re.findall(r"State: Active", text)) >= 9
+        assert len(re.findall(r"Rate: 400", text)) >= 8
 
 
 @pytest.mark.parametrize("fault", ["Rate: 200", "State: Down", "Physical state: Polling", "Link layer: Ethernet"])
 def test_lost_lines_never_turn_a_faulty_rail_into_a_pass(fault: str) -> None:
-    rng = random.Random(fault)
     blocks = [p.ibstat() for p in sound_ports()]
     key = fault.partition(":")[0]
     blocks[4] = re.sub(rf"(?m)^(\s*){key}: .*$", rf"\g<1>{fault}", blocks[4])
     lines = "".join(blocks).splitlines(keepends=True)
     assert judge_ibstat("".join(lines)) != "PASS"
-    for _ in range(ROUNDS):
-        kept = [line if rng.random() < 0.9 else rng.choice(["", rng.choice(GARBAGE) + "\n"]) for line in lines]
-        assert judge_ibstat("".join(kept)) != "PASS", "".join(kept)
+
+    @drawn(ROUNDS)
+    @given(lost=lost_lines(len(lines)))
+    def judge_without_lines(lost: dict[int, str]) -> None:
+        kept = "".join(lost.get(i, line) for i, line in enumerate(lines))
+        assert judge_ibstat(kept) != "PASS", kept
+
+    judge_without_lines()
 
 
-def test_garbage_of_any_kind_crashes_nothing() -> None:
-    rng = random.Random(4)
-    alphabet = "CAPort:'\n\t ,0123456789GPULinkxXid()[]State²é\0"
-    for _ in range(150):
-        text = "".join(rng.choice(alphabet) for _ in range(rng.randrange(300)))
-        parse_ibstat(text)
-        assert judge_ibstat(text) != "PASS"
-        for family in SMI_FAULTS:
-            assert judge_smi(family, text) != "PASS"
-        (result,) = judge_xids({"lines": text.splitlines(), "problem": "rc 1"}, H800["gpu"], node="n")
-        assert result.state != "PASS"
+@drawn(ROUNDS)
+@given(text=st.text("CAPort:'\n\t ,0123456789GPULinkxXid()[]State²é\0", max_size=300))
+def test_garbage_of_any_kind_crashes_nothing(text: str) -> None:
+    parse_ibstat(text)
+    assert judge_ibstat(text) != "PASS"
+    for family in SMI_FAULTS:
+        assert judge_smi(family, text) != "PASS"
 
 
 def test_port_names_are_nccls() -> None:

@@ -18,8 +18,8 @@ import pytest
 from node_faults import FAULTS, HANGS, with_port
 from node_fixtures import OF_THIS_MACHINE, FakeNode, h800_node
 
-from janus_cluster.preflight.model import CheckResult, worst
 from janus_cluster.preflight.static import judge_static
+from janus_cluster.run.records.verdict import CheckResult, worst
 
 HARDWARE = ("gpu", "hca")
 
@@ -39,8 +39,9 @@ def test_a_sound_node_has_no_fault_in_gpus_and_rails(tmp_path: Path) -> None:
     assert faults == {}
     assert {i for i in judged if i.startswith(HARDWARE)} == {
         "gpu.count", "gpu.model", "gpu.memory", "gpu.ecc", "gpu.remapped_rows", "gpu.throttle", "gpu.pcie_width",
-        "gpu.persistence", "gpu.fabric", "gpu.nvlink", "gpu.xid", "hca.rails", "hca.ibstat", "hca.agree", "hca.verbs",
-        "hca.pcie_width", "hca.firmware", "hca.peermem",
+        "gpu.persistence", "gpu.fabric", "gpu.mig", "gpu.recovery", "gpu.power", "gpu.processes", "gpu.nvlink",
+        "gpu.xid", "hca.rails", "hca.ibstat", "hca.agree", "hca.verbs", "hca.pcie_width",
+        "hca.firmware", "hca.peermem",
     }  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def test_a_small_dev_shm_is_found(tmp_path: Path) -> None:
     finally:
         unmount(shm)
     assert (result.state, result.unit) == ("FAIL", "GiB")
-    assert result.measured.startswith("0.0625")
+    assert result.measured == "64 MiB"
 
 
 def small_tmpfs(folder: Path, size: str, *options: str) -> None:
@@ -159,13 +160,13 @@ def test_a_low_memlock_is_found(tmp_path: Path) -> None:
         "from janus_cluster.preflight.sysfs import NodeRoot\n"
         "print(read_limits(NodeRoot.of(None))['memlock_bytes'])\n"
     )
-    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert int(said) == 65536
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(output) == 65536
     resolved = node.resolve()
     facts = node.facts(resolved)
-    facts["limits"]["memlock_bytes"] = int(said)
+    facts["limits"]["memlock_bytes"] = int(output)
     result = next(r for r in judge_static({"h800-01": facts}, resolved) if r.id == "limits.memlock")
-    assert result.state == "WARN"
+    assert (result.state, result.measured) == ("FAIL", "64 KiB")
     assert "ulimit -l" in result.fix
 
 
@@ -180,10 +181,10 @@ def two_nodes(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> list[
 
 
 def test_other_versions_on_node_2_are_attributed_to_it(tmp_path: Path) -> None:
-    results = two_nodes(tmp_path, lambda facts: facts["versions"].update(torch="2.6.0", nccl="2.21.5"))
+    results = two_nodes(tmp_path, lambda facts: facts["versions"].update(torch="2.8.0", nccl="2.21.5"))
     bad = [r for r in results if r.id == "versions.same" and r.state == "FAIL"]
     assert [r.node for r in bad] == ["h800-02"]
-    assert "torch 2.6.0 ≠" in bad[0].measured
+    assert "torch 2.8.0 ≠" in bad[0].measured
     assert "nccl 2.21.5 ≠" in bad[0].measured
 
 

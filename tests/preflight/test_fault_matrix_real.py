@@ -39,7 +39,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def judge(done: subprocess.CompletedProcess[str], expected: Found | None) -> dict[str, Any]:
-    """The report says `expected` and nothing else; None: it is a PASS."""
+    """The report has `expected` and nothing else; None: it is a PASS."""
     assert done.stdout, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
     results = [*report["cross_node"], *(r for of_node in report["nodes"].values() for r in of_node)]
@@ -86,7 +86,7 @@ def faulty_node(sandbox: SandboxInfo, case: Case, names: dict[str, str]) -> Iter
     assert slurmd is not None and node is not None
     with contextlib.ExitStack() as undo:
         if case.memlock_bytes is not None:
-            # slurm.conf hands down slurmd's own limit (PropagateResourceLimitsExcept=MEMLOCK), as sites are told to.
+            # slurm.conf hands down slurmd's own limit (PropagateResourceLimitsExcept=MEMLOCK), as on real sites.
             before = resource.prlimit(slurmd.pid, resource.RLIMIT_MEMLOCK)
             resource.prlimit(slurmd.pid, resource.RLIMIT_MEMLOCK, (case.memlock_bytes, before[1]))
             undo.callback(resource.prlimit, slurmd.pid, resource.RLIMIT_MEMLOCK, before)
@@ -94,7 +94,7 @@ def faulty_node(sandbox: SandboxInfo, case: Case, names: dict[str, str]) -> Iter
             on_node(sandbox, BAD, case.lines, names)
             undo.callback(on_node, sandbox, BAD, f"umount {case.lines.split()[-1]}", names)
         if case.blocked_ports:
-            # Slurm itself speaks on others.
+            # Slurm itself uses others.
             assert not 15000 <= sandbox.controller_port <= 31000
             rule = ["ipproto", "tcp", "dport", case.blocked_ports, "blackhole"]
             subprocess.run(["ip", "-n", str(node.namespace), "rule", "add", *rule], check=True)

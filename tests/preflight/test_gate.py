@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from node_fixtures import OF_THIS_MACHINE, FakeNode
 
-from janus_cluster.config.load import load_job
-from janus_cluster.config.resolve import resolve_job
-from janus_cluster.config.schema import ResolvedJob
 from janus_cluster.errors import GateFailed, GateUndetermined
+from janus_cluster.job.load import load_job
+from janus_cluster.job.resolve import resolve_job
+from janus_cluster.job.resolved import ResolvedJob
+from janus_cluster.job.resources import jobs_dir
 from janus_cluster.preflight.gate import build_verdict, judge_active, judge_static, read_facts, require_fresh
-from janus_cluster.preflight.model import CheckResult
-from janus_cluster.resources import jobs_dir
+from janus_cluster.run.records.verdict import CheckResult
 
 
 def resolve(tmp_path: Path, *sets: str) -> ResolvedJob:
@@ -55,7 +55,7 @@ def test_facts_of_another_configuration_are_not_believed(tmp_path: Path) -> None
     assert [(r.id, r.state) for r in results if r.id == "reported"] == [("reported", "FAIL")]
 
 
-def test_an_all_reduce_that_nobody_reported_fails(tmp_path: Path) -> None:
+def test_an_all_reduce_that_no_node_reported_fails(tmp_path: Path) -> None:
     results = judge_active({"n1": None, "n2": None}, resolve(tmp_path))
     assert [r.state for r in results] == ["FAIL", "FAIL"]
 

@@ -1,4 +1,4 @@
-"""What nvidia-smi says while the probe runs: the link's generation and the clocks, judged over all samples."""
+"""nvidia-smi's samples while the probe runs: the link's generation and the clocks, judged over all samples."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from node_fixtures import NUM, h800_node, smi_texts
 from janus_cluster.node.bracket import run_between_counters
 from janus_cluster.preflight.gpu_load import judge_gpu_load
 from janus_cluster.preflight.gpu_query import LOAD, parse_table
-from janus_cluster.preflight.model import CheckResult
+from janus_cluster.run.records.verdict import CheckResult
 
-PROFILE = {"pcie_width_min": 16, "source": "test"}
+PROFILE = {"pcie_width_min": 16, "pcie_generation": 5, "source": "test"}
 TEXT = smi_texts()["load"]
-ROW = "3, P0, 5, 5, 16, 1755, 1980, 0x0000000000000004"
+ROW = "3, P0, 5, 5, 16, 1755, 1980, 0x0000000000000004, 5"
 
 
 def sample(text: str = TEXT, **more: Any) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def judged(samples: list[dict[str, Any]] | None) -> dict[str, CheckResult]:
     return {r.id: r for r in results}
 
 
-IDLE = with_row("3, P8, 1, 5, 16, 210, 1980, 0x0000000000000001")
+IDLE = with_row("3, P8, 1, 5, 16, 210, 1980, 0x0000000000000001, 5")
 
 
 @pytest.mark.parametrize(
@@ -46,21 +46,31 @@ IDLE = with_row("3, P8, 1, 5, 16, 210, 1980, 0x0000000000000001")
         # Idle at first, as every GPU: the best generation counts.
         ([IDLE, sample()], "PASS", "PASS", "2 samples"),
         ([IDLE], "WARN", "PASS", "GPU 3: generation 1 of 5, but never seen in P0"),
-        ([IDLE, with_row("3, P0, 3, 5, 16, 1755, 1980, 0x4")], "FAIL", "PASS", "GPU 3: generation 3 of 5 in P0"),
-        # A host of generation 4: nothing is wrong with the link.
-        ([with_row("3, P0, 4, 4, 16, 1755, 1980, 0x4")], "PASS", "PASS", "8 GPUs"),
+        ([IDLE, with_row("3, P0, 3, 5, 16, 1755, 1980, 0x4, 5")], "FAIL", "PASS", "GPU 3: generation 3 of 5 in P0"),
+        # One slot of generation 4: its link is as fast as the slot allows, and slower than the GPU.
+        ([with_row("3, P0, 4, 4, 16, 1755, 1980, 0x4, 5")], "FAIL", "PASS", "GPU 3: generation 4 of 5: the slot"),
+        # A driver that does not know the GPU's own generation: the profile's counts.
+        ([with_row("3, P0, 4, 4, 16, 1755, 1980, 0x4, [N/A]")], "FAIL", "PASS", "GPU 3: generation 4 of 5: the slot"),
+        # A host of generation 4 is another kind of machine, not a broken GPU.
+        ([sample(TEXT.replace("P0, 5, 5, 16", "P0, 4, 4, 16"))], "WARN", "PASS", "generation 4 of 5: the slot"),
+        ([with_row("3, [GPU requires reset], 5, 5, 16, 1755, 1980, 0x4, 5")], "FAIL", "PASS", "GPU requires reset"),
         # The narrowest moment counts.
-        ([sample(), with_row("3, P0, 5, 5, 8, 1755, 1980, 0x4")], "FAIL", "PASS", "GPU 3: x8"),
-        ([sample(), with_row("3, P0, 5, 5, 16, 900, 1980, 0x0000000000000040")], "PASS", "FAIL", "HW thermal slowdown"),
-        ([with_row("3, P0, 5, 5, 16, 1200, 1980, 0x2")], "PASS", "WARN", "application clocks setting"),
-        ([with_row("3, P0, [N/A], 5, 16, 1755, 1980, 0x4")], "ERROR", "PASS", "generation not told"),
-        ([with_row("3, P0, 5, [N/A], 16, 1755, 1980, 0x4")], "ERROR", "PASS", "generation not told"),
-        ([with_row("3, P0, 5, 5, 16, 1755, 1980, [Unknown Error]")], "PASS", "ERROR", "reasons not told"),
+        ([sample(), with_row("3, P0, 5, 5, 8, 1755, 1980, 0x4, 5")], "FAIL", "PASS", "GPU 3: x8"),
+        (
+            [sample(), with_row("3, P0, 5, 5, 16, 900, 1980, 0x0000000000000040, 5")],
+            "PASS",
+            "FAIL",
+            "HW thermal slowdown",
+        ),
+        ([with_row("3, P0, 5, 5, 16, 1200, 1980, 0x2, 5")], "PASS", "WARN", "application clocks setting"),
+        ([with_row("3, P0, [N/A], 5, 16, 1755, 1980, 0x4, 5")], "ERROR", "PASS", "generation not reported"),
+        ([with_row("3, P0, 5, [N/A], 16, 1755, 1980, 0x4, 5")], "ERROR", "PASS", "generation not reported"),
+        ([with_row("3, P0, 5, 5, 16, 1755, 1980, [Unknown Error], 5")], "PASS", "ERROR", "reasons not reported"),
         ([sample(TEXT.replace(ROW + "\n", ""))], "ERROR", "ERROR", "GPU 3: did not answer"),
         ([sample(), sample(error="nvidia-smi did not answer within 2 s")], "ERROR", "ERROR", "did not answer"),
         ([sample(problem="nvidia-smi ended with 15")], "ERROR", "ERROR", "ended with 15"),
-        ([], "ERROR", "ERROR", "before nvidia-smi was asked"),
-        (None, "ERROR", "ERROR", "was not asked"),
+        ([], "ERROR", "ERROR", "before nvidia-smi was queried"),
+        (None, "ERROR", "ERROR", "was not queried"),
     ],
 )
 def test_the_load_is_judged_over_all_samples(

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from node_fixtures import write_packages
 
-from janus_cluster.preflight.all_reduce import busbw_gb_per_s, judge_all_reduce
-from janus_cluster.preflight.model import CheckResult, Verdict, worst
+from janus_cluster.job.profiles import load_preflight_profile
+from janus_cluster.preflight.all_reduce import busbw_gb_per_s, floor_of, judge_all_reduce
+from janus_cluster.preflight.rate import Limit
 from janus_cluster.preflight.report import render_summary, render_verdict, render_verdict_markdown
 from janus_cluster.preflight.sysfs import NodeRoot
 from janus_cluster.preflight.versions import PACKAGES, judge_driver, judge_same_versions, judge_versions, read_versions
+from janus_cluster.run.records.verdict import CheckResult, Verdict, worst
 
 RANGES = {"python_min": "3.10", "torch_min": "2.6", "transformers_below": "6", "cuda_wanted": True}
 
@@ -77,10 +79,21 @@ def all_reduce(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_all_reduce_is_judged_at_above_and_below_the_floor(facts: dict[str, Any] | None, state: str, word: str) -> None:
-    judged = judge_all_reduce(facts, node="n1", world_size=2, floor_gb_per_s=2.0, source="s")
+    judged = judge_all_reduce(facts, node="n1", world_size=2, floor=Limit(2.0, "FAIL", "s"))
     assert judged.state == state
     assert word in judged.measured
     assert (judged.fix == "") == (state == "PASS")
+
+
+@pytest.mark.parametrize(("nodes", "floor"), [(1, 135.0), (2, 130.0), (4, 127.8), (8, 123.5), (64, 84.5)])
+def test_the_floor_of_the_all_reduce_falls_with_the_steps_of_the_ring(nodes: int, floor: float) -> None:
+    """By hand for 4 nodes: 62 steps, 6 between nodes: 1.9 × (56 × 3.4 + 6 × 14) = 521 µs, × 32/62 a byte's way; for 2
+    nodes 1.9 × (28 × 3.4 + 2 × 14) = 234 µs, × 16/30. 1.0737 GB / 130 GB/s + 269 µs - 125 µs = 8.404 ms: 127.8 GB/s.
+    """
+    row = load_preflight_profile("h800-ib")["all_reduce"]["busbw_gb_per_s"]
+    limit = floor_of(row, nodes=nodes, gpus_per_node=8, payload_bytes=1 << 30)
+    assert (limit.value, limit.state) == (pytest.approx(floor, abs=0.05), "FAIL")
+    assert nodes <= 2 or f"ring over {nodes}" in limit.source
 
 
 def test_versions_of_this_environment_are_read() -> None:
@@ -139,7 +152,7 @@ def test_versions_are_judged_at_the_ends_of_their_range(changes: dict[str, str],
     assert word in judged.measured
 
 
-def test_a_torch_without_cuda_is_told_where_gpus_are_wanted() -> None:
+def test_a_torch_without_cuda_is_reported_where_gpus_are_wanted() -> None:
     whole: dict[str, str | None] = {"python": "3.11", "cuda": None} | dict.fromkeys(PACKAGES, "3.0")
     assert [(r.id, r.state) for r in judge_versions(whole, node="n1", ranges=RANGES)] == [
         ("versions.cuda", "WARN"),
@@ -158,7 +171,7 @@ def test_a_torch_without_cuda_is_told_where_gpus_are_wanted() -> None:
         ("99.0", "535.183.01", []),
     ],
 )
-def test_a_driver_that_is_older_than_torchs_cuda_is_told(
+def test_a_driver_that_is_older_than_torchs_cuda_is_reported(
     cuda: str | None, driver: str, found: list[tuple[str, str]]
 ) -> None:
     gpus = {"identity": {"rows": [{"index": "0", "driver_version": driver}]}}
@@ -194,6 +207,7 @@ def test_the_json_report_has_its_five_keys_and_keeps_pairs_apart() -> None:
     assert [r["id"] for r in report["cross_node"]] == ["rail"]
     assert list(report["nodes"]["n1"][0]) == [
         "id", "phase", "node", "state", "measured", "expected", "unit", "threshold_source", "fix", "duration_s",
+        "blames_node",
     ]  # fmt: skip
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import socket
 from ipaddress import IPv4Interface
 from typing import Any
 
 import pytest
 
+from janus_cluster.job.env_lint import lint_env
+from janus_cluster.job.profiles import load_preflight_profile
+from janus_cluster.preflight.interfaces import read_networks
 from janus_cluster.preflight.network_env import derive_network_env
-from janus_cluster.preflight.profile import load_profile
 from janus_cluster.preflight.route import find_owner, judge_route, read_route
 from janus_cluster.preflight.sysfs import NodeRoot
-from janus_cluster.render.env_lint import lint_env
-from janus_cluster.resources import templates_dir
 
-IB, ETHERNET, CPU = (load_profile(templates_dir(), p) for p in ("h800-ib", "h800-ethernet", "cpu"))
+IB, ETHERNET, CPU = (load_preflight_profile(p) for p in ("h800-ib", "h800-ethernet", "cpu"))
 ROUTE = {"interface": "eth0", "source": "10.0.0.1", "peer": "10.0.0.2", "error": None}
 
 
@@ -41,7 +42,7 @@ def test_the_list_is_exact_and_gloo_gets_the_bare_name() -> None:
     }
 
 
-def test_what_is_derived_pleases_the_lint_and_says_why() -> None:
+def test_what_is_derived_passes_the_lint_and_has_a_reason() -> None:
     derived = derive_network_env(FACTS, IB, {})
     assert lint_env(derived) == []
     assert all(v.reason and v.origin for v in derived)
@@ -72,7 +73,7 @@ def test_a_peer_that_does_not_resolve_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "state"),
+    ("reported", "state"),
     [
         ({"operstate": "up", "speed_mb_per_s": 25000}, "PASS"),
         ({"operstate": "up", "speed_mb_per_s": 100000}, "PASS"),
@@ -81,8 +82,8 @@ def test_a_peer_that_does_not_resolve_is_an_error() -> None:
         ({"operstate": "down", "speed_mb_per_s": 100000}, "FAIL"),
     ],
 )
-def test_the_interface_that_carries_the_data_is_judged(told: dict[str, Any], state: str) -> None:
-    (result,) = judge_route(ROUTE | told, ETHERNET["net"], node="n1")
+def test_the_interface_that_carries_the_data_is_judged(reported: dict[str, Any], state: str) -> None:
+    (result,) = judge_route(ROUTE | reported, ETHERNET["net"], node="n1")
     assert result.state == state
 
 
@@ -98,12 +99,17 @@ def test_one_node_needs_no_way_out(interface: str | None) -> None:
     assert result.state == "SKIP"
 
 
-@pytest.mark.parametrize(("address", "owner"), [("10.0.0.5", "eth0"), ("10.0.0.9", "eth0"), ("10.9.0.1", None)])
-def test_a_second_address_belongs_to_the_interface_of_its_network(address: str, owner: str | None) -> None:
-    networks = {"lo": IPv4Interface("127.0.0.1/8"), "eth0": IPv4Interface("10.0.0.5/24")}
-    assert find_owner(address, networks) == owner
+@pytest.mark.parametrize(("address", "owner"), [("10.0.0.5", "eth0"), ("fd00::5", "eth0"), ("10.9.0.1", None)])
+def test_an_address_belongs_to_the_interface_that_has_it(address: str, owner: str | None) -> None:
+    addresses = {"lo": {"127.0.0.1", "::1"}, "eth0": {"10.0.0.5", "10.0.0.9", "fd00::5"}}
+    assert find_owner(address, addresses) == owner
 
 
-def test_an_address_of_its_own_comes_before_a_wider_network() -> None:
-    networks = {"eth0": IPv4Interface("10.0.0.5/8"), "ib0": IPv4Interface("10.1.0.5/16")}
-    assert find_owner("10.1.0.5", networks) == "ib0"
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this host has no IPv6")
+def test_the_route_to_a_peer_that_has_only_ipv6_is_found() -> None:
+    route = read_route("::1", NodeRoot.of(None))
+    assert (route["interface"], route["source"], route["error"]) == ("lo", "::1", None)
+
+
+def test_networks_of_this_machine_are_read() -> None:
+    assert IPv4Interface("127.0.0.1/8") in read_networks()["lo"]

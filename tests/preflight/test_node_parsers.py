@@ -5,21 +5,19 @@ from __future__ import annotations
 import pytest
 from node_fixtures import FakePort, gpu_rows, smi_texts, sound_ports, verbs_text
 
+from janus_cluster.job.profiles import load_preflight_profile
 from janus_cluster.preflight.gpu import parse_number
 from janus_cluster.preflight.gpu_health import judge_ecc, judge_fabric, judge_pcie, judge_remapped, judge_throttle
 from janus_cluster.preflight.gpu_query import FAMILIES, parse_table
-from janus_cluster.preflight.hca import natural, parse_hca_list, rails, rate_gb_per_s
+from janus_cluster.preflight.hca import NcclList, natural, parse_nccl_list, rails, rate_gb_per_s
 from janus_cluster.preflight.hca_judge import from_ibstat
 from janus_cluster.preflight.ibstat import parse_ibstat, parse_verbs
 from janus_cluster.preflight.limits import parse_available
 from janus_cluster.preflight.nvlink import judge_nvlink, parse_nvlink
-from janus_cluster.preflight.profile import load_profile
 from janus_cluster.preflight.route import parse_default_route
 from janus_cluster.preflight.versions import numbers
-from janus_cluster.preflight.xid import judge_xids, parse_xids
-from janus_cluster.resources import templates_dir
 
-H800 = load_profile(templates_dir(), "h800-ib")
+H800 = load_preflight_profile("h800-ib")
 IDENTITY = FAMILIES["identity"][0]
 IBSTAT = "".join(p.ibstat() for p in sound_ports())
 
@@ -33,7 +31,7 @@ def test_a_table_is_read_with_and_without_its_header() -> None:
     assert with_header["rows"][7]["name"] == "NVIDIA H800"
 
 
-def test_a_field_echoed_under_its_newer_name_is_told_by_its_place() -> None:
+def test_a_field_echoed_under_its_newer_name_is_recognised_by_its_place() -> None:
     fields = FAMILIES["throttle"][1]
     table = parse_table("index, clocks_event_reasons.active\n0, 0x0000000000000004\n", fields)
     assert judge_throttle(table["rows"][0]) == ("PASS", "0x4")
@@ -85,7 +83,7 @@ def test_each_throttle_bit_has_its_verdict(bits: str, state: str) -> None:
     assert judge_throttle({"clocks_throttle_reasons.active": bits})[0] == state
 
 
-def test_health_that_is_not_told_is_never_a_pass() -> None:
+def test_health_that_is_not_reported_is_never_a_pass() -> None:
     for judge in (judge_ecc, judge_remapped, judge_throttle, judge_fabric, lambda row: judge_pcie(row, 16)):
         for value in ("", "[N/A]", "[GPU requires reset]", "[Unknown Error]"):
             row = dict.fromkeys([f for family in FAMILIES.values() for fields in family for f in fields], value)
@@ -103,7 +101,9 @@ def nvlink_fact(text: str) -> dict[str, str | None]:
 
 
 def nvlink_state(text: str) -> tuple[str, str]:
-    (result,) = judge_nvlink(nvlink_fact(text), H800["gpu"], node="n1", gpus_per_node=8)
+    identity = {**parse_table(smi_texts()["identity"], IDENTITY), "problem": None, "error": None}
+    tables = {"identity": identity, "nvlink": nvlink_fact(text)}
+    (result,) = judge_nvlink(tables, H800["gpu"], node="n1", gpus_per_node=8)
     return result.state, result.measured
 
 
@@ -139,25 +139,6 @@ def test_nvlink_lines_without_their_gpu_are_damage() -> None:
     assert len(parsed["damaged"]) == 2
 
 
-@pytest.mark.parametrize(
-    ("line", "state", "word"),
-    [
-        ("[1.0] NVRM: Xid (PCI:0000:0f:00): 64, pid='<unknown>', name=<unknown>, Row Remapper Error", "FAIL", "XID 64"),
-        ("[1.0] NVRM: Xid (PCI:0000:0f:00): 119, pid=8, name=python3, Timeout waiting for RPC", "FAIL", "XID 119"),
-        ("[1.0] NVRM: Xid (PCI:0000:0f:00): 31, pid=8, name=python3, Ch 00000008", "PASS", "1 XIDs"),
-        ("[1.0] NVRM: Xid (PCI:0000:0f:00): 999, pid=8", "WARN", "XID 999"),
-        ("[1.0] NVRM: Xid (PCI:00", "WARN", "could not be read"),
-    ],
-)
-def test_xids_are_told_apart_by_what_they_mean(line: str, state: str, word: str) -> None:
-    (result,) = judge_xids({"lines": [line], "problem": None}, H800["gpu"], node="n1")
-    assert (result.state, word in result.measured) == (state, True)
-
-
-def test_a_switch_error_is_no_xid_of_a_gpu() -> None:
-    assert parse_xids(["nvidia-nvswitch2: SXid (PCI:0000:85:00.0): 12028, Non-fatal, Link 61"]) == []
-
-
 def test_ibstat_is_read_whole() -> None:
     parsed = parse_ibstat(IBSTAT)
     assert parsed["damaged"] == []
@@ -186,12 +167,12 @@ def test_two_ports_of_one_adapter_are_two() -> None:
         "ibpanic: [9] main: stat of IB device failed\n",
     ],
 )
-def test_damaged_ibstat_says_so(damage: str) -> None:
+def test_damaged_ibstat_is_reported(damage: str) -> None:
     assert parse_ibstat(damage)["damaged"]
 
 
 def test_no_adapter_prints_nothing_and_is_nothing() -> None:
-    assert parse_ibstat("") == {"ports": [], "damaged": []}
+    assert parse_ibstat("") == {"ports": [], "damaged": [], "foreign": []}
 
 
 def test_a_header_without_devices_lists_none() -> None:
@@ -218,11 +199,11 @@ def port(device: str, number: str = "1", **changes: str) -> dict[str, str]:
     return {"device": device, "port": number, "link_layer": "InfiniBand"} | sound | changes
 
 
-def named(ports: list[dict[str, str]], chosen: list[str] | None = None) -> list[str]:
+def named(ports: list[dict[str, str]], chosen: NcclList | None = None) -> list[str]:
     return [f"{p['device']}:{p['port']}" for p in rails({"ports": ports}, chosen=chosen)]
 
 
-def test_rails_are_told_from_storage_roce_bond_and_spare_ports() -> None:
+def test_rails_are_distinguished_from_storage_roce_bond_and_spare_ports() -> None:
     rail = [port(f"mlx5_{i}") for i in range(8)]
     others = [
         port("mlx5_8", ca_type="MT4123", rate="200 Gb/sec (4X HDR)"),
@@ -240,8 +221,8 @@ def test_a_slow_or_down_port_of_the_rails_kind_stays_a_rail() -> None:
 
 def test_the_users_exact_list_wins() -> None:
     ports = [port("mlx5_0"), port("mlx5_1"), port("mlx5_2")]
-    assert named(ports, parse_hca_list("=mlx5_0:1,mlx5_2")) == ["mlx5_0:1", "mlx5_2:1"]
-    assert parse_hca_list("mlx5") is parse_hca_list("^=mlx5_1") is parse_hca_list("") is parse_hca_list(None) is None
+    assert named(ports, parse_nccl_list("=mlx5_0:1,mlx5_2")) == ["mlx5_0:1", "mlx5_2:1"]
+    assert parse_nccl_list("") is parse_nccl_list(None) is parse_nccl_list("=") is None
 
 
 def test_devices_are_sorted_as_people_count() -> None:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from weight_files import write_safetensors
 
-from janus_cluster.config.networks import PRESETS
-from janus_cluster.config.schema import JobConfig
-from janus_cluster.config.weight_names import Shapes, janus_shapes, name_on_disk, vggt_shapes
-from janus_cluster.plan.sizes import load_sizes
+from janus_cluster.job.schema import JobConfig
+from janus_cluster.modelspec.networks import PRESETS
+from janus_cluster.modelspec.sizes import load_sizes
+from janus_cluster.modelspec.weight_names import janus_shapes, name_on_disk, vggt_shapes
 from janus_cluster.preflight.data_scan import scan_data
-from janus_cluster.preflight.model import CheckResult
 from janus_cluster.preflight.path_view import read_view
 from janus_cluster.preflight.paths import judge_output, judge_paths, read_paths
 from janus_cluster.preflight.room import checkpoint_room_bytes, count_parameters
+from janus_cluster.run.records.verdict import CheckResult
 
 TINY = PRESETS["tiny"]
 CONFIG: dict[str, Any] = {
@@ -28,19 +28,6 @@ CONFIG: dict[str, Any] = {
     "vision_config": TINY.vision,
     "vggt_config": TINY.vggt.to_dict(),
 }
-
-
-def write_safetensors(path: Path, shapes: Shapes) -> None:
-    """A whole file of zeros: header, and as many bytes as it promises."""
-    header, at = {}, 0
-    for name, shape in shapes.items():
-        size = 2
-        for n in shape:
-            size *= n
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * at)
 
 
 def write_model(folder: Path) -> Path:
@@ -99,7 +86,7 @@ def judged_model(tmp_path: Path, model: Path, vggt: Path) -> dict[str, CheckResu
     return judge(tmp_path, model={"preset": "tiny", "path": str(model), "vggt_path": str(vggt)})
 
 
-def test_a_whole_model_passes_and_says_what_its_headers_say(tmp_path: Path, model: Path, vggt: Path) -> None:
+def test_a_whole_model_passes_and_shows_its_headers(tmp_path: Path, model: Path, vggt: Path) -> None:
     judged = judged_model(tmp_path, model, vggt)
     assert {i: r.state for i, r in judged.items() if i != "paths.inodes"} == {
         "paths.model": "PASS", "paths.vggt": "PASS", "paths.output": "PASS",

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 from node_fixtures import write_program
 
+from janus_cluster.job.profiles import load_preflight_profile
 from janus_cluster.preflight.command import run_command
 from janus_cluster.preflight.cross_node import judge_cross_node
-from janus_cluster.preflight.hca import read_peermem
+from janus_cluster.preflight.hca import parse_nccl_list, read_peermem
 from janus_cluster.preflight.hca_judge import judge_hcas
 from janus_cluster.preflight.ibstat import parse_ibstat
 from janus_cluster.preflight.limits import GIB, judge_limits, read_limits, read_memory_limit
-from janus_cluster.preflight.profile import load_profile
 from janus_cluster.preflight.sysfs import NodeRoot
-from janus_cluster.resources import templates_dir
 
-IB = load_profile(templates_dir(), "h800-ib")
+IB = load_preflight_profile("h800-ib")
+OPENED = {"text": "", "problem": None, "error": "ibv_devinfo is not on PATH"}
 STEP = "slurmstepd.scope/job_7/step_0/user/task_0"
 
 
@@ -80,7 +80,7 @@ def test_dma_buf_does_without_peermem(node: NodeRoot, taint: str | None, kernel:
     put(node.proc / "sys" / "kernel" / "osrelease", kernel + "\n")
     if taint is not None:
         put(node.sys / "module" / "nvidia" / "taint", taint + "\n")
-    silent = {"text": "", "stderr": "", "problem": None, "error": None}
+    silent = {"text": "", "stderr": "", "problem": None, "error": None, "opened": OPENED}
     facts = {"hca": {"ports": [], "folder": "x"}, "ibstat": silent, "verbs": silent, "peermem": read_peermem(node)}
     found = {r.id: r.state for r in judge_hcas(facts, IB["hca"], node="n1")}
     assert found["hca.peermem"] == state
@@ -106,21 +106,21 @@ def test_an_unused_port_is_a_warning_where_infiniband_carries_the_data() -> None
 
 
 @pytest.mark.parametrize(
-    ("kernel", "told"),
+    ("kernel", "reported"),
     [
         ("4: PortConfigurationTraining", "PortConfigurationTraining"),
         ("6: LinkErrorRecovery", "LinkErrorRecovery"),
         ("7: Phy Test", "PhyTest"),
     ],
 )
-def test_a_port_in_training_is_the_same_in_both_wordings(kernel: str, told: str) -> None:
+def test_a_port_in_training_is_the_same_in_both_wordings(kernel: str, reported: str) -> None:
     text = (
         "CA 'mlx5_0'\n\tCA type: MT4129\n\tPort 1:\n\t\tState: Down\n"
-        f"\t\tPhysical state: {told}\n\t\tRate: 10\n\t\tLink layer: InfiniBand\n"
+        f"\t\tPhysical state: {reported}\n\t\tRate: 10\n\t\tLink layer: InfiniBand\n"
     )
     assert parse_ibstat(text)["damaged"] == []
     port = {"device": "mlx5_0", "port": "1", "state": "1: DOWN", "phys_state": kernel, "rate": "10 Gb/sec (4X SDR)"}
-    ibstat = {"text": text, "stderr": "", "problem": None, "error": None}
+    ibstat = {"text": text, "stderr": "", "problem": None, "error": None, "opened": OPENED}
     facts = {
         "hca": {"ports": [port | {"link_layer": "InfiniBand", "ca_type": "MT4129"}], "folder": "x"},
         "ibstat": ibstat,
@@ -131,7 +131,7 @@ def test_a_port_in_training_is_the_same_in_both_wordings(kernel: str, told: str)
     assert (found["hca.agree"], found["hca.rails"]) == ("PASS", "FAIL")
 
 
-def test_more_ports_than_rails_may_be_storage_and_the_way_out_is_told() -> None:
+def test_more_ports_than_rails_may_be_storage_and_the_way_out_is_reported() -> None:
     sound = {
         "port": "1",
         "state": "4: ACTIVE",
@@ -141,10 +141,11 @@ def test_more_ports_than_rails_may_be_storage_and_the_way_out_is_told() -> None:
     }
     ports = [sound | {"device": f"mlx5_{i}", "rate": "400 Gb/sec (4X NDR)"} for i in range(8)]
     ports += [sound | {"device": "mlx5_8", "rate": "200 Gb/sec (4X HDR)"}]
-    silent = {"text": "", "stderr": "", "problem": None, "error": "ibstat is not on PATH"}
+    silent = {"text": "", "stderr": "", "problem": None, "error": "ibstat is not on PATH", "opened": OPENED}
     facts = {"hca": {"ports": ports, "folder": "x"}, "ibstat": silent, "verbs": silent, "peermem": {"module": None}}
     (found,) = (r for r in judge_hcas(facts, IB["hca"], node="n1") if r.id == "hca.rails")
-    assert found.state == "FAIL" and "NCCL_IB_HCA: =mlx5_0:1" in found.fix
-    chosen = [f"mlx5_{i}:1" for i in range(8)]
+    names = ",".join(f"mlx5_{i}:1" for i in range(8))
+    assert found.state == "WARN" and f"--set environment.variables.NCCL_IB_HCA=={names}" in found.fix
+    chosen = parse_nccl_list(f"={names}")
     (found,) = (r for r in judge_hcas(facts, IB["hca"], node="n1", chosen=chosen) if r.id == "hca.rails")
     assert found.state == "PASS"

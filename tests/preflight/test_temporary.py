@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from test_fault_matrix import small_tmpfs, unmount
 
-from janus_cluster.preflight.model import CheckResult
 from janus_cluster.preflight.temporary import (
     GIB,
     choose_temporary,
@@ -18,6 +17,7 @@ from janus_cluster.preflight.temporary import (
     read_temporary,
     temporary_folder,
 )
+from janus_cluster.run.records.verdict import CheckResult
 
 FLOOR = {"fail_below": 1, "source": "a test"}
 SOCKET = {"socket": "no Unix socket can be made there"}
@@ -109,6 +109,6 @@ def test_room_is_judged_at_the_floor(free_gib: float, state: str) -> None:
     assert judge(tried("/tmp", free_gib=free_gib)).state == state
 
 
-def test_a_full_folder_is_told_with_the_line_to_look() -> None:
+def test_a_full_folder_is_reported_with_the_line_to_look() -> None:
     result = judge(tried("/long", SOCKET), tried("/tmp", free_gib=0.1))
     assert result.state == "FAIL" and "df -h /tmp" in result.fix

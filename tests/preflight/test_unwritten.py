@@ -1,4 +1,4 @@
-"""A node that cannot write into the run folder says so on its output, and the gate reads it there."""
+"""A node that cannot write into the run folder reports it on its output, and the gate reads it there."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from pathlib import Path
 from node_fixtures import FakeNode
 
 from janus_cluster.preflight.unwritten import judge_unwritten, read_unwritten
-from janus_cluster.rundir import RunDir, write_text_atomically
+from janus_cluster.run.files import write_text_atomically
+from janus_cluster.run.paths import RunDir
 
 
 def line(**changes: object) -> str:
-    told = {"node": "h800-02", "attempt": 2, "path": "/runs/x", "error": "Read-only file system"} | changes
-    return f"preflight: cannot write into the run folder: {json.dumps(told)}"
+    report = {"node": "h800-02", "attempt": 2, "path": "/runs/x", "error": "Read-only file system"} | changes
+    return f"preflight: cannot write into the run folder: {json.dumps(report)}"
 
 
 def test_a_task_that_cannot_write_its_log_names_node_folder_and_reason(tmp_path: Path) -> None:
     node = FakeNode(tmp_path)
     run = RunDir(Path(node.resolve().run_dir))
-    write_text_atomically(run.resolved_json, node.resolve().model_dump_json())
+    run.bundle(1).path.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(run.bundle(1).resolved_json, node.resolve().model_dump_json())
     run.logs.write_text("a file where a folder should be")
-    argv = [sys.executable, "-m", "janus_cluster.node.task", str(run.path), "--attempt", "1", "--phase", "facts"]
+    argv = [sys.executable, "-m", "janus_cluster.node.task", str(run.path), "--bundle", "1"]
+    argv += ["--attempt", "1", "--phase", "facts"]
     identity = {"JANUS_NODE": "h800-02", "JANUS_NODE_RANK": "0", "JANUS_NUM_NODES": "1"}
     done = subprocess.run(argv, env=node.environ() | identity, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode != 0
@@ -35,7 +38,7 @@ def test_a_task_that_cannot_write_its_log_names_node_folder_and_reason(tmp_path:
     assert f"touch {run.path}" in result.fix
 
 
-def test_words_of_this_attempt_are_read_and_torn_ones_are_not(tmp_path: Path) -> None:
+def test_lines_of_this_attempt_are_read_and_torn_ones_are_not(tmp_path: Path) -> None:
     log = tmp_path / "batch.log"
     assert read_unwritten(log, attempt=2) == {}
     log.write_text(

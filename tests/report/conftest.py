@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_files import append_metric_line, write_verdict
 
-from janus_cluster.rundir import RunDir, write_json_atomically
+from janus_cluster.run.files import write_json_atomically
+from janus_cluster.run.paths import RunDir
 
 MakeRun = Callable[..., RunDir]
 SEGMENTS = ("subinstruction", "description_2d", "description_3d", "action")
@@ -29,11 +31,11 @@ def make_run(tmp_path: Path) -> MakeRun:
 
     def make(name: str = "demo-20261121-aaaa", **settings: Any) -> RunDir:
         run = RunDir(tmp_path / "runs" / name)
-        run.path.mkdir(parents=True)
+        run.bundle(1).path.mkdir(parents=True)
         job = {"name": "demo", "nodes": 2, "training": {"seed": 0, "max_steps": 6}, "environment": {"variables": {}}}
         origins = {"name": "job.yaml:1", "nodes": "--nodes", "training.max_steps": "--set", "training.seed": "default"}
         job["training"] |= settings
-        write_json_atomically(run.resolved_json, {"job": job, "origins": origins})
+        write_json_atomically(run.bundle(1).resolved_json, {"job": job, "origins": origins})
         write_json_atomically(run.status_json, {"state": "COMPLETED"})
         for attempt, (begin, state) in enumerate(((1000.0, "STOPPED"), (1100.0, "COMPLETED")), 1):
             run.attempt_logs(attempt).mkdir(parents=True)
@@ -43,15 +45,20 @@ def make_run(tmp_path: Path) -> MakeRun:
                 "ended_at": begin + 90, "state": state, "exit_code": 0, "reason": None,
             }  # fmt: skip
             write_json_atomically(run.attempt_json(attempt), value)
-            write_json_atomically(run.verdict_json(attempt), {"state": "PASS", "created_at": begin + 5, "results": []})
+            write_verdict(run, attempt, state="PASS", created_at=begin + 5)
         for step in (1, 2, 3):
-            run.append_metric(train_record(step, attempt=1))
-        run.append_metric({"kind": "checkpoint", "time": 1064.0, "attempt": 1, "step": 3, "path": "/c/checkpoint-3"})
-        run.append_metric({"kind": "stop", "time": 1065.0, "attempt": 1, "step": 3, "checkpoint": "/c/checkpoint-3"})
+            append_metric_line(run, train_record(step, attempt=1))
+        append_metric_line(
+            run, {"kind": "checkpoint", "time": 1064.0, "attempt": 1, "step": 3, "path": "/c/checkpoint-3"}
+        )
+        append_metric_line(
+            run, {"kind": "stop", "time": 1065.0, "attempt": 1, "step": 3, "checkpoint": "/c/checkpoint-3"}
+        )
         for step in (4, 5, 6):
-            run.append_metric(train_record(step, attempt=2))
-        run.append_metric(
-            {"kind": "eval", "time": 1130.0, "attempt": 2, "step": 6, "action_accuracy": 0.6, "majority_accuracy": 0.4}
+            append_metric_line(run, train_record(step, attempt=2))
+        append_metric_line(
+            run,
+            {"kind": "eval", "time": 1130.0, "attempt": 2, "step": 6, "action_accuracy": 0.6, "majority_accuracy": 0.4},
         )
         return run
 

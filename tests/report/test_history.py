@@ -6,12 +6,14 @@ import json
 import math
 
 import pytest
+from run_files import append_metric_line, write_verdict
 
 from janus_cluster.report.history import load_history
 from janus_cluster.report.page import render_page
 from janus_cluster.report.summary import compare_settings, comparison_to_json, summarize
 from janus_cluster.report.table import Table
-from janus_cluster.rundir import read_json, write_json_atomically
+from janus_cluster.run.files import read_json, write_json_atomically
+from janus_cluster.run.text import to_json
 
 
 def test_a_run_is_summed_up_without_the_steps_that_warm_up(make_run) -> None:
@@ -24,21 +26,20 @@ def test_a_run_is_summed_up_without_the_steps_that_warm_up(make_run) -> None:
 
 def test_a_loss_that_is_no_number_is_not_passed_over_for_an_earlier_one(make_run) -> None:
     run = make_run()
-    run.append_metric({"kind": "train", "time": 1131.0, "attempt": 2, "step": 7, "loss": float("nan")})
+    append_metric_line(run, {"kind": "train", "time": 1131.0, "attempt": 2, "step": 7, "loss": float("nan")})
     history = load_history(run)
     assert math.isnan(summarize(history).loss or 0.0)
     assert history.notes == ["the loss is no finite number from step 7 on, 1 times"]
-    assert comparison_to_json(history, history)["runs"][0]["loss"] is None
+    assert json.loads(to_json(comparison_to_json(history, history)))["runs"][0]["loss"] is None
 
 
 def test_events_of_metrics_and_gate_stand_in_the_order_of_time(make_run) -> None:
     assert [e.kind for e in load_history(make_run()).events] == ["gate", "checkpoint", "stop", "gate"]
 
 
-def test_a_failed_gate_tells_its_causes(make_run) -> None:
+def test_a_failed_gate_shows_its_causes(make_run) -> None:
     run = make_run()
-    result = {"id": "gpu.count", "node": "n2", "state": "FAIL", "measured": "7 of 8 GPUs"}
-    write_json_atomically(run.verdict_json(2), {"state": "FAIL", "created_at": 1105.0, "results": [result]})
+    write_verdict(run, 2, [("n2", "gpu.count", "FAIL", "7 of 8 GPUs")], created_at=1105.0)
     assert load_history(run).events[-1].text == "FAIL: gpu.count on n2: 7 of 8 GPUs"
 
 
@@ -49,7 +50,7 @@ def test_damaged_lines_change_no_figure(make_run) -> None:
         f.write(b'{"kind": "train", "step": \n3\n[1]\nnull\n\xff\xfe\n{"kind": ["train"]}\n{"kind": "train", "step"')
     history = load_history(run)
     assert summarize(history) == before
-    assert any("3 lines" in note for note in history.notes)
+    assert any("6 lines" in note for note in history.notes)
 
 
 def test_values_of_a_wrong_kind_are_gaps_and_no_error(make_run) -> None:
@@ -66,7 +67,7 @@ def test_values_of_a_wrong_kind_are_gaps_and_no_error(make_run) -> None:
 
 def test_a_folder_with_broken_files_has_an_empty_history(make_run) -> None:
     run = make_run()
-    for path in (run.resolved_json, run.status_json, run.attempt_json(1), run.verdict_json(1)):
+    for path in (run.bundle(1).resolved_json, run.status_json, run.attempt_json(1), run.verdict_json(1)):
         path.write_bytes(b"\xff{")
     run.attempt_json(2).write_text("[]")
     run.metrics_jsonl.unlink()
@@ -74,12 +75,22 @@ def test_a_folder_with_broken_files_has_an_empty_history(make_run) -> None:
     assert (len(history.steps), list(history.attempts), dict(history.settings)) == (0, [], {})
 
 
+def test_a_failed_attempt_shows_the_failure_that_the_node_stored(make_run) -> None:
+    run = make_run()
+    failure = {"kind": "diverged", "rank": 3, "node": "n2", "message": "the loss is not finite"}
+    value = read_json(run.attempt_json(1)) | {"state": "FAILED", "reason": "exit code 1", "failure": failure}
+    write_json_atomically(run.attempt_json(1), value)
+    assert load_history(run).attempts[0].reason == (
+        "the loss is no number any more: rank 3 on n2: the loss is not finite"
+    )
+
+
 def test_an_attempt_that_another_one_followed_does_not_run(make_run) -> None:
     run = make_run()
     value = read_json(run.attempt_json(1)) | {"ended_at": None, "state": "RUNNING"}
     write_json_atomically(run.attempt_json(1), value)
     first, second = load_history(run).attempts
-    assert (first.state, first.reason) == ("KILLED", "killed before it could say why")
+    assert (first.state, first.reason) == ("KILLED", "killed before it recorded a reason")
     assert second.state == "COMPLETED"
 
 
@@ -96,13 +107,13 @@ def test_two_runs_differ_in_what_was_set(make_run) -> None:
 
 def test_no_secret_is_shown_and_text_is_escaped(make_run) -> None:
     run = make_run()
-    value = read_json(run.resolved_json)
+    value = read_json(run.bundle(1).resolved_json)
     value["job"]["environment"]["variables"] = {"HF_TOKEN": "hf_plainvalue", "PROXY": "http://me:hunter22@proxy"}
     value["job"]["slurm"] = {"comment": "<script>alert(1)</script>"}
     value["origins"] |= {"environment.variables": "job.yaml:9", "slurm.comment": "job.yaml:3"}
-    write_json_atomically(run.resolved_json, value)
-    run.secrets_env.write_text("export WANDB_API_KEY=sekret-123456\n")
-    run.append_metric({"kind": "checkpoint_broken", "time": 1066.0, "attempt": 1, "step": 3, "path": "/c",
+    write_json_atomically(run.bundle(1).resolved_json, value)
+    run.bundle(1).secrets_env.write_text("export WANDB_API_KEY=sekret-123456\n")
+    append_metric_line(run, {"kind": "checkpoint_broken", "time": 1066.0, "attempt": 1, "step": 3, "path": "/c",
                        "reason": "sekret-123456 \x1b[31m<b>"})  # fmt: skip
     page = render_page([load_history(run)], [], made_at=0.0)
     for secret in ("hf_plainvalue", "hunter22", "sekret-123456", "<script>", "\x1b", "<b>"):
@@ -114,7 +125,9 @@ def test_no_secret_is_shown_and_text_is_escaped(make_run) -> None:
 def test_a_start_is_an_event_with_its_longest_parts(make_run) -> None:
     run = make_run()
     seconds = {"launch": 2.0, "imports": 4.5, "process_group": 0.1, "weights": 31.25}
-    run.append_metric({"kind": "start", "time": 1044.0, "attempt": 1, "step": 1, "total_s": 37.85, "seconds": seconds})
+    append_metric_line(
+        run, {"kind": "start", "time": 1044.0, "attempt": 1, "step": 1, "total_s": 37.85, "seconds": seconds}
+    )
     (event,) = [e for e in load_history(run).events if e.kind == "start"]
     assert event.text == "37.9 s after its processes began (weights 31.2, imports 4.5, launch 2.0)"
     assert "first step" in render_page([load_history(run)], [], made_at=0.0)

@@ -1,4 +1,4 @@
-"""Logs of the predecessor: bars and losses of transformers' Trainer, and what lies between them."""
+"""Logs of the predecessor: bars and losses of transformers' Trainer, and the lines between them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_losses_are_read_as_every_version_writes_them(tmp_path: Path, written: s
     assert read_loss == value or (math.isnan(read_loss) and math.isnan(value))
 
 
-def test_losses_without_bars_are_counted_and_the_reader_is_told(tmp_path: Path) -> None:
+def test_losses_without_bars_are_counted_and_that_is_noted(tmp_path: Path) -> None:
     history = read(tmp_path, loss(3.0, 0.1) + loss(2.0, 0.2))
     assert list(history.steps.column("step")) == [1, 2]
     assert any("counted" in note for note in history.notes)
@@ -101,7 +101,7 @@ def test_a_line_without_end_is_passed_over(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_log_of_a_gigabyte_takes_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "train.log"
-    block = "".join(f"[rank{i % 8}]: a line of a log that says little, {i}\n" for i in range(22_000)).encode()
+    block = "".join(f"[rank{i % 8}]: a line of a log without information, {i}\n" for i in range(22_000)).encode()
     with path.open("wb") as f:
         for step in range(1, 1001):
             f.write((bar(step, 50 * step) + loss(5.0, step / 1000)).encode() + block)

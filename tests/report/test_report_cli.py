@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from run_files import append_metric_line, read_metric_lines
 
 from janus_cluster.report.history import load_history
 from janus_cluster.report.pictures import _draw_ranks, draw_pictures
-from janus_cluster.rundir import RunDir
+from janus_cluster.run.paths import RunDir
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -45,7 +46,7 @@ def test_compare_prints_figures_and_differences(make_run) -> None:
     assert value["differences"] == [{"key": "training.seed", "a": "0", "b": "7"}]
 
 
-def test_without_matplotlib_the_line_to_type_is_told_and_nothing_is_written(make_run, tmp_path: Path) -> None:
+def test_without_matplotlib_the_line_to_type_is_reported_and_nothing_is_written(make_run, tmp_path: Path) -> None:
     run = make_run()
     done = call(run, "report", run.name, PYTHONPATH=blocker(tmp_path, "matplotlib"))
     assert done.returncode == 1
@@ -87,10 +88,10 @@ def test_a_run_becomes_a_private_page_with_its_pictures_inside(make_run) -> None
 def test_what_a_run_does_not_tell_has_no_picture(make_run) -> None:
     run = make_run()
     call(run, "report", run.name)
-    kept = [r for r in run.read_metrics() if r["kind"] == "train"]
+    kept = [r for r in read_metric_lines(run) if r["kind"] == "train"]
     run.metrics_jsonl.unlink()
     for record in kept:
-        run.append_metric(record | {"ranks": {}})
+        append_metric_line(run, record | {"ranks": {}})
     assert call(run, "report", run.name).returncode == 0
     assert {p.stem for p in run.report.glob("*.png")} == {"loss", "speed", "timeline"}
 
@@ -107,13 +108,13 @@ def test_a_run_that_never_trained_has_its_attempts_alone_in_its_timeline(make_ru
 
 
 @pytest.mark.slow
-def test_of_sixteen_ranks_the_one_that_stands_out_is_named(make_run) -> None:
+def test_of_sixteen_ranks_the_outlier_is_named(make_run) -> None:
     run = make_run()
     run.metrics_jsonl.unlink()
     waits = [0.02] * 7 + [0.5] + [0.02] * 8
     for step in (1, 2, 3):
-        run.append_metric(
-            {"kind": "train", "step": step, "attempt": 1, "time": 1000.0 + step, "ranks": {"data_wait_s": waits}}
+        append_metric_line(
+            run, {"kind": "train", "step": step, "attempt": 1, "time": 1000.0 + step, "ranks": {"data_wait_s": waits}}
         )
     figure = _draw_ranks(load_history(run))
     assert figure is not None
@@ -140,7 +141,7 @@ def test_a_run_and_an_old_log_stand_in_one_picture(make_run, tmp_path: Path) -> 
     names = {p.name for p in (tmp_path / "both").iterdir()}
     assert {"index.html", "comparison.png", "1.loss.png", "2.loss.png", "2.speed.png"} <= names
     assert "2.ranks.png" not in names
-    assert "train.log tells no configuration" in (tmp_path / "both" / "index.html").read_text()
+    assert "train.log has no configuration" in (tmp_path / "both" / "index.html").read_text()
 
 
 @pytest.mark.slow
@@ -160,7 +161,7 @@ def test_tensorboard_reads_back_what_was_logged(make_run) -> None:
 
 
 @pytest.mark.slow
-def test_without_tensorboard_the_page_is_written_and_says_how_to_get_it(make_run, tmp_path: Path) -> None:
+def test_without_tensorboard_the_page_is_written_and_shows_how_to_get_it(make_run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     run = make_run()
     done = call(run, "report", run.name, PYTHONPATH=blocker(tmp_path, "tensorboard"))

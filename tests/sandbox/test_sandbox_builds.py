@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from janus_cluster.errors import SandboxFailed
-from janus_cluster.rundir import RunDir
+from janus_cluster.run.paths import RunDir
 from janus_cluster.sandbox import SandboxInfo, down, load_info, status, up
 from janus_cluster.sandbox.accounting import start_database
 from janus_cluster.sandbox.daemons import end_daemons, start_daemon
@@ -100,7 +100,7 @@ def test_daemons_clients_and_jobs_are_all_of_slurm_root(
         down(home / "sandbox")
 
 
-def test_a_slurm_for_one_slurmd_a_host_is_refused_in_plain_words(
+def test_a_slurm_for_one_slurmd_a_host_is_refused_plainly(
     build: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scontrol = build / "bin" / "scontrol"

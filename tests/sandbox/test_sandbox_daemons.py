@@ -63,7 +63,7 @@ def test_a_process_that_took_over_the_pid_is_left_alone(tmp_path: Path) -> None:
         end_daemons([daemon])
 
 
-def test_an_ended_process_that_nobody_collected_is_not_alive(tmp_path: Path) -> None:
+def test_an_ended_process_that_was_not_collected_is_not_alive(tmp_path: Path) -> None:
     daemon = start(tmp_path, "sleep", "60")
     os.kill(daemon.pid, signal.SIGKILL)
     wait_for(lambda: not is_alive(daemon))

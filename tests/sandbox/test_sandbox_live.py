@@ -83,7 +83,7 @@ def hosts(sandbox: SandboxInfo) -> Iterator[SandboxInfo]:
     heal(Path(sandbox.home))
 
 
-def test_both_nodes_are_idle_and_a_second_up_says_that_it_runs(sandbox: SandboxInfo) -> None:
+def test_both_nodes_are_idle_and_a_second_up_shows_that_it_runs(sandbox: SandboxInfo) -> None:
     assert set(node_states(sandbox)) == {"h800-01", "h800-02"}
     # As it is written down now: a test of another file may have ended and started daemons of this session's Slurm.
     before = load_info(Path(sandbox.home))

@@ -21,7 +21,7 @@ from janus_cluster.sandbox.ports import pick_ports
 from janus_cluster.sandbox.state import Fault
 
 SUBNET = ipaddress.IPv4Network("198.18.7.0/24")
-PLAN = NetworkPlan("a1b2c3", SUBNET)
+PLAN = NetworkPlan("a1b2c3", SUBNET, 2)
 
 
 def test_tags_differ_between_folders_and_stay_for_one(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -46,9 +46,20 @@ def test_each_rail_has_a_subnet_of_its_own_and_each_node_an_address_in_it() -> N
     assert len({network.controller_address, network.host_address, nodes[0].address, nodes[1].address}) == 4
 
 
-def test_the_plans_namespaces_are_those_that_down_looks_for() -> None:
-    planned = {PLAN.controller_namespace, PLAN.namespace(0), PLAN.namespace(1)}
-    assert planned == set(namespace_names(PLAN.tag))
+@pytest.mark.parametrize("number", [1, 2, 8])
+def test_the_plans_namespaces_are_among_those_that_down_looks_for(number: int) -> None:
+    plan = NetworkPlan("a1b2c3", SUBNET, number)
+    planned = {plan.controller_namespace, *(str(node.namespace) for node in plan.nodes(["/m"] * number))}
+    assert len(planned) == number + 1
+    assert planned <= set(namespace_names(plan.tag))
+
+
+def test_eight_nodes_the_controller_and_this_machine_have_an_address_each_on_rail_0() -> None:
+    plan = NetworkPlan("a1b2c3", SUBNET, 8)
+    network, nodes = plan.network(), plan.nodes(["/m"] * 8)
+    addresses = {network.controller_address, network.host_address, *(node.address for node in nodes)}
+    assert len(addresses) == 10
+    assert all(ipaddress.ip_address(address) in ipaddress.ip_network("198.18.7.0/28") for address in addresses)
 
 
 def test_subnet_of_another_route_is_passed_over_and_the_default_route_is_not_in_the_way() -> None:
@@ -94,11 +105,11 @@ def test_links_follow_from_the_faults_in_force() -> None:
         Fault("cut-link", "h800-02", {"rail": "ib7"}),
         Fault("cut-link", "h800-01", {"rail": "all"}),
     ]
-    lines = render_links(faults, "h800-02")
+    lines = render_links(faults, "h800-02", index=1)
     links = lines["links"].splitlines()
     assert links == [*(f"link set n2r{r} up" for r in range(7)), "link set n2r7 down"]
     assert [line.split()[7] for line in lines["away"].splitlines()] == ["1gbit"] * 3 + ["2gbit"] + ["1gbit"] * 4
-    assert set(render_links([], "h800-01")["towards"].split()) >= {"n1r0", "noqueue"}
+    assert set(render_links([], "h800-01", index=0)["towards"].split()) >= {"n1r0", "noqueue"}
 
 
 def test_ports_in_use_are_passed_over() -> None:

@@ -8,7 +8,6 @@ import jinja2
 import pytest
 
 from janus_cluster.errors import SandboxFailed
-from janus_cluster.resources import templates_dir
 from janus_cluster.sandbox import SandboxInfo
 from janus_cluster.sandbox.layout import Layout, layout_of
 from janus_cluster.sandbox.network import NetworkPlan
@@ -22,7 +21,7 @@ from janus_cluster.sandbox.render import (
 from janus_cluster.sandbox.state import Node
 
 LAYOUT = Layout(Path("/srv/box"))
-PLAN = NetworkPlan("a1b2c3", ipaddress.IPv4Network("198.18.7.0/24"))
+PLAN = NetworkPlan("a1b2c3", ipaddress.IPv4Network("198.18.7.0/24"), 2)
 
 
 def plain_info() -> SandboxInfo:
@@ -46,7 +45,6 @@ def parse(text: str) -> dict[str, str]:
 
 def slurm_conf(info: SandboxInfo, host: str) -> str:
     return render_slurm_conf(
-        templates_dir(),
         LAYOUT,
         info,
         user="u",
@@ -77,7 +75,7 @@ def test_hosts_of_their_own_have_addresses_and_names_of_their_own() -> None:
     assert parse(text)["AccountingStoragePass"] == "/srv/box/run/munge.socket"
 
 
-def test_every_path_lies_in_the_sandbox() -> None:
+def test_every_path_is_in_the_sandbox() -> None:
     values = parse(slurm_conf(plain_info(), "box"))
     paths = [v.removeprefix("socket=") for k, v in values.items() if "/srv" in v or k.endswith(("Location", "Dir"))]
     assert len(paths) == 7
@@ -85,7 +83,7 @@ def test_every_path_lies_in_the_sandbox() -> None:
 
 
 def test_eight_gpus_are_files_on_each_node() -> None:
-    lines = render_gres_conf(templates_dir(), LAYOUT, plain_info()).splitlines()
+    lines = render_gres_conf(LAYOUT, plain_info()).splitlines()
     assert lines[1:] == [
         "AutoDetect=off",
         "NodeName=h800-01 Name=gpu Type=h800 File=/srv/box/dev/nvidia[0-7]",
@@ -95,16 +93,14 @@ def test_eight_gpus_are_files_on_each_node() -> None:
 
 def test_slurmdbd_listens_where_slurm_conf_looks_for_it() -> None:
     info = namespaces_info()
-    dbd = parse(render_slurmdbd_conf(templates_dir(), LAYOUT, info, user="u", controller_host="ctl"))
+    dbd = parse(render_slurmdbd_conf(LAYOUT, info, user="u", controller_host="ctl"))
     conf = parse(slurm_conf(info, "ctl"))
     assert (dbd["DbdAddr"], dbd["DbdPort"]) == (conf["AccountingStorageHost"], conf["AccountingStoragePort"])
 
 
-def test_a_template_value_that_is_not_given_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "sandbox").mkdir()
-    (tmp_path / "sandbox" / "x.j2").write_text("{{ forgotten }}")
-    with pytest.raises(jinja2.UndefinedError, match="forgotten"):
-        render_template(tmp_path, "x.j2")
+def test_a_template_value_that_is_not_given_is_an_error() -> None:
+    with pytest.raises(jinja2.UndefinedError, match="gpu_type"):
+        render_template("gres.conf.j2", nodes=namespaces_info().nodes)
 
 
 def test_hosts_file_has_loopback_and_every_pair() -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from janus_cluster.errors import SandboxFailed
-from janus_cluster.resources import templates_dir
 from janus_cluster.sandbox import SandboxInfo
 from janus_cluster.sandbox.layout import Layout
 from janus_cluster.sandbox.ports import is_loopback
 from janus_cluster.sandbox.programs import slurm_programs
 from janus_cluster.sandbox.render import render_cgroup_conf, render_slurm_conf
-from janus_cluster.sandbox.state import Node, client_env, write_info
+from janus_cluster.sandbox.state import Node
 from janus_cluster.sandbox.versions import SlurmBuild, find_root, find_slurm, parse_release, parse_version
+from janus_cluster.slurm.client_env import client_env, write_client_env
 
 LAYOUT = Layout(Path("/srv/box"))
 INFO = SandboxInfo(
@@ -33,9 +33,7 @@ INFO = SandboxInfo(
 
 def slurm_conf(info: SandboxInfo, *, loopback_only: bool = False) -> dict[str, str]:
     """Key → value of each line of the rendered slurm.conf."""
-    text = render_slurm_conf(
-        templates_dir(), LAYOUT, info, user="u", controller_host="c", real_memory_mb=9, loopback_only=loopback_only
-    )
+    text = render_slurm_conf(LAYOUT, info, user="u", controller_host="c", real_memory_mb=9, loopback_only=loopback_only)
     return dict(line.split("=", 1) for line in text.splitlines() if line and not line.startswith("#"))
 
 
@@ -56,7 +54,7 @@ def write_build(root: Path, prints: str, *, without: str = "") -> Path:
     ],
 )
 def test_each_version_gets_a_cgroup_plugin_that_it_has(version: str, plugin: str) -> None:
-    text = render_cgroup_conf(templates_dir(), replace(INFO, slurm_version=version))
+    text = render_cgroup_conf(replace(INFO, slurm_version=version))
     assert text.splitlines()[-1] == f"CgroupPlugin={plugin}"
 
 
@@ -123,10 +121,12 @@ def test_a_slurm_too_old_or_without_a_version_is_refused(prints: str, words: str
 def test_clients_of_a_sandbox_use_its_own_programs(tmp_path: Path) -> None:
     conf = tmp_path / "etc" / "slurm.conf"
     assert client_env(conf) == {"SLURM_CONF": str(conf)}
-    write_info(replace(INFO, home=str(tmp_path), slurm_conf=str(conf), slurm_root="/opt/slurm"))
+    conf.parent.mkdir()
+    write_client_env(conf, replace(INFO, slurm_conf=str(conf), slurm_root="/opt/slurm").env())
     env = client_env(conf)
+    assert env["SLURM_CONF"] == str(conf)
     assert env["PATH"].split(":")[:2] == ["/opt/slurm/bin", "/opt/slurm/sbin"]
-    other = tmp_path / "etc" / "other.conf"
+    other = tmp_path / "other" / "slurm.conf"
     assert client_env(other) == {"SLURM_CONF": str(other)}
 
 

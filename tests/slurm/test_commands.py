@@ -68,7 +68,7 @@ SCONTROL = """JobId=19 JobName=j
 
 
 def put_program(folder: Path, name: str, body: str) -> None:
-    """A Python program of that name stands in `folder`."""
+    """Write a Python program of that name into `folder`."""
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_text(f"#!{sys.executable}\nimport os, sys, time\n{body}\n")
@@ -84,7 +84,7 @@ def bin_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_squeue_tells_failed_exit_codes_from_signals() -> None:
+def test_squeue_distinguishes_failed_exit_codes_from_signals() -> None:
     jobs = parse_squeue(SQUEUE)
     assert (jobs["20"].state, jobs["20"].exit_code, jobs["20"].signal) == ("FAILED", 7, None)
     assert (jobs["21"].exit_code, jobs["21"].signal, jobs["21"].reason) == (0, 9, "JobLaunchFailure")
@@ -109,7 +109,7 @@ def test_squeue_text_without_jobs_holds_none(text: str) -> None:
     assert parse_squeue(text) == {}
 
 
-def test_sacct_cancelled_by_somebody_is_cancelled() -> None:
+def test_sacct_cancelled_by_a_user_is_cancelled() -> None:
     job = parse_sacct(SACCT)["23"]
     assert (job.state, job.reason) == ("CANCELLED", "cancelled by user id 1000")
 
@@ -213,14 +213,14 @@ def test_silent_controller_is_given_up_on(bin_dir: Path) -> None:
         Slurm(timeout_s=0.3).squeue(["1"])
 
 
-def test_unreachable_controller_is_slurm_unavailable_in_its_own_words(bin_dir: Path) -> None:
+def test_unreachable_controller_is_slurm_unavailable_with_its_message(bin_dir: Path) -> None:
     words = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
     put_program(bin_dir, "squeue", f"sys.exit({words!r})")
     with pytest.raises(SlurmUnavailable, match="connect failure"):
         Slurm().squeue(["1"])
 
 
-def test_other_failures_keep_their_words(bin_dir: Path) -> None:
+def test_other_failures_keep_their_message(bin_dir: Path) -> None:
     put_program(bin_dir, "squeue", "sys.exit('squeue: error: Unrecognized option')")
     with pytest.raises(JanusError, match="Unrecognized option") as caught:
         Slurm().squeue(["1"])
@@ -237,7 +237,25 @@ def test_forgotten_job_is_no_error(bin_dir: Path) -> None:
         Slurm().requeue("1")
 
 
-def test_usable_nodes_are_told_with_their_gres(bin_dir: Path) -> None:
+@pytest.mark.parametrize("kept", [-2, -20])
+def test_an_answer_of_squeue_that_was_cut_is_no_answer(bin_dir: Path, kept: int) -> None:
+    put_program(bin_dir, "squeue", f"sys.stdout.write({SQUEUE!r}[:{kept}])")
+    with pytest.raises(JanusError, match="was cut"):
+        Slurm().squeue(["20", "24"])
+
+
+def test_lines_of_a_sites_wrapper_are_no_cut_rows(bin_dir: Path) -> None:
+    put_program(bin_dir, "squeue", f"sys.stdout.write('Maintenance on Monday\\n' + {SQUEUE!r})")
+    assert set(Slurm().squeue(["20", "24"])) >= {"20", "24"}
+
+
+def test_an_answer_of_scontrol_without_the_job_does_not_deny_it(bin_dir: Path) -> None:
+    put_program(bin_dir, "scontrol", "print('JobId=1')")
+    with pytest.raises(JanusError, match="holds no job 1"):
+        Slurm().scontrol_show_job("1")
+
+
+def test_usable_nodes_are_listed_with_their_gres(bin_dir: Path) -> None:
     rows = "n1 idle gpu:h800:8(S:0-1)\\nn2 drained* gpu:h800:8\\nn3 mixed- (null)\\nn4 down$ (null)"
     put_program(bin_dir, "sinfo", f"print('{rows}')")
     assert Slurm().usable_nodes("gpu") == {"n1": "gpu:h800:8(S:0-1)", "n3": "(null)"}
@@ -283,7 +301,7 @@ def test_programs_get_the_conf_and_no_filters_of_the_user(
     assert os.environ["SQUEUE_USERS"] == "nobody"
 
 
-def test_slurm_that_was_taken_down_is_told_at_once(tmp_path: Path) -> None:
+def test_slurm_that_was_taken_down_is_reported_at_once(tmp_path: Path) -> None:
     slurm = Slurm(conf=tmp_path / "gone" / "slurm.conf")
     with pytest.raises(SlurmUnavailable, match="was taken down"):
         slurm.squeue(["1"])

@@ -1,4 +1,4 @@
-"""The ladder's rules, one claim each. The job's own word, Slurm's word, and what follows from both."""
+"""The rules of the state, one claim each: the job's own record, Slurm's answer, and the result."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from janus_cluster.local.process import is_local_job
-from janus_cluster.rundir import RunDir, write_json_atomically
+from janus_cluster.run.files import write_json_atomically
+from janus_cluster.run.local_process import is_local_job
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.submission import StatusRecord, Submission, load_status, load_submission
 from janus_cluster.slurm.commands import SlurmJob
-from janus_cluster.slurm.recorded import StatusFile, Submission, load_status, load_submission
 from janus_cluster.slurm.state import (
     Answer,
     JobState,
@@ -29,7 +30,7 @@ from janus_cluster.slurm.state import (
 NOW = 1_795_234_000.0
 
 
-def a_status(state: str = "RUNNING", **changes: Any) -> StatusFile:
+def a_status(state: str = "RUNNING", **changes: Any) -> StatusRecord:
     value: dict[str, Any] = {
         "cluster": "slurm",
         "job_id": "12",
@@ -38,7 +39,7 @@ def a_status(state: str = "RUNNING", **changes: Any) -> StatusFile:
         "started_at": NOW - 100,
         "updated_at": NOW - 10,
     }
-    return StatusFile(state=state, **(value | changes))
+    return StatusRecord(state=state, **(value | changes))
 
 
 def a_job(state: str, **changes: Any) -> SlurmJob:
@@ -46,7 +47,7 @@ def a_job(state: str, **changes: Any) -> SlurmJob:
     return SlurmJob(state=state, **(value | changes))
 
 
-def judge(status: StatusFile | None, job: SlurmJob | None, problem: str | None = None) -> JobState:
+def judge(status: StatusRecord | None, job: SlurmJob | None, problem: str | None = None) -> JobState:
     return judge_slurm_state(status, Answer(job=job, problem=problem), now=NOW)
 
 
@@ -68,8 +69,11 @@ def test_running_status_is_not_believed_against_a_dead_job(word: str) -> None:
     assert state.reason
 
 
-def test_running_status_of_a_forgotten_job_is_failed() -> None:
-    state = judge(a_status(), None)
+def test_running_status_of_a_forgotten_job_is_failed_once_its_heartbeat_is_old() -> None:
+    state = judge(a_status(updated_at=NOW - 10), None)
+    assert (state.state, state.source) == ("RUNNING", "status.json")
+    assert "not confirmed" in (state.reason or "")
+    state = judge(a_status(updated_at=NOW - 60), None)
     assert (state.state, state.source) == ("FAILED", "squeue")
     assert "no longer knows" in (state.reason or "")
     assert state.command_exit_code == 1
@@ -80,7 +84,7 @@ def test_running_status_is_kept_unconfirmed_when_slurm_cannot_be_asked() -> None
     assert (state.state, state.reason) == ("RUNNING", "not confirmed: Slurm does not answer")
 
 
-def test_nobody_knowing_is_unknown_and_no_success() -> None:
+def test_a_state_without_a_source_is_unknown_and_no_success() -> None:
     for state in (judge(None, None), judge(None, None, problem="no squeue")):
         assert state.state == "UNKNOWN"
         assert not state.is_final
@@ -115,7 +119,7 @@ def test_failed_status_keeps_its_own_exit_code_and_reason() -> None:
     "word", ["PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING", "POWER_UP_NODE", "EXPEDITING", "SPECIAL_EXIT"]
 )
 @pytest.mark.parametrize("last", ["STOPPED", "CANCELLED", "FAILED", "RUNNING"])
-def test_requeued_job_is_waiting_whatever_its_last_attempt_said(word: str, last: str) -> None:
+def test_requeued_job_is_waiting_for_any_last_record_of_its_attempt(word: str, last: str) -> None:
     state = judge(a_status(last), a_job(word, reason="BeginTime", nodes=()))
     assert (state.state, state.reason, state.attempt) == (word, "BeginTime", 1)
     assert not state.is_final
@@ -168,18 +172,20 @@ def test_stopped_on_purpose_has_its_own_exit_code() -> None:
 def test_same_number_of_a_newer_slurm_is_another_job(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "demo-1")
     sent = Submission(cluster="sandbox", job_id="2", submitted_at=NOW)
-    ours = a_job("RUNNING", submit_time=NOW + 1, restarts=0, command=f"{run.job_sbatch} x")
-    assert is_same_job(ours, run, sent)
+    for script in (run.bundle(1).job_sbatch, run.bundle(12).job_sbatch, run.links.job_sbatch):
+        ours = a_job("RUNNING", submit_time=NOW + 1, restarts=0, command=f"{script} x")
+        assert is_same_job(ours, run, sent)
     assert is_same_job(a_job("RUNNING", submit_time=NOW + 9000, restarts=1), run, sent)
     assert not is_same_job(a_job("RUNNING", submit_time=NOW + 9000, restarts=0), run, sent)
     assert not is_same_job(a_job("RUNNING", submit_time=NOW - 9000, restarts=1), run, sent)
-    assert not is_same_job(a_job("RUNNING", command=f"{tmp_path}/demo-2/job.sbatch"), run, sent)
+    for other in ("demo-2/job.sbatch", "demo-10/bundles/1/job.sbatch"):
+        assert not is_same_job(a_job("RUNNING", command=f"{tmp_path}/{other}"), run, sent)
 
 
 def test_local_process_without_a_final_word_has_failed() -> None:
     state = judge_local_state(a_status(cluster="local"), alive=False, now=NOW)
     assert (state.state, state.source, state.command_exit_code) == ("FAILED", "process", 1)
-    assert "ended without saying why" in (state.reason or "")
+    assert "ended without a reason" in (state.reason or "")
     assert judge_local_state(None, alive=False, now=NOW).state == "FAILED"
     assert judge_local_state(None, alive=True, now=NOW).state == "RUNNING"
     assert judge_local_state(a_status("COMPLETED", exit_code=0), alive=False, now=NOW).command_exit_code == 0
@@ -200,7 +206,7 @@ def test_dry_run_is_not_submitted(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r")
     state = load_job_states([run])[0]
     assert (state.state, state.source) == ("NOT_SUBMITTED", "run folder")
-    assert str(run.job_sbatch) in (state.reason or "")
+    assert str(run.links.job_sbatch) in (state.reason or "")
 
 
 def test_script_submitted_by_hand_is_known_by_its_status(tmp_path: Path) -> None:
@@ -245,11 +251,18 @@ def test_damaged_status_file_is_survived(tmp_path: Path, text: str) -> None:
 def local_job(tmp_path: Path) -> Iterator[tuple[RunDir, subprocess.Popen[bytes]]]:
     """A run whose job is a real process in a session of its own, its command line naming the run's script."""
     run = make_run(tmp_path / "a run")
-    run.job_sbatch.write_text("while :; do sleep 0.1; done\n")
-    process = subprocess.Popen(["bash", str(run.job_sbatch)], start_new_session=True)
+    run.bundle(1).path.mkdir(parents=True)
+    run.bundle(1).job_sbatch.write_text("while :; do sleep 0.1; done\n")
+    process = subprocess.Popen(["bash", str(run.bundle(1).job_sbatch)], start_new_session=True)
     write_json_atomically(
         run.submission_json,
-        {"schema_version": 1, "cluster": "local", "job_id": f"local-{process.pid}", "submitted_at": time.time()},
+        {
+            "schema_version": 1,
+            "cluster": "local",
+            "job_id": f"local-{process.pid}",
+            "submitted_at": time.time(),
+            "command": ["bash", str(run.bundle(1).job_sbatch)],
+        },
     )
     yield run, process
     if process.poll() is None:
@@ -263,10 +276,19 @@ def test_live_local_process_is_running(local_job: tuple[RunDir, subprocess.Popen
     assert (load_job_states([run])[0].state, load_job_states([run])[0].source) == ("RUNNING", "process")
 
 
+def test_a_live_local_process_is_that_of_its_run_after_the_folder_was_moved(
+    local_job: tuple[RunDir, subprocess.Popen[bytes]],
+) -> None:
+    run, _ = local_job
+    moved = RunDir(run.path.rename(run.path.with_name("moved")))
+    assert load_job_states([moved])[0].state == "RUNNING"
+
+
 def test_a_process_that_becomes_one_program_after_the_other_is_alive_all_the_time(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r")
-    run.job_sbatch.write_text('exec bash "$0"\n')
-    process = subprocess.Popen(["bash", str(run.job_sbatch)], start_new_session=True)
+    run.bundle(1).path.mkdir(parents=True)
+    run.bundle(1).job_sbatch.write_text('exec bash "$0"\n')
+    process = subprocess.Popen(["bash", str(run.bundle(1).job_sbatch)], start_new_session=True)
     try:
         assert [is_local_job(process.pid, run) for _ in range(500)] == [True] * 500
     finally:
@@ -310,7 +332,7 @@ def test_one_squeue_serves_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert calls.read_text() == "called\n"
 
 
-def test_accounting_speaks_for_a_job_that_the_controller_forgot(
+def test_accounting_answers_for_a_job_that_the_controller_forgot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "bin"
@@ -324,7 +346,7 @@ def test_accounting_speaks_for_a_job_that_the_controller_forgot(
     run = make_run(
         tmp_path / "r",
         submission={"cluster": "slurm", "job_id": "9"},
-        status={"cluster": "slurm", "job_id": "9", "state": "RUNNING"},
+        status={"cluster": "slurm", "job_id": "9", "state": "RUNNING", "updated_at": time.time() - 600},
     )
     state = load_job_states([run])[0]
     assert (state.state, state.source) == ("NODE_FAIL", "sacct")
@@ -332,7 +354,7 @@ def test_accounting_speaks_for_a_job_that_the_controller_forgot(
     assert load_job_states([run])[0].state == "FAILED"
 
 
-def test_completed_runs_are_told_without_asking_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completed_runs_are_shown_without_asking_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     run = make_run(
         tmp_path / "r",
@@ -375,7 +397,7 @@ def test_status_json_of_the_contract_is_read_whole(tmp_path: Path) -> None:
         )
     )
     status = load_status(run)
-    assert status == StatusFile(
+    assert status == StatusRecord(
         state="FAILED",
         cluster="slurm",
         job_id="12",

@@ -45,9 +45,9 @@ def work(world: World, what: str, checkpoints: Path, arguments: list[str]) -> No
         found = agree_on_resume(checkpoints, resume="auto", world=world, report=lambda line: None)
         passed_over = [(p.path.name, p.reason) for p in found.passed_over]
         name = None if found.checkpoint is None else found.checkpoint.name
-        said = json.dumps({"rank": world.rank, "checkpoint": name, "passed_over": passed_over})
+        output = json.dumps({"rank": world.rank, "checkpoint": name, "passed_over": passed_over})
         # One write: unbuffered, print would write the line and its end apart, and another rank's in between.
-        os.write(1, f"{said}\n".encode())
+        os.write(1, f"{output}\n".encode())
         return
     step, megabytes = int(arguments[0]), [float(a) for a in arguments[1:]]
     with new_checkpoint(checkpoints, step=step, world=world, keep_last=2, about={"zero_stage": 3}) as aside:

@@ -23,11 +23,11 @@ from engine_values import live_values
 from fake_device import FakeDevice
 from transformers import TrainerCallback
 
-from janus_cluster.config.schema import ResolvedJob
-from janus_cluster.rundir import RunDir
+from janus_cluster.janusvln.data.dataset import NavigationDataset, collate
+from janus_cluster.janusvln.data.index import load_samples
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.bundle import load_resolved
 from janus_cluster.training.batches import build_batches
-from janus_cluster.training.data.dataset import NavigationDataset, collate
-from janus_cluster.training.data.index import load_samples
 from janus_cluster.training.entry import build_job_model, load_job_tokenizer
 from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.trainer import JanusTrainer, build_training_arguments
@@ -50,7 +50,7 @@ class CountSynchronisations(TrainerCallback):  # type: ignore[misc]
 
 
 def measure(run: RunDir, world: World) -> dict[str, Any]:
-    resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
+    resolved = load_resolved(run.bundle(1))
     job, count = resolved.job, CountSynchronisations()
     set_accelerator(FakeDevice() if job.hardware.device == "cuda" else CPU_Accelerator())
     # DeepSpeed has one logger for all engines of a process, and no engine switches it off.
@@ -58,7 +58,7 @@ def measure(run: RunDir, world: World) -> dict[str, Any]:
     split = load_samples(job.data, seed=0)
     tokenizer = load_job_tokenizer(job, split)
     arguments = build_training_arguments(
-        job, output_dir=run.checkpoints, ds_config_json=run.ds_config_json, device="cpu"
+        job, output_dir=run.checkpoints, ds_config_json=run.bundle(1).ds_config_json, device="cpu"
     )
     arguments.save_strategy = "no"
     trainer = JanusTrainer(
@@ -76,7 +76,7 @@ def measure(run: RunDir, world: World) -> dict[str, Any]:
     trainer.add_callback(count)
     trainer.train()
     engine = trainer.model_wrapped
-    config = json.loads(run.ds_config_json.read_text(encoding="utf-8"))
+    config = json.loads(run.bundle(1).ds_config_json.read_text(encoding="utf-8"))
     found = {
         "values": live_values(engine, config),
         "micro_steps": count.micro_steps,

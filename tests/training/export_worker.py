@@ -3,7 +3,7 @@
 Usage: export_worker.py EPISODES OUT
 OUT/<stage>-<full|lora>-<preset|path>-<tied|untied>/ holds `export/` and `live.safetensors`: what the trained network
 itself computes for OUT/batch.pt. A run with model.path begins at the export that the preset gave under ZeRO-0;
-OUT/<stage>-full-path-flagged/ at the untied one with a config.json that says tied.
+OUT/<stage>-full-path-flagged/ at the untied one with a tied flag in config.json.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from torch import Tensor, nn
 from training_run import free_port, write_run_folder
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from janus_cluster.config.networks import PRESETS
-from janus_cluster.config.schema import JobConfig, ResolvedJob
-from janus_cluster.rundir import RunDir
+from janus_cluster.janusvln.data.dataset import NavigationDataset, collate
+from janus_cluster.janusvln.data.index import load_samples
+from janus_cluster.janusvln.held_out import move_to
+from janus_cluster.janusvln.model.janus import JanusModel
+from janus_cluster.job.schema import JobConfig
+from janus_cluster.modelspec.networks import PRESETS
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.bundle import load_resolved
 from janus_cluster.training.batches import build_batches
-from janus_cluster.training.data.dataset import NavigationDataset, collate
-from janus_cluster.training.data.index import load_samples
 from janus_cluster.training.entry import build_job_model, load_job_tokenizer
 from janus_cluster.training.export import write_exports
-from janus_cluster.training.held_out import move_to
 from janus_cluster.training.metrics import MetricsLog
-from janus_cluster.training.model.janus import JanusModel
 from janus_cluster.training.trainer import JanusTrainer, build_training_arguments
 from janus_cluster.training.world import World
 
@@ -86,13 +87,13 @@ def job_for(episodes: Path, out: Path, *, stage: str, adapter: str, source: str,
 
 
 def logits_of(engine: nn.Module, model: JanusModel, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """What `model`, called through `engine`, says of the text and of the action."""
-    said: list[Tensor] = []
-    hook = model.lm_head.register_forward_hook(lambda _head, _inputs, logits: said.append(logits))
+    """The text and action logits of `model`, called through `engine`."""
+    logged: list[Tensor] = []
+    hook = model.lm_head.register_forward_hook(lambda _head, _inputs, logits: logged.append(logits))
     with torch.no_grad():
         output = engine(**batch)
     hook.remove()
-    return {"text": said[0].clone(), "action": output.action_logits.clone()}
+    return {"text": logged[0].clone(), "action": output.action_logits.clone()}
 
 
 def train_and_export(run: RunDir, job: JobConfig, *, tied: bool) -> None:
@@ -102,7 +103,7 @@ def train_and_export(run: RunDir, job: JobConfig, *, tied: bool) -> None:
     split = load_samples(job.data, seed=0)
     tokenizer = load_job_tokenizer(job, split)
     arguments = build_training_arguments(
-        job, output_dir=run.checkpoints, ds_config_json=run.ds_config_json, device="cpu"
+        job, output_dir=run.checkpoints, ds_config_json=run.bundle(1).ds_config_json, device="cpu"
     )
     arguments.save_strategy = "no"
     dataset = NavigationDataset(
@@ -134,7 +135,7 @@ def main(episodes: Path, out: Path) -> None:
         folder = out / name_of(stage, adapter, source, head)
         job = job_for(episodes, out, stage=stage, adapter=adapter, source=source, head=head)
         run = write_run_folder(folder, job)
-        resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
+        resolved = load_resolved(run.bundle(1))
         train_and_export(run, resolved.job, tied=head == "tied")
         # Both are kept for the life of a process; here another stage comes next.
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,6 +1,6 @@
 """A device that works beside the host, as a GPU does, for DeepSpeed on a machine without one.
 
-DeepSpeed's CPU accelerator says that all work is done when a call returns, and its engines then skip streams, events
+DeepSpeed's CPU accelerator reports that all work is done when a call returns, and its engines then skip streams, events
 and synchronisation. Here they take the way they take on a GPU, and every synchronisation is counted with its place.
 """
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from janus_cluster.training.kernels import skip_unused_kernels
+from janus_cluster.janusvln.kernels import skip_unused_kernels
 from janus_cluster.training.reshard import load_resharded
 from janus_cluster.training.world import run_and_leave
 
@@ -55,7 +55,7 @@ def names_of(model: nn.Module) -> list[list[str]]:
 
 
 def work(case: dict[str, Any]) -> None:
-    # Another seed for whoever goes on: nothing may be right by chance.
+    # Another seed for the resumed run: nothing may be right by chance.
     torch.manual_seed(1 if case["from"] is None else 2)
     model = Network()
     dtype = torch.bfloat16 if case["config"].get("bf16", {}).get("enabled") else torch.float32

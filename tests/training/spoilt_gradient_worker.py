@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from janus_cluster.config.schema import ResolvedJob
-from janus_cluster.rundir import RunDir
+from janus_cluster.janusvln.data.dataset import NavigationDataset, collate
+from janus_cluster.janusvln.data.index import load_samples
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.bundle import load_resolved
 from janus_cluster.training.batches import build_batches
-from janus_cluster.training.data.dataset import NavigationDataset, collate
-from janus_cluster.training.data.index import load_samples
 from janus_cluster.training.entry import build_job_model, load_job_tokenizer
+from janus_cluster.training.failure import failure_recorded
 from janus_cluster.training.metrics import MetricsLog
 from janus_cluster.training.trainer import JanusTrainer, build_training_arguments
 from janus_cluster.training.world import load_world, process_group, run_and_leave
@@ -34,13 +35,14 @@ class SpoiltTrainer(JanusTrainer):
 
 def main() -> None:
     run = RunDir(Path(sys.argv[1]))
-    resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
+    resolved = load_resolved(run.bundle(1))
     job, world = resolved.job, load_world("cpu")
-    with process_group(world, timeout_s=60):
+    failure_json = run.rank_failure_json(1, world.rank)
+    with failure_recorded(failure_json, rank=world.rank, node="a"), process_group(world, timeout_s=60):
         split = load_samples(job.data, seed=0)
         tokenizer = load_job_tokenizer(job, split)
         arguments = build_training_arguments(
-            job, output_dir=run.checkpoints, ds_config_json=run.ds_config_json, device="cpu"
+            job, output_dir=run.checkpoints, ds_config_json=run.bundle(1).ds_config_json, device="cpu"
         )
         trainer = SpoiltTrainer(
             model=build_job_model(job, tokenizer, world),

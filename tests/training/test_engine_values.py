@@ -1,4 +1,4 @@
-"""Running DeepSpeed engines do what their JSON says: every key, every shipped profile, one process and two."""
+"""Running DeepSpeed engines do what is in their JSON: every key, every shipped profile, one process and two."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import pytest
 from engine_values import ROWS, WITHOUT_EFFECT, leaves
 from training_run import write_run_folder
 
-from janus_cluster.render import deepspeed as rendering
-from janus_cluster.resources import jobs_dir, templates_dir
-from janus_cluster.training.data.demo import write_demo_episodes
+from janus_cluster.janusvln.world.demo import write_demo_episodes
+from janus_cluster.job import deepspeed as rendering
+from janus_cluster.job.resources import jobs_dir, templates_dir
+from janus_cluster.run.paths import RunDir
 
 pytestmark = pytest.mark.train
 
@@ -86,7 +87,7 @@ def torchrun(folders: list[Path], out: Path, *, processes: int) -> dict[str, Any
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "ds_config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads(RunDir(folder).bundle(1).ds_config_json.read_text(encoding="utf-8"))
     return config
 
 
@@ -115,7 +116,7 @@ def together(root: Path) -> dict[str, Any]:
     old = root / "2-zero2-old"
     # Three steps: DeepSpeed's throughput timer leaves out two.
     write_run_folder(old, job_for("zero2", "cuda", processes=2, root=root, steps=3))
-    (old / "ds_config.json").write_text(json.dumps(read_config(old) | OLD_KEYS), encoding="utf-8")
+    RunDir(old).bundle(1).ds_config_json.write_text(json.dumps(read_config(old) | OLD_KEYS), encoding="utf-8")
     folders = [old]
     for profile in PROFILES:
         for device in DEVICES:
@@ -144,7 +145,7 @@ def test_an_engine_runs_with_every_value_of_its_shipped_json(
 ) -> None:
     name = f"{processes}-{profile}-{device}"
     shipped = dict(leaves(read_config(root / name)))
-    assert set(shipped) - set(ROWS) == set(), "shipped, and engine_values.py does not say how to read it"
+    assert set(shipped) - set(ROWS) == set(), "shipped, and engine_values.py has no reader for it"
     assert engines[name]["values"] == shipped
 
 
@@ -167,7 +168,7 @@ def test_a_micro_step_waits_for_the_device_only_where_zero_must(together: dict[s
 
 def test_the_old_json_waits_after_every_collective_and_for_a_timer(together: dict[str, Any]) -> None:
     old = together["2-zero2-old"]
-    assert old["values"]["comms_logger.enabled"] is True, "the JSON says false"
+    assert old["values"]["comms_logger.enabled"] is True, "the JSON has false"
     for micro_step, shipped in zip(old["micro_steps"][-ACCUMULATION:], SYNCHRONISATIONS["zero2"], strict=True):
         places = set(micro_step)
         assert places >= {LOGGED, "timer.py:start"} and micro_step[REDUCED] == shipped[REDUCED]

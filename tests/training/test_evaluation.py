@@ -19,24 +19,24 @@ from safetensors.torch import load_file, save_file
 from training_run import resolve, write_run_folder
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from janus_cluster.config.schema import JobConfig
 from janus_cluster.errors import UsageError
-from janus_cluster.training.data.dataset import NavigationDataset, collate
-from janus_cluster.training.data.demo import write_demo_episodes
-from janus_cluster.training.data.index import load_samples
-from janus_cluster.training.data.samples import ACTIONS, Sample
-from janus_cluster.training.data.tokenizer import write_processing_files
-from janus_cluster.training.entry import load_job_tokenizer, tokenizer_ids
-from janus_cluster.training.held_out import ScoreSums, predict_batches, share_batches
-from janus_cluster.training.loss import SEGMENT_NAMES
-from janus_cluster.training.model import pixels
-from janus_cluster.training.model.build import build_model
-from janus_cluster.training.model.generate import generate_greedy
-from janus_cluster.training.model.janus import JanusModel
-from janus_cluster.training.model.load import write_vggt
-from janus_cluster.training.predictions import Prediction
+from janus_cluster.janusvln.data.dataset import NavigationDataset, collate
+from janus_cluster.janusvln.data.index import load_samples
+from janus_cluster.janusvln.data.samples import ACTIONS, Sample
+from janus_cluster.janusvln.data.tokenizer import tokenizer_ids, write_processing_files
+from janus_cluster.janusvln.held_out import ScoreSums, predict_batches, share_batches
+from janus_cluster.janusvln.loss import SEGMENT_NAMES
+from janus_cluster.janusvln.model import pixels
+from janus_cluster.janusvln.model.build import build_model
+from janus_cluster.janusvln.model.generate import generate_greedy
+from janus_cluster.janusvln.model.janus import JanusModel
+from janus_cluster.janusvln.model.load import write_vggt
+from janus_cluster.janusvln.predictions import Prediction
+from janus_cluster.janusvln.world.demo import write_demo_episodes
+from janus_cluster.job.schema import JobConfig
+from janus_cluster.training.entry import load_job_tokenizer
 from janus_cluster.training.report import ShownSample, render_page
-from janus_cluster.training.subject import draw_indices, load_subject, write_record
+from janus_cluster.training.subject import draw_indices, load_subject, write_preparation
 
 pytestmark = pytest.mark.train
 
@@ -87,7 +87,7 @@ def exported(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.model.save_pretrained(folder)
     write_vggt(tiny.model, folder)
     write_processing_files(folder, tokenizer=tiny.tokenizer, data=tiny.job.data)
-    write_record(folder, tiny.job)
+    write_preparation(folder, tiny.job)
     return folder
 
 
@@ -182,7 +182,7 @@ def test_decoding_with_the_cache_gives_what_reading_everything_again_gives(tiny:
         expected.append(int(naive_logits(tiny.model, ids, batch)[0, -1].argmax()))
         ids = torch.cat((ids, torch.tensor([[expected[-1]]])), dim=1)
     assert greedy(tiny, item, max_new_tokens=12, stop_ids=()) == expected
-    assert len(set(expected)) > 2, "a model that says one word over and over would hide a wrong position"
+    assert len(set(expected)) > 2, "a model that repeats one token would hide a wrong position"
     first_stop = expected.index(expected[5])
     assert greedy(tiny, item, max_new_tokens=12, stop_ids={expected[5]}) == expected[:first_stop]
 
@@ -201,7 +201,7 @@ def test_the_answer_depends_on_the_spatial_memory(tiny: Tiny) -> None:
 
 @pytest.fixture(autouse=True)
 def janus_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Indexes that no run keeps lie in the test's own folder."""
+    """Indexes that no run keeps are in the test's own folder."""
     monkeypatch.setenv("JANUS_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 

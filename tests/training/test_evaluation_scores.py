@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from janus_cluster.training.scores import (
+from janus_cluster.janusvln.scores import (
     count_confusion,
     parse_action_line,
     parse_action_word,

@@ -15,18 +15,18 @@ from model_cases import build_reference_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from janus_cluster.config.check_weights import check_weights
-from janus_cluster.config.safetensors_header import read_header
-from janus_cluster.config.schema import Model, SegmentWeights
 from janus_cluster.errors import TrainingFailed
-from janus_cluster.training.data.dataset import NavigationDataset
-from janus_cluster.training.data.demo import write_demo_episodes
-from janus_cluster.training.data.tokenizer import load_tokenizer
+from janus_cluster.janusvln.data.dataset import NavigationDataset
+from janus_cluster.janusvln.data.tokenizer import load_tokenizer
+from janus_cluster.janusvln.model.janus import JanusModel
+from janus_cluster.janusvln.model.load import load_exported
+from janus_cluster.janusvln.model.write import name_for_disk, require_readable
+from janus_cluster.janusvln.predictions import predict_actions
+from janus_cluster.janusvln.world.demo import write_demo_episodes
+from janus_cluster.job.schema import Model, SegmentWeights
+from janus_cluster.modelspec.check_weights import check_weights
+from janus_cluster.modelspec.safetensors_header import read_header
 from janus_cluster.training.export import write_model
-from janus_cluster.training.model.janus import JanusModel
-from janus_cluster.training.model.load import load_exported
-from janus_cluster.training.model.write import name_for_disk, require_readable
-from janus_cluster.training.predictions import predict_actions
 from janus_cluster.training.subject import load_subject
 
 pytestmark = pytest.mark.train
@@ -96,13 +96,13 @@ def test_an_export_reads_back_as_the_network_that_trained(trained: Path, episode
     tokenizer = load_tokenizer(subject.model)
     samples = subject.load_samples().samples[:1]
     dataset = NavigationDataset(samples, tokenizer=tokenizer, data=subject.data, segment_weights=SegmentWeights())
-    scores, _ = predict_actions(model, dataset, pad_token_id=tokenizer.pad_token_id, num_workers=0, say=print)
+    scores, _ = predict_actions(model, dataset, pad_token_id=tokenizer.pad_token_id, num_workers=0, report=print)
     assert scores.head.num_samples == 1
 
 
 def test_a_tied_flag_beside_another_head_is_one_untied_network_under_every_stage(trained: Path) -> None:
-    said = (trained / "log").read_text(encoding="utf-8")
-    assert said.count("the network is untied, with the file's own lm_head") == 2
+    output = (trained / "log").read_text(encoding="utf-8")
+    assert output.count("the network is untied, with the file's own lm_head") == 2
     two, three = (trained / name_of(stage, "full", "path", "flagged") for stage in ("zero2", "zero3"))
     untied = trained / name_of("zero2", "full", "path", "untied")
     assert names_in(two / "export") == names_in(three / "export") == names_in(untied / "export")
@@ -124,7 +124,7 @@ def spoil(folder: Path, damage: str) -> None:
         embedding[3, 5] += 1e-3
     elif damage == "are missing":
         del tensors["model.norm.weight"]
-    elif damage == "that nobody wrote":
+    elif damage == "that were not written":
         tensors["model.model.norm.weight"] = tensors["model.norm.weight"].clone()
     elif damage == "another shape":
         tensors["model.embed_tokens.weight"] = embedding[:-1].contiguous()
@@ -139,7 +139,8 @@ def spoil(folder: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["other numbers", "are missing", "that nobody wrote", "another shape", "truncated", "num_hidden_layers"]
+    "damage",
+    ["other numbers", "are missing", "that were not written", "another shape", "truncated", "num_hidden_layers"],
 )
 def test_an_export_that_reads_back_otherwise_is_refused(reference: JanusModel, damage: str, tmp_path: Path) -> None:
     write_model(tmp_path, reference, reference.state_dict())
@@ -151,7 +152,7 @@ def test_an_export_that_reads_back_otherwise_is_refused(reference: JanusModel, d
     assert "janus-cluster resume" in str(refused.value.hint)
 
 
-def test_an_export_whose_flag_says_tied_is_read_by_its_own_head(reference: JanusModel, tmp_path: Path) -> None:
+def test_an_export_with_a_tied_flag_is_read_by_its_own_head(reference: JanusModel, tmp_path: Path) -> None:
     write_model(tmp_path, reference, reference.state_dict())
     values = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": True}), encoding="utf-8")

@@ -19,21 +19,21 @@ from published_reader import TEXT
 from safetensors.torch import load_file, save_file
 from training_run import resolve
 
-from janus_cluster.config.check_weights import check_weights
-from janus_cluster.config.networks import PRESETS
-from janus_cluster.config.safetensors_header import read_header
-from janus_cluster.config.schema import Model
 from janus_cluster.errors import UsageError
-from janus_cluster.rundir import RunDir
-from janus_cluster.training.data.demo import write_demo_episodes
-from janus_cluster.training.data.index import load_samples
-from janus_cluster.training.data.tokenizer import load_tokenizer, write_processing_files
+from janus_cluster.janusvln.data.index import load_samples
+from janus_cluster.janusvln.data.tokenizer import load_tokenizer, write_processing_files
+from janus_cluster.janusvln.model.janus import JanusModel
+from janus_cluster.janusvln.model.load import load_exported, write_vggt
+from janus_cluster.janusvln.world.demo import write_demo_episodes
+from janus_cluster.job.schema import Model
+from janus_cluster.modelspec.check_weights import check_weights
+from janus_cluster.modelspec.networks import PRESETS
+from janus_cluster.modelspec.safetensors_header import read_header
+from janus_cluster.run.paths import RunDir
 from janus_cluster.training.entry import build_job_model, load_job_tokenizer
 from janus_cluster.training.export import write_model
-from janus_cluster.training.model.janus import JanusModel
-from janus_cluster.training.model.load import load_exported, write_vggt
 from janus_cluster.training.published import write_published
-from janus_cluster.training.subject import load_subject, write_record
+from janus_cluster.training.subject import load_subject, write_preparation
 from janus_cluster.training.world import World
 from tests.conftest import not_tested
 
@@ -78,13 +78,14 @@ def write_run(path: Path, episodes: Path, *, tied: bool, monkeypatch: pytest.Mon
     run.export.mkdir(parents=True)
     settings = {"nodes": 1, "model": {"preset": "tiny", "vggt_path": str(path / "VGGT-1B")}, "data": data}
     resolved = resolve(settings | {"training": {"precision": "fp32"}}, run_dir=path)
-    run.resolved_json.write_text(resolved.model_dump_json(), encoding="utf-8")
+    run.bundle(1).path.mkdir(parents=True)
+    run.bundle(1).resolved_json.write_text(resolved.model_dump_json(), encoding="utf-8")
     job = resolved.job.model_copy(update={"model": resolved.job.model.model_copy(update={"vggt_path": None})})
     tokenizer = load_job_tokenizer(job, load_samples(job.data, seed=0))
     model = build_job_model(job, tokenizer, World(0, 0, 1, torch.device("cpu"))).eval()
     write_model(run.export, model, model.state_dict())
     write_processing_files(run.export, tokenizer=tokenizer, data=job.data)
-    write_record(run.export, resolved.job)
+    write_preparation(run.export, resolved.job)
     (path / "VGGT-1B").mkdir()
     vggt = load_file(write_vggt(model, path))
     # As the published file: with the last blocks and other heads too.
@@ -107,7 +108,7 @@ def is_tied(run: RunDir) -> bool:
     return bool(json.loads((run.export / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"])
 
 
-def test_vggt_lies_inside_and_the_other_names_are_the_hubs(published: RunDir) -> None:
+def test_vggt_is_inside_and_the_other_names_are_the_hubs(published: RunDir) -> None:
     names = read_header(published.published_export / "model.safetensors")
     assert {name: shape for name, shape in names.items() if not name.startswith("vggt.")} == read_header(
         published.export / "model.safetensors"
@@ -180,14 +181,18 @@ def test_the_command_writes_it_once_and_overwrites_nothing(published: RunDir, tm
     def export() -> subprocess.CompletedProcess[str]:
         argv = ["export", str(published.path), "--out", str(tmp_path / "out"), "--json"]
         return subprocess.run(
-            [sys.executable, "-m", "janus_cluster.cli", *argv], capture_output=True, text=True, check=False, timeout=600
+            [sys.executable, "-m", "janus_cluster.cli", *argv],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
         )
 
     done = export()
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["path"] == str(tmp_path / "out") and told["layout"] == "janusvln"
-    assert told["files_bytes"].keys() == {p.name for p in published.published_export.iterdir()}
+    reported = json.loads(done.stdout)
+    assert reported["path"] == str(tmp_path / "out") and reported["layout"] == "janusvln"
+    assert reported["files_bytes"].keys() == {p.name for p in published.published_export.iterdir()}
     again = export()
     assert again.returncode == 2 and "is not empty" in again.stderr
 

@@ -1,4 +1,4 @@
-"""Signals and heartbeats of one rank, with real processes: an agent that starts it, and somebody else."""
+"""Signals and heartbeats of one rank, with real processes: an agent that starts it, and another sender."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from janus_cluster.rundir import RunDir, read_json
+from janus_cluster.run.files import read_json
+from janus_cluster.run.paths import RunDir
 from janus_cluster.training.pulse import Pulse
 
 pytestmark = pytest.mark.slow
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.slow
 RANK = """
 import ctypes, sys, time
 from pathlib import Path
-from janus_cluster.rundir import RunDir
+from janus_cluster.run.paths import RunDir
 from janus_cluster.training.pulse import Pulse, take_signals
 take_signals()
 pulse = Pulse(RunDir(Path(sys.argv[1])), attempt=1, rank=0, node="h800-01", hang_timeout_s=2).start()
@@ -37,7 +38,7 @@ if sys.argv[2] == "works":
 pulse.beat("step", 3)
 ctypes.CDLL(None).sleep(60)
 """
-# Starts the rank as torchrun does, tells its pid, and passes on what it is told to.
+# Starts the rank as torchrun does, prints its pid, and passes on signals on request.
 AGENT = """
 import os, signal, subprocess, sys, time
 for s in (signal.SIGTERM, signal.SIGUSR1):
@@ -85,7 +86,7 @@ def test_the_agents_signal_ends_a_rank_that_sits_in_a_collective(tmp_path: Path,
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
-def test_anybody_elses_stop_signal_asks_to_stop_at_the_next_step(tmp_path: Path, signum: signal.Signals) -> None:
+def test_a_stop_signal_of_another_sender_asks_to_stop_at_the_next_step(tmp_path: Path, signum: signal.Signals) -> None:
     with agent_of(tmp_path, "works") as agent:
         os.kill(agent.rank_pid, signum)
         assert {agent.read(), agent.read()} == {
@@ -107,6 +108,18 @@ def test_a_rank_that_was_suspended_goes_on_and_still_takes_a_stop(tmp_path: Path
         assert "stops" in {agent.read(), agent.read()}
 
 
+def test_time_in_which_a_rank_was_suspended_is_not_without_progress(tmp_path: Path) -> None:
+    with agent_of(tmp_path, "waits") as agent:
+        time.sleep(0.2)
+        os.kill(agent.rank_pid, signal.SIGSTOP)
+        time.sleep(2.5)
+        os.kill(agent.rank_pid, signal.SIGCONT)
+        went_on_s = time.monotonic()
+        # Of its own 2 s without progress it has most before it still.
+        assert agent.read().startswith("no progress in 2 s")
+        assert time.monotonic() - went_on_s > 1
+
+
 def test_the_attempts_file_asks_rank_0_to_stop(tmp_path: Path) -> None:
     with agent_of(tmp_path, "works") as agent:
         RunDir(tmp_path).stop_json(1).write_text("{}")
@@ -121,7 +134,7 @@ def test_a_rank_under_sigstop_does_not_outlive_its_agent(tmp_path: Path) -> None
         wait_until(lambda: not is_running(agent.rank_pid))
 
 
-def test_the_heart_beats_while_training_stands_still_and_says_where(tmp_path: Path) -> None:
+def test_heartbeats_go_on_while_training_hangs_and_show_where(tmp_path: Path) -> None:
     with agent_of(tmp_path, "waits") as agent:
         path = RunDir(tmp_path).heartbeat_json(1, 0)
         wait_until(lambda: path.exists() and read_json(path)["doing"] == "step")
@@ -136,7 +149,7 @@ def test_the_heart_beats_while_training_stands_still_and_says_where(tmp_path: Pa
 FULL = """
 import shutil, sys, time
 from pathlib import Path
-from janus_cluster.rundir import RunDir
+from janus_cluster.run.paths import RunDir
 from janus_cluster.training.pulse import Pulse, take_signals
 take_signals()
 run = RunDir(Path(sys.argv[1]))
@@ -153,7 +166,7 @@ raise SystemExit(1)
 """
 
 
-def test_the_heart_beats_on_after_a_full_disk_kept_its_file_and_its_words(tmp_path: Path) -> None:
+def test_heartbeats_go_on_after_a_full_disk_kept_file_and_log_from_being_written(tmp_path: Path) -> None:
     (tmp_path / "logs" / "attempt_1").mkdir(parents=True)
     # Nothing can be printed, and no heartbeat can be written for two seconds.
     command = [sys.executable, "-c", FULL, str(tmp_path)]
@@ -167,7 +180,7 @@ def test_the_heart_beats_on_after_a_full_disk_kept_its_file_and_its_words(tmp_pa
 SAVING = """
 import sys, time
 from pathlib import Path
-from janus_cluster.rundir import RunDir
+from janus_cluster.run.paths import RunDir
 from janus_cluster.training.pulse import Pulse, take_signals
 take_signals()
 pulse = Pulse(RunDir(Path(sys.argv[1])), attempt=1, rank=0, node="h800-01", hang_timeout_s=1).start()
@@ -203,11 +216,11 @@ def wait_until(is_true: object, *, limit_s: float = 200) -> None:
         time.sleep(0.05)
 
 
-def test_the_first_completed_step_is_told_at_once_and_only_once(tmp_path: Path) -> None:
+def test_the_first_completed_step_is_reported_at_once_and_only_once(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     path = run.heartbeat_json(1, 0)
     path.parent.mkdir(parents=True)
-    # Its thread does not run: what stands in the file was written by the call itself.
+    # Its thread does not run: the content of the file was written by the call itself.
     pulse = Pulse(run, attempt=1, rank=0, node="h800-01", hang_timeout_s=60)
     pulse.beat("step", 0)
     assert not path.exists()

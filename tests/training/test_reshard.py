@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 import torch
 from reshard_worker import MODEL_WEIGHTS, Network, names_of
-from training_run import CPU, everything_said, free_port, run_on_nodes, write_run_folder
+from run_files import read_metric_lines
+from training_run import CPU, all_output, free_port, run_on_nodes, write_run_folder
 
-from janus_cluster.config.zero_cut import Cut
 from janus_cluster.errors import UsageError
-from janus_cluster.rundir import RunDir
-from janus_cluster.training.data.demo import write_demo_episodes
+from janus_cluster.janusvln.world.demo import write_demo_episodes
+from janus_cluster.modelspec.zero_cut import Cut
+from janus_cluster.run.paths import RunDir
 from janus_cluster.training.reshard import MOMENTS, WEIGHT, load_source, require_same_parameters, written_cut
 
 pytestmark = pytest.mark.train
@@ -87,18 +88,18 @@ def carried(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def numbers(checkpoint: Path) -> dict[Any, Any]:
-    """All that a checkpoint says, parameter by parameter."""
+    """The content of a checkpoint, parameter by parameter."""
     source = load_source(checkpoint, names=NAMES)
-    said: dict[Any, Any] = {"step": source.step, "counters": source.counters}
-    said["groups"] = [
+    content: dict[Any, Any] = {"step": source.step, "counters": source.counters}
+    content["groups"] = [
         {key: group[key] for key in ("name", "lr", "weight_decay", "betas")}
         for group in source.shards[0].torch_state["param_groups"]
     ]
     for name, pieces in source.layout.items():
         for key in (WEIGHT, *MOMENTS):
-            said[name, key] = torch.full((sum(p.numel for p in pieces),), torch.nan)
-            source.read(key, name, start=0, into=said[name, key])
-    return said
+            content[name, key] = torch.full((sum(p.numel for p in pieces),), torch.nan)
+            source.read(key, name, start=0, into=content[name, key])
+    return content
 
 
 @pytest.mark.parametrize(("begun", "to"), CARRIED)
@@ -200,14 +201,14 @@ def whole_runs(episodes: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     @cache
     def whole_run(topology: Topology) -> RunDir:
         run = write_run_folder(tmp_path_factory.mktemp("whole") / "run", job_of(episodes, topology))
-        assert run_on_nodes("janus_cluster.training.entry", run) == [0] * topology[1], everything_said(run)
+        assert run_on_nodes("janus_cluster.training", run) == [0] * topology[1], all_output(run)
         return run
 
     return whole_run
 
 
 def curve(run: RunDir) -> list[dict[str, Any]]:
-    return [m for m in run.read_metrics() if m["kind"] == "train"]
+    return [m for m in read_metric_lines(run) if m["kind"] == "train"]
 
 
 @pytest.mark.parametrize(("begun", "to"), CHANGES)
@@ -217,10 +218,10 @@ def test_the_curve_goes_on_as_if_nothing_had_changed(
     whole = whole_runs(begun)
     run = write_run_folder(tmp_path / "run", job_of(episodes, to))
     shutil.copytree(whole.checkpoints / "checkpoint-3", run.checkpoints / "checkpoint-3")
-    assert run_on_nodes("janus_cluster.training.entry", run) == [0] * to[1], everything_said(run)
+    assert run_on_nodes("janus_cluster.training", run) == [0] * to[1], all_output(run)
     assert [m["step"] for m in curve(run)] == [4, 5, 6]
     for found, expected in zip(curve(run), curve(whole)[3:], strict=True):
         for value in ("loss", "loss_text", "loss_action", "learning_rate", "epoch"):
             assert found[value] == pytest.approx(expected[value], rel=0, abs=1e-5), (found["step"], value)
-    assert f"was written by {Cut(world_size=begun[1] * begun[2], stage=int(begun[0][-1]))}" in everything_said(run)
+    assert f"was written by {Cut(world_size=begun[1] * begun[2], stage=int(begun[0][-1]))}" in all_output(run)
     assert (run.checkpoints / "checkpoint-6" / "manifest.json").is_file()

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_run import CPU, everything_said, run_on_nodes, write_run_folder
+from run_files import read_metric_lines
+from training_run import CPU, all_output, run_on_nodes, write_run_folder
 
-from janus_cluster.training.data.demo import write_demo_episodes
+from janus_cluster.janusvln.world.demo import write_demo_episodes
 
 pytestmark = pytest.mark.train
 
@@ -61,8 +62,8 @@ def loss_curve(episodes: Path, folder: Path, *, profile: str, topology: str) -> 
         "checkpoint": {"every_steps": 1000, "export": False},
     }  # fmt: skip
     run = write_run_folder(folder, job)
-    assert run_on_nodes("janus_cluster.training.entry", run) == [0] * nodes, everything_said(run)
-    return [m for m in run.read_metrics() if m["kind"] == "train"]
+    assert run_on_nodes("janus_cluster.training", run) == [0] * nodes, all_output(run)
+    return [m for m in read_metric_lines(run) if m["kind"] == "train"]
 
 
 def test_the_reference_learns_for_twenty_steps(curves: Callable[[str, str], Curve]) -> None:

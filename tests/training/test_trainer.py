@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from run_files import read_metric_lines
 from training_run import resolve
 
 from janus_cluster.errors import TrainingFailed
-from janus_cluster.rundir import RunDir
+from janus_cluster.janusvln.data.dataset import NavigationDataset, collate
+from janus_cluster.janusvln.data.index import load_samples
+from janus_cluster.janusvln.data.lengths import load_token_counts
+from janus_cluster.janusvln.data.tokenizer import tokenizer_ids
+from janus_cluster.janusvln.model.build import build_model
+from janus_cluster.janusvln.world.demo import write_demo_episodes
+from janus_cluster.run.checkpoints import find_newest_complete
+from janus_cluster.run.paths import RunDir
 from janus_cluster.training.batches import build_batches
-from janus_cluster.training.checkpoint import find_newest_complete
-from janus_cluster.training.data.dataset import NavigationDataset, collate
-from janus_cluster.training.data.demo import write_demo_episodes
-from janus_cluster.training.data.index import load_samples
-from janus_cluster.training.data.lengths import load_token_counts
-from janus_cluster.training.entry import load_job_tokenizer, tokenizer_ids
+from janus_cluster.training.entry import load_job_tokenizer
 from janus_cluster.training.metrics import MetricsLog
-from janus_cluster.training.model.build import build_model
 from janus_cluster.training.trainer import JanusTrainer, build_training_arguments
 from janus_cluster.training.world import World
 
@@ -138,7 +140,7 @@ def test_floats_keep_their_dtype_on_the_way_to_the_device(episodes: Path, tmp_pa
 
 
 def test_no_rank_waits_for_others_before_its_own_batches_are_there(episodes: Path, tmp_path: Path) -> None:
-    # The Trainer adds up the labels of all ranks' batches while these are fetched, unless it is told not to.
+    # The Trainer adds up the labels of all ranks' batches while these are fetched, unless that is switched off.
     assert not build_trainer(episodes, tmp_path / "run").args.average_tokens_across_devices
 
 
@@ -148,13 +150,13 @@ def test_a_run_that_had_done_all_its_steps_does_no_other(episodes: Path, tmp_pat
     again = build_trainer(episodes, tmp_path / "run", per_device_batch_size=2, gradient_accumulation_steps=1)
     again.train(resume_from_checkpoint=str(find_newest_complete(tmp_path / "run" / "checkpoints")))
     assert (first.state.global_step, again.state.global_step) == (1, 1)
-    assert sum(m["kind"] == "train" for m in RunDir(tmp_path / "run").read_metrics()) == 1
+    assert sum(m["kind"] == "train" for m in read_metric_lines(RunDir(tmp_path / "run"))) == 1
 
 
 def test_the_time_of_a_step_holds_all_of_the_steps_and_nothing_of_a_checkpoint(episodes: Path, tmp_path: Path) -> None:
     batch = {"per_device_batch_size": 1, "gradient_accumulation_steps": 1}
     build_trainer(episodes, tmp_path, max_steps=8, logging_steps=4, every_steps=3, **batch).train()
-    events = list(RunDir(tmp_path).read_metrics())
+    events = list(read_metric_lines(RunDir(tmp_path)))
     fourth, last = (m for m in events if m["kind"] == "train")
     saving_s = sum(m["duration_s"] for m in events if m["kind"] == "checkpoint" and m["step"] == 6)
     assert saving_s > 0

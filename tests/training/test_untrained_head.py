@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_run import everything_said, run_on_nodes, write_run_folder
+from run_files import read_metric_lines
+from training_run import all_output, run_on_nodes, write_run_folder
 
-from janus_cluster.config.safetensors_header import read_header
-from janus_cluster.rundir import RunDir, read_json, write_json_atomically
-from janus_cluster.training.data.demo import write_demo_episodes
+from janus_cluster.janusvln.world.demo import write_demo_episodes
+from janus_cluster.modelspec.safetensors_header import read_header
+from janus_cluster.run.files import read_json, write_json_atomically
+from janus_cluster.run.paths import RunDir
 
 pytestmark = pytest.mark.train
 
@@ -42,11 +44,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
         "checkpoint": {"export_layout": "janusvln"},
     }
     run = write_run_folder(folder / "run", job)
-    assert run_on_nodes("janus_cluster.training.entry", run) == [0], everything_said(run)
+    assert run_on_nodes("janus_cluster.training", run) == [0], all_output(run)
     # Only `eval` is to see so many loaders: nodes have the cores for them.
-    values = read_json(run.resolved_json)
+    values = read_json(run.bundle(1).resolved_json)
     values["job"]["data"]["num_workers"] = DATA["num_workers"]
-    write_json_atomically(run.resolved_json, values)
+    write_json_atomically(run.bundle(1).resolved_json, values)
     return run
 
 
@@ -75,21 +77,21 @@ def test_a_head_that_was_never_trained_is_in_no_export(run: RunDir) -> None:
 
 
 def test_training_does_not_score_it(run: RunDir) -> None:
-    (scores,) = (m for m in run.read_metrics() if m["kind"] == "eval")
+    (scores,) = (m for m in read_metric_lines(run) if m["kind"] == "eval")
     assert scores["action_accuracy"] is None and scores["num_samples"] == 0
     assert all(value > 1 for value in scores["perplexity_by_segment"].values())
-    assert "training.tune.action_head is false" in everything_said(run)
+    assert "training.tune.action_head is false" in all_output(run)
 
 
 def test_eval_does_not_score_it_and_starts_no_more_loaders_than_there_are_cores(run: RunDir) -> None:
-    evaluation, table, said = evaluate(run)
+    evaluation, table, output = evaluate(run)
     assert "holds no action_head.*" in evaluation["head_not_scored"]
     assert (evaluation["head"]["accuracy"], evaluation["head"]["num_samples"]) == (None, 0)
     assert row(table, "samples")[1] == "not scored"
-    assert "This DataLoader will create" not in said
+    assert "This DataLoader will create" not in output
 
 
-def test_a_split_by_walk_leaks_nothing_and_the_table_says_so(run: RunDir) -> None:
+def test_a_split_by_walk_leaks_nothing_and_the_table_shows_it(run: RunDir) -> None:
     evaluation, table, _ = evaluate(run)
     split = evaluation["split"]
     assert split["num_leaked_frames"] == split["num_shared_episodes"] == 0 < split["num_held_out_frames"]
@@ -100,14 +102,14 @@ def test_an_older_split_that_leaks_is_in_evaluation_json_table_and_page(run: Run
     record = read_json(run.data_json)
     write_json_atomically(run.data_json, {key: value for key, value in record.items() if key != "split"})
     try:
-        evaluation, table, said = evaluate(run)
+        evaluation, table, output = evaluate(run)
     finally:
         write_json_atomically(run.data_json, record)
     split = evaluation["split"]
     assert split["by"] == "episode" and split["num_leaked_frames"] == split["num_held_out_frames"] > 0
     assert split["num_shared_episodes"] == split["num_held_out_walks"] == 1
     assert row(table, "held-out frames that are trained on")[1].startswith(f"{split['num_leaked_frames']} of")
-    assert "held-out samples leak" in said
+    assert "held-out samples leak" in output
     assert "held-out frames are trained on too" in (run.evaluation / "predictions.html").read_text()
 
 

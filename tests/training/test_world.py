@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from training_run import free_port
 
-from janus_cluster.training.world import World, bound_to, process_group
+from janus_cluster.training.world import World, process_group
 
 pytestmark = pytest.mark.train
 
@@ -60,18 +60,10 @@ def test_no_rank_takes_the_group_down_while_another_still_works() -> None:
         )
         for rank in range(2)
     ]
-    said = [rank.communicate(timeout=600)[0].split() for rank in ranks]
+    printed = [rank.communicate(timeout=600)[0].split() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
-    (worked_until_s, _), (_, left_s) = (map(float, words[-2:]) for words in said)
+    (worked_until_s, _), (_, left_s) = (map(float, words[-2:]) for words in printed)
     assert left_s >= worked_until_s
-
-
-@pytest.mark.parametrize(
-    ("version", "is_bound"), [("2.6.0", True), ("2.7.0+cu126", False), ("2.7.1", True), ("2.13.0+cu130", True)]
-)
-def test_a_group_is_bound_to_its_gpu_but_where_torch_hangs_with_it(version: str, is_bound: bool) -> None:
-    device = torch.device("cuda", 3)
-    assert bound_to(device, version) == (device if is_bound else None)
 
 
 def test_a_full_disk_does_not_take_the_place_of_the_errors_exit_code() -> None:
@@ -83,3 +75,22 @@ def test_a_full_disk_does_not_take_the_place_of_the_errors_exit_code() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=full, check=False, timeout=600)
     assert done.returncode == 12
+
+
+def test_an_error_file_that_cannot_be_written_does_not_take_the_place_of_the_error() -> None:
+    program = (
+        "from janus_cluster.errors import TrainingFailed\n"
+        "from janus_cluster.training.world import error_recorded, run_and_leave\n"
+        "@error_recorded\n"
+        "def main(): raise TrainingFailed('so it is')\n"
+        "run_and_leave(main)"
+    )
+    environ = os.environ | {"TORCHELASTIC_ERROR_FILE": "/no/such/folder/error.json"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert (done.returncode, done.stderr.rstrip().split("\n")[-1]) == (
+        12,
+        "janus_cluster.errors.TrainingFailed: so it is",
+    )
+    assert "/no/such/folder" not in done.stderr

@@ -10,17 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from janus_cluster.config.load import LoadedJob
-from janus_cluster.config.resolve import resolve_job
-from janus_cluster.config.schema import JobConfig, ResolvedJob
-from janus_cluster.rundir import RunDir
+from janus_cluster.job.load import LoadedJob
+from janus_cluster.job.resolve import resolve_job
+from janus_cluster.job.resolved import ResolvedJob
+from janus_cluster.job.schema import JobConfig
+from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.bundle import load_resolved
 
-NODES = ("node-a", "node-b")
+NODES = ("node-a", "node-b", "node-c", "node-d")
 CPU = {"hardware": {"gpus_per_node": 0, "device": "cpu", "processes_per_node": 1}, "environment": {"profile": "cpu"}}
 
 
 def resolve(job: dict[str, Any], *, run_dir: Path) -> ResolvedJob:
-    """`job` as the login node resolves it, on two nodes of one process where it does not say otherwise."""
+    """`job` as the login node resolves it, on two nodes of one process by default."""
     config = JobConfig.model_validate({"name": "test", "nodes": 2} | CPU | job)
     loaded = LoadedJob(config=config, origins={}, source="test", path=run_dir / "job.yaml")
     return resolve_job(loaded, run_dir=run_dir, cluster="local", environ={}, cwd=run_dir.parent, python=sys.executable)
@@ -28,11 +30,12 @@ def resolve(job: dict[str, Any], *, run_dir: Path) -> ResolvedJob:
 
 def write_run_folder(path: Path, job: dict[str, Any]) -> RunDir:
     """`path` holds what the training modules read, and attempt 1 has begun."""
-    path.mkdir(parents=True, exist_ok=True)
     resolved = resolve(job, run_dir=path)
     run = RunDir(path)
-    run.resolved_json.write_text(resolved.model_dump_json(), encoding="utf-8")
-    run.ds_config_json.write_text(json.dumps(resolved.ds_config), encoding="utf-8")
+    bundle = run.bundle(1)
+    bundle.path.mkdir(parents=True, exist_ok=True)
+    bundle.resolved_json.write_text(resolved.model_dump_json(), encoding="utf-8")
+    bundle.ds_config_json.write_text(json.dumps(resolved.ds_config), encoding="utf-8")
     if not run.attempts():
         run.begin_attempt()
     return run
@@ -47,7 +50,7 @@ def free_port() -> int:
 def run_on_nodes(module: str, run: RunDir, *arguments: str, attempt: int = 1, timeout_s: float = 150) -> list[int]:
     """Exit codes of the torchrun agents that ran `module`, one for each of the job's nodes; see the node logs."""
     port = free_port()
-    resolved = ResolvedJob.load(run.resolved_json.read_text(encoding="utf-8"))
+    resolved = load_resolved(run.bundle(1))
     env = os.environ | {variable.name: variable.value for variable in resolved.env} | {"GLOO_SOCKET_IFNAME": "lo"}
     agents = []
     for node_rank, node in enumerate(NODES[: resolved.job.nodes]):
@@ -56,7 +59,7 @@ def run_on_nodes(module: str, run: RunDir, *arguments: str, attempt: int = 1, ti
             "--nproc-per-node", str(resolved.processes_per_node), "--node-rank", str(node_rank),
             "--master-addr", "127.0.0.1", "--master-port", str(port),
             # Without `--`, torchrun takes --node for a short form of its own --node-rank.
-            "-m", "--", module, str(run.path), "--attempt", str(attempt), "--node", node, *arguments,
+            "-m", "--", module, str(run.path), "--bundle", "1", "--attempt", str(attempt), "--node", node, *arguments,
         ]  # fmt: skip
         with run.node_log(attempt, node).open("a", encoding="utf-8") as log:
             agents.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
@@ -67,6 +70,6 @@ def run_on_nodes(module: str, run: RunDir, *arguments: str, attempt: int = 1, ti
             agent.kill()
 
 
-def everything_said(run: RunDir, *, attempt: int = 1) -> str:
+def all_output(run: RunDir, *, attempt: int = 1) -> str:
     """All logs of an attempt, for the message of a failed test."""
     return "".join(f"--- {p.name}\n{p.read_text()}" for p in sorted(run.attempt_logs(attempt).glob("*.log")))

@@ -1,0 +1,126 @@
+"""Files of training besides metrics.jsonl.
+
+data.json, bad_data.jsonl, a checkpoint's manifest.json, janus_data.json beside exported weights, evaluation.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from janus_cluster.run.files import write_text_atomically
+from janus_cluster.run.records.base import STRICT, Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRecord(Record):
+    """Which walks (or episodes, by name) a run holds out, and how much of that split leaks."""
+
+    SCHEMA_VERSION: ClassVar[int | None] = None
+
+    held_out: tuple[str, ...]
+    by: Literal["walk", "episode"]
+    key: str = ""
+    num_walks: int = 0
+    num_held_out_walks: int = 0
+    num_held_out_frames: int = 0
+    num_leaked_frames: int = 0
+    num_shared_episodes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesRecord(Record):
+    """How many samples there were, and a hash of which."""
+
+    SCHEMA_VERSION: ClassVar[int | None] = None
+
+    num_samples: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecord(Record):
+    """data.json: the samples that the newest attempt draws from. `split`: None in the runs of versions without one.
+
+    `accepted`: the samples before a change that restart.accept_changed_data has not accepted yet.
+    """
+
+    num_samples: int
+    fingerprint: str
+    accepted: SamplesRecord | None = None
+    # Another split in its place would train on what is held out.
+    split: SplitRecord | None = field(default=None, metadata=STRICT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFile(Record):
+    """A file as it was written."""
+
+    SCHEMA_VERSION: ClassVar[int | None] = None
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointManifest(Record):
+    """checkpoint-<step>/manifest.json, written last: a folder without it is not whole. Units: epoch seconds."""
+
+    SCHEMA_VERSION: ClassVar[int | None] = 2
+
+    step: int
+    world_size: int | None = None
+    written_at: float | None = None
+    zero_stage: int | None = None
+    processes_per_node: int | None = None
+    effective_batch_size: int | None = None
+    files: Mapping[str, CheckpointFile]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.bytes for file in self.files.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadDataRecord(Record):
+    """A line of bad_data.jsonl: what could not be used, why, and how many samples are lost by it."""
+
+    SCHEMA_VERSION: ClassVar[int | None] = None
+
+    path: str
+    reason: str
+    samples_lost: int
+    absent: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of the line; only a trajectory without frames is marked as absent."""
+        return {key: value for key, value in super().to_json().items() if key != "absent" or value}
+
+
+def write_bad_data(path: Path, records: Iterable[BadDataRecord]) -> None:
+    """The file holds a line for each record, or what it held before. Raises: OSError."""
+    write_text_atomically(path, "".join(json.dumps(record.to_json()) + "\n" for record in records))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparationRecord(Record):
+    """janus_data.json beside exported weights: how the frames and the history of the model's data were prepared.
+
+    compat, vggt_path and data: as in the job.
+    """
+
+    compat: Literal["none", "predecessor"]
+    vggt_path: str | None
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord(Record):
+    """evaluation.json: the scores of a model, as `eval --json` prints them."""
+
+    WHOLE: ClassVar[str | None] = "scores"
+
+    scores: Mapping[str, Any]
