@@ -134,7 +134,7 @@ def find_target(name: str, runs_dirs: list[Path]) -> tuple[Path, Path]:
     """
     from janus_cluster.observe.find import find_run
 
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if (path / "config.json").is_file():
         return path.absolute(), Path("evaluation")
     run = find_run(name, runs_dirs)

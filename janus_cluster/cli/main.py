@@ -194,6 +194,10 @@ def _run() -> int:
             # os.getcwd raises it.
             click.echo("error: the folder that you are in was removed\nnext:  cd to another one", err=True)
             return 2
+        if e.errno == errno.ENAMETOOLONG:
+            path = str(e.filename)
+            click.echo(f"error: {path[:40]}…: {len(path)} characters, longer than a path may be", err=True)
+            return 2
         if e.errno not in _FULL:
             raise
         click.echo(f"error: {e.strerror}: {e.filename or 'a file was being written'}\nnext:  df -h", err=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -47,6 +48,8 @@ def verify_core(folder: str | None, device: str, dtype: str, compiled: bool, as_
     """Recompute reference numbers (DIR, or the checkout's) with the training code; print the largest differences."""
     if folder is None:
         vectors_dir()
+    elif not Path(folder).is_dir():
+        raise UsageError(f"{folder}: no such folder", hint="without DIR it takes the vectors of the checkout")
     if importlib.util.find_spec("torch") is None:
         raise UsageError("torch is not installed for this Python", hint="pip install 'janus-cluster[train]'")
     command = [sys.executable, "-m", MODULE, "--device", device, "--dtype", dtype]

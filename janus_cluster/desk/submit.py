@@ -293,7 +293,7 @@ def check_paths(resolved: ResolvedJob, *, source: str, origins: Mapping[str, str
 
 def new_run_path(job: JobConfig, environ: Mapping[str, str], cwd: Path) -> Path:
     """runs/<name>-<utc time>-<short id>; `runs_dir` of the job overrides JANUS_HOME."""
-    base = cwd / Path(job.runs_dir).expanduser() if job.runs_dir else runs_dir(environ, cwd)
+    base = cwd / Path(os.path.expanduser(job.runs_dir)) if job.runs_dir else runs_dir(environ, cwd)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     return base / f"{job.name}-{stamp}-{secrets.token_hex(2)}"
 

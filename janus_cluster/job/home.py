@@ -62,4 +62,4 @@ def _xdg_dir(env: Mapping[str, str], variable: str, default: str) -> Path:
 
 
 def _absolute(path: Path, base: Path) -> Path:
-    return Path(os.path.normpath(base / path.expanduser()))
+    return Path(os.path.normpath(base / Path(os.path.expanduser(path))))

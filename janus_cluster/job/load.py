@@ -139,7 +139,7 @@ def _anchor_profiles(draft: _Draft) -> None:
     for key in _PROFILE_KEYS:
         leaf = draft.leaves.get(key)
         if leaf is not None and isinstance(leaf.value, str) and is_path(leaf.value):
-            path = draft.folders[key] / Path(leaf.value).expanduser()
+            path = draft.folders[key] / Path(os.path.expanduser(leaf.value))
             draft.leaves[key] = Leaf(os.path.normpath(path), leaf.line)
 
 

@@ -10,6 +10,7 @@ shipped one that it builds on.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def find_profile(
     """
     key = key or _KEYS[folder]
     if is_path(name):
-        path = (beside.parent if beside else Path()) / Path(name).expanduser()
+        path = (beside.parent if beside else Path()) / Path(os.path.expanduser(name))
         if not path.is_file():
             raise UsageError(f"{key}: {name}: no such file", hint=_describe_names(folder, site))
         return path

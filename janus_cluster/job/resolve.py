@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -337,4 +338,4 @@ def _absolute(value: Any, cwd: Path, *, is_path: bool) -> Any:
         return [_absolute(each, cwd, is_path=is_path) for each in value]
     if isinstance(value, dict):
         return {key: _absolute(each, cwd, is_path=is_path) for key, each in value.items()}
-    return str(cwd / Path(value).expanduser()) if is_path and isinstance(value, str) else value
+    return str(cwd / Path(os.path.expanduser(value))) if is_path and isinstance(value, str) else value

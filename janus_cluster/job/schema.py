@@ -5,6 +5,7 @@ Field descriptions are what `janus-cluster config schema` shows in an editor.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -39,11 +40,27 @@ def _sbatch_value(value: object) -> object:
     raise ValueError("an option of sbatch needs a value: text, a whole number, true, false or a list")
 
 
+def _can_be_paths(value: str | list[str] | dict[str, str] | None) -> str | list[str] | dict[str, str] | None:
+    """The same; a text that Linux would take for no path, wherever it is asked for, is refused here."""
+    for path in (value,) if isinstance(value, str) else value.values() if isinstance(value, dict) else value or ():
+        longest = max(len(os.fsencode(name)) for name in path.split("/"))
+        if longest > LONGEST_NAME or len(os.fsencode(path)) > LONGEST_PATH:
+            raise ValueError(
+                f"a path has at most {LONGEST_PATH} bytes and each name in it {LONGEST_NAME}, "
+                f"here {len(os.fsencode(path))} and {longest}"
+            )
+    return value
+
+
 OneOrMany = Annotated[list[str], BeforeValidator(_one_or_many)]
+# Linux's NAME_MAX and PATH_MAX.
+LONGEST_NAME = 255
+LONGEST_PATH = 4095
 # Marks the fields of paths on the submitting machine: a text, a list of them, or the values of a mapping.
 IS_PATH = "path"
+FITS = AfterValidator(_can_be_paths)
 OptionalText = Annotated[str | None, BeforeValidator(_empty_is_none)]
-OptionalPath = Annotated[OptionalText, IS_PATH]
+OptionalPath = Annotated[OptionalText, FITS, IS_PATH]
 SbatchValue = Annotated[str | bool | list[str] | None, BeforeValidator(_sbatch_value)]
 Slot = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 
@@ -59,7 +76,7 @@ class Hardware(Section):
     """What one node is."""
 
     gpus_per_node: int = Field(8, ge=0, le=16, description="GPUs asked of Slurm per node (--gres=gpu:<type>:<n>)")
-    gpu_type: str = Field(
+    gpu_type: Annotated[str, FITS] = Field(
         "h800",
         pattern=r"^([A-Za-z0-9_.-]*|(.*/)?[A-Za-z0-9_.-]+\.yaml)$",
         description="Kind of GPU (templates/gpu/<name>.yaml, $JANUS_HOME/site/gpu/<name>.yaml, or a path) and type of "
@@ -80,7 +97,7 @@ class Hardware(Section):
 class Environment(Section):
     """How a node is prepared before anything runs."""
 
-    profile: str = Field(
+    profile: Annotated[str, FITS] = Field(
         "h800-ib",
         min_length=1,
         description="Which NCCL/torch variables are exported: a name (templates/env/<name>.yaml, "
@@ -128,7 +145,7 @@ class Preflight(Section):
     """The gate that runs in the same allocation, before training."""
 
     enabled: bool = Field(True, description="false trains without the gate (the same as --no-preflight)")
-    profile: str = Field(
+    profile: Annotated[str, FITS] = Field(
         "auto",
         min_length=1,
         description="What a sound node is: a name (templates/preflight/<name>.yaml, "
@@ -155,7 +172,9 @@ class Preflight(Section):
         True, description="Keep away from nodes that failed the gate, broke or were lost (janus-cluster nodes)"
     )
     forget_nodes_after_days: float = Field(7, ge=0, le=90, description="A remembered node is used again after this")
-    require_paths: Annotated[OneOrMany, IS_PATH] = Field([], description="More paths that must exist on every node")
+    require_paths: Annotated[OneOrMany, FITS, IS_PATH] = Field(
+        [], description="More paths that must exist on every node"
+    )
     min_free_gb: float = Field(1.0, ge=0, description="Free space required where the run folder is, in GB (1e9 bytes)")
     all_reduce_mb: float | None = Field(
         None, gt=0, description="All-reduce payload in MB (1e6 bytes); default: profile's"
@@ -203,14 +222,14 @@ def _roots(value: object) -> object:
 class Root(Section):
     """One data set."""
 
-    path: Annotated[str, IS_PATH] = Field(description="A folder of episodes, or a file of records")
+    path: Annotated[str, FITS, IS_PATH] = Field(description="A folder of episodes, or a file of records")
     weight: float = Field(1.0, gt=0, le=1000, description="How often its samples are drawn, against the other roots'")
     format: Literal["auto", "episodes", "json", "annotation", "trajectories"] = Field(
         "auto", description="auto: recognised from the content"
     )
     images: OptionalPath = Field(None, description="Root of relative image paths; default: the data set's own folder")
     fraction: float = Field(1.0, gt=0, le=1, description="Share of its samples that is used, drawn with training.seed")
-    image_roots: Annotated[dict[str, str], IS_PATH] = Field(
+    image_roots: Annotated[dict[str, str], FITS, IS_PATH] = Field(
         {}, description="As data.image_roots, for this data set alone; before that"
     )
     actions: Actions = Field({}, description="Spellings of actions in this data set alone; before data.actions")
@@ -222,7 +241,7 @@ class Data(Section):
     roots: Annotated[list[Root], BeforeValidator(_roots)] = Field(
         [], description="Data sets: paths, or {path, weight, …}"
     )
-    image_roots: Annotated[dict[str, str], IS_PATH] = Field(
+    image_roots: Annotated[dict[str, str], FITS, IS_PATH] = Field(
         {},
         description="Folders of another machine's frames → those here, {/theirs: /ours}; for paths in files of records",
     )

@@ -41,7 +41,7 @@ def find_run(ref: str, runs_dirs: Sequence[Path]) -> RunDir:
 
     Raises: JobNotFound, naming near matches; UsageError for a run folder of janus-cluster 0.1.
     """
-    path = Path(ref).expanduser()
+    path = Path(os.path.expanduser(ref))
     if _is_run(path):
         return _readable(RunDir(path.absolute()))
     runs = list_runs(runs_dirs)
@@ -82,7 +82,7 @@ def _not_found(ref: str, several: Sequence[str], runs: Sequence[RunDir], runs_di
         named = "\n".join(f"  {name}" for name in several[:_MOST_NAMED])
         more = f"\n  … and {len(several) - _MOST_NAMED} more" if len(several) > _MOST_NAMED else ""
         return JobNotFound(f"{ref!r} is the beginning of {len(several)} runs:\n{named}{more}", hint="type more of it")
-    for place in (Path(ref).expanduser(), *(folder / ref for folder in runs_dirs)):
+    for place in (Path(os.path.expanduser(ref)), *(folder / ref for folder in runs_dirs)):
         if ref and place.is_dir() and not os.access(place, os.R_OK | os.X_OK):
             return JobNotFound(f"{place}: you may not read it: run folders are their owner's ({_owner(place)}) alone")
     where = ", ".join(str(d) for d in runs_dirs)

@@ -6,6 +6,7 @@ job file are only a starting point.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,7 +130,7 @@ def pinned_keys(loaded: LoadedJob) -> frozenset[str]:
 
 def _sizes(model: Model) -> Sizes:
     """As load_sizes; for weights that only the nodes can see, the preset's sizes."""
-    is_here = model.path is not None and (Path(model.path).expanduser() / "config.json").is_file()
+    is_here = model.path is not None and (Path(os.path.expanduser(model.path)) / "config.json").is_file()
     return load_sizes(model) if is_here else preset_sizes(model.preset)
 
 

@@ -141,7 +141,7 @@ def layout_of(home: Path) -> Layout:
 
     Raises:  SandboxFailed if the path holds a character that slurm.conf cannot.
     """
-    resolved = home.expanduser().resolve()
+    resolved = Path(os.path.expanduser(home)).resolve()
     if not re.fullmatch(r"[\w./+@:~-]+", str(resolved), flags=re.ASCII):
         raise SandboxFailed(
             f"sandbox folder {str(resolved)!r}: slurm.conf can only name paths of ASCII letters, digits and ._/+@:~-",

@@ -104,7 +104,7 @@ def parse_release(version: str) -> Release:
 
 
 def _require_root(given: Path, accounting: bool) -> str:
-    root = given.expanduser().absolute()
+    root = Path(os.path.expanduser(given)).absolute()
     missing = _missing_from(root, accounting)
     # The folder is written into slurm.conf, PATH and a shell script.
     if not missing and re.fullmatch(r"[\w./+@~-]+", str(root), flags=re.ASCII):

@@ -208,6 +208,15 @@ def test_a_folder_without_weights_is_refused_before_anything_is_written(run: Run
     assert runs(tmp_path) == []
 
 
+@pytest.mark.parametrize("command", ["submit", "tail", "status", "report", "verify-core", "config check", "eval"])
+def test_a_name_longer_than_a_path_ends_with_2_and_no_traceback(run: Run, command: str) -> None:
+    done = run(*command.split(), "a" * 5000)
+    assert done.returncode == 2
+    assert "characters, longer than a path may be" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr) < 400
+
+
 def test_no_slurm_names_both_ways_out(run: Run, tmp_path: Path) -> None:
     empty = tmp_path / "bin"
     empty.mkdir()

@@ -1,4 +1,4 @@
-"""Ten thousand damaged job files: each ends in a message or in a run folder, never in a traceback."""
+"""Damaged job files and names too long for a file: each ends in a message or in a run folder, never in a traceback."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import given
 
 from janus_cluster.desk.submit import Request, submit
 from janus_cluster.errors import UsageError
+from janus_cluster.job.load import known_keys
 from janus_cluster.job.resources import jobs_dir
 from tests.drawing import RANDOM, drawn
 
@@ -52,6 +53,16 @@ def damage(text: str, rng: random.Random) -> bytes:
     if rng.random() < 0.1 and data:
         data[rng.randrange(len(data))] = rng.randrange(256)
     return bytes(data)
+
+
+@pytest.mark.parametrize("text", ["a" * 5000, "a/" * 3000, "/" + "a" * 256, "~nobody-of-this-name/x", "é" * 200])
+def test_no_key_of_a_job_file_takes_a_path_that_no_file_can_have(tmp_path: Path, text: str) -> None:
+    environ = ENVIRON | {"JANUS_HOME": str(tmp_path / "home")}
+    for key in sorted(known_keys()):
+        try:
+            submit(Request(job="demo", dry_run=True, sets=(f"{key}={text}",)), environ=environ, cwd=tmp_path)
+        except UsageError as e:
+            assert key.split(".")[0] in str(e) or "data.roots" in str(e), key
 
 
 @pytest.mark.slow
