@@ -312,7 +312,11 @@ def test_an_interpreter_that_does_not_work_is_named(
 
 
 def test_the_real_interpreter_passes_the_check(resolve: Resolve, tmp_path: Path) -> None:
-    done = _run(resolve(run_dir=tmp_path / "run", python=sys.executable), tmp_path)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exit 0\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    done = _run(resolve(run_dir=tmp_path / "run", python=str(python)), tmp_path)
+    assert done.returncode == 0
     assert "environment.python" not in done.stderr
 
 
