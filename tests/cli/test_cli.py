@@ -15,6 +15,8 @@ import pytest
 from janus_cluster.cli.main import COMMANDS, LazyGroup, cli
 from janus_cluster.job.resources import jobs_dir
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 

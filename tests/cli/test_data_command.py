@@ -14,6 +14,8 @@ import pytest
 
 from janus_cluster.janusvln.world.demo import write_demo
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 COMMAND = [sys.executable, "-m", "janus_cluster.cli", "data", "index"]
 

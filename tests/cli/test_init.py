@@ -28,6 +28,8 @@ from janus_cluster.slurm.survey import (
     parse_partitions,
 )
 
+pytestmark = pytest.mark.slow
+
 S = "\x1f"
 SINFO = "\n".join(
     S.join(cells)

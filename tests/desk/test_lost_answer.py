@@ -25,6 +25,8 @@ from janus_cluster.run.manifest import collect_manifest
 from janus_cluster.run.paths import RunDir
 from janus_cluster.run.records.submission import StatusRecord, SubmissionRecord
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:

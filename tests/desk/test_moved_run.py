@@ -15,6 +15,8 @@ from janus_cluster.run.records.attempt import AttemptRecord
 from janus_cluster.run.records.failure import FailureRecord
 from janus_cluster.run.records.submission import StatusRecord, SubmissionRecord
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:

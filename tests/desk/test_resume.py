@@ -23,6 +23,8 @@ from janus_cluster.errors import UsageError
 from janus_cluster.run.files import read_json, write_json_atomically
 from janus_cluster.run.paths import RunDir
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 

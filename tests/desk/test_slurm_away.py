@@ -10,6 +10,8 @@ from fake_site import Site
 
 from janus_cluster.run.paths import RunDir
 
+pytestmark = pytest.mark.slow
+
 FAULTS = {
     "no configuration": "fatal: Could not establish a configuration source",
     "munge is down": 'error: Munge encode failed: Failed to access "/run/munge/munge.socket.2"',

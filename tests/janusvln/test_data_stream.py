@@ -21,6 +21,8 @@ from janus_cluster.janusvln.data.indexing import Reporter, load_stores
 from janus_cluster.job.schema import Data
 from tests.drawing import drawn
 
+pytestmark = pytest.mark.slow
+
 
 def read(path: Path, text: str) -> list[Any]:
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())

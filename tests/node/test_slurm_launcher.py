@@ -13,6 +13,8 @@ import pytest
 from janus_cluster.errors import SlurmUnavailable
 from janus_cluster.node.slurm_launcher import SlurmLauncher
 
+pytestmark = pytest.mark.slow
+
 
 def launcher(*nodes: str) -> SlurmLauncher:
     return SlurmLauncher("slurm", "7", nodes)

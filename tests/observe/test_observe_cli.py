@@ -15,6 +15,8 @@ from run_files import write_verdict
 from janus_cluster.run.files import write_json_atomically
 from janus_cluster.run.paths import RunDir
 
+pytestmark = pytest.mark.slow
+
 
 def make_run(home: Path, name: str, *, state: str, exit_code: int | None) -> RunDir:
     run = RunDir(home / "runs" / name)

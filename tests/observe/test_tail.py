@@ -32,6 +32,8 @@ from janus_cluster.run.files import write_json_atomically
 from janus_cluster.run.paths import RunDir
 from janus_cluster.run.stamped import render_stamp
 
+pytestmark = pytest.mark.slow
+
 # A job as the attempt would write it: two nodes, one of them late; half a character; a log cut short; a final word.
 WRITER = r"""
 import json, os, sys, time

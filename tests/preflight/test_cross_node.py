@@ -22,6 +22,8 @@ from janus_cluster.preflight.cross_node import (
 from janus_cluster.preflight.interfaces import find_rails, judge_links, plan_rails, read_interfaces
 from janus_cluster.preflight.versions import judge_same_versions
 
+pytestmark = pytest.mark.slow
+
 NODES = ("n1", "n2")
 
 

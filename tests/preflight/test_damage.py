@@ -30,6 +30,8 @@ from janus_cluster.preflight.nvlink import judge_nvlink
 from janus_cluster.run.records.verdict import worst
 from tests.drawing import RANDOM, drawn
 
+pytestmark = pytest.mark.slow
+
 H800 = load_preflight_profile("h800-ib")
 ROUNDS = 150
 GARBAGE = [

@@ -16,6 +16,8 @@ from janus_cluster.node.health import link_errors, start_sampler
 from janus_cluster.run.paths import RunDir
 from janus_cluster.run.records.health import HealthSample, load_samples
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def node(tmp_path: Path) -> FakeNode:

@@ -18,6 +18,8 @@ from janus_cluster.preflight.gate import build_verdict
 from janus_cluster.preflight.static import judge_static
 from janus_cluster.run.records.verdict import CheckResult, Verdict
 
+pytestmark = pytest.mark.slow
+
 KINDS = [name for name in profile_names("preflight") if load_preflight_profile(name)["gpu"].get("name")]
 # What nvidia-smi prints for memory.total, MiB: captured or published.
 MEMORY_MIB = {"h800": 81559, "h100": 81559, "h200": 143771, "h20": 97871, "a800": 81920}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FULL = (1, "", "error: No space left on device: standard output\n")
 # click prints a help, `list --json` two bytes, `config schema` more than one buffer, and rich the table of `plan`.
 every_output = pytest.mark.parametrize(
