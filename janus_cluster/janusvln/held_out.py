@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from janus_cluster.janusvln.data.loader import build_loader
+from janus_cluster.janusvln.data.loader import build_loader, stuck_workers_named
 from janus_cluster.janusvln.data.samples import ACTIONS
 from janus_cluster.janusvln.loss import SEGMENT_NAMES
 from janus_cluster.janusvln.scores import (
@@ -94,19 +94,20 @@ def predict_batches(
     was_training = model.training
     model.eval()
     try:
-        for number, batch in enumerate(loader):
-            with torch.no_grad():
-                inputs = move_to(batch, device)
-                # Weights of 1 make the segment sums what perplexity is defined by: Σ CE and the number of tokens.
-                output = model(**inputs | {"loss_weights": torch.ones_like(inputs["loss_weights"])})
-            if number < num_counted:
-                yield BatchResult(
-                    indices=batches[number],
-                    action_logits=output.action_logits,
-                    actions=inputs["actions"],
-                    segment_loss_sum=output.segment_loss_sum,
-                    segment_tokens=output.segment_weight_sum,
-                )
+        with stuck_workers_named():
+            for number, batch in enumerate(loader):
+                with torch.no_grad():
+                    inputs = move_to(batch, device)
+                    # Weights of 1 make the segment sums what perplexity is defined by: Σ CE and the number of tokens.
+                    output = model(**inputs | {"loss_weights": torch.ones_like(inputs["loss_weights"])})
+                if number < num_counted:
+                    yield BatchResult(
+                        indices=batches[number],
+                        action_logits=output.action_logits,
+                        actions=inputs["actions"],
+                        segment_loss_sum=output.segment_loss_sum,
+                        segment_tokens=output.segment_weight_sum,
+                    )
     finally:
         model.train(was_training)
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
-from janus_cluster.janusvln.data.loader import build_loader
+from janus_cluster.janusvln.data.loader import build_loader, stuck_workers_named
 from janus_cluster.janusvln.data.sampler import RankBatches
 from janus_cluster.janusvln.held_out import HeldOutScores, ScoreSums, leave_out_head, move_to, predict_batches
 from janus_cluster.janusvln.kernels import skip_unused_kernels
@@ -179,7 +179,8 @@ class JanusTrainer(ResumableTrainer):
         """
         self._beat("data")
         asked_s = time.perf_counter()
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with stuck_workers_named():
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._data_wait_s += time.perf_counter() - asked_s
         self._beat("agreement")
         if batches:

@@ -13,17 +13,22 @@ import pytest
 pytestmark = pytest.mark.train
 
 PROGRAM = """
-import os, signal, sys, time
+import multiprocessing, os, signal, sys, time
 import torch
 from torch.utils.data import Dataset, default_collate
-from janus_cluster.janusvln.data.loader import build_loader
+from janus_cluster.janusvln.data.loader import build_loader, stuck_workers_named
+
+def wait_for_the_file_server():
+    time.sleep(60)
 
 class Frames(Dataset):
     def __getitem__(self, index):
         if sys.argv[1] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if sys.argv[1] == "stuck" and torch.utils.data.get_worker_info():
-            time.sleep(60)
+            wait_for_the_file_server()
+        if sys.argv[1] == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
         return {"frames": torch.zeros(100, 100)}
 
 began_s = time.monotonic()
@@ -31,12 +36,17 @@ began_s = time.monotonic()
 def show(kind, error, trace):
     sys.__excepthook__(kind, error, trace)
     print("kind", getattr(error, "kind", None))
-    print(f"after {time.monotonic() - began_s:.0f} s")
+    print(f"after {time.monotonic() - began_s:.0f} s", flush=True)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+    # As a rank leaves: without a wait for processes that may never end.
+    os._exit(1)
 
 sys.excepthook = show
-for batch in build_loader(Frames(), batches=[[0, 1]], collate=default_collate, num_workers=int(sys.argv[2]),
-                          pin_memory=False, timeout_s=3):
-    print("batch", *batch["frames"].shape)
+with stuck_workers_named():
+    for batch in build_loader(Frames(), batches=[[0, 1]], collate=default_collate, num_workers=int(sys.argv[2]),
+                              pin_memory=False, timeout_s=3):
+        print("batch", *batch["frames"].shape)
 """
 
 
@@ -65,6 +75,14 @@ def test_a_killed_worker_ends_the_rank(tmp_path: Path) -> None:
     assert code == 1 and "is killed by signal: Killed" in output
 
 
-def test_a_worker_that_delivers_nothing_ends_the_rank(tmp_path: Path) -> None:
-    code, _, output = load("stuck", tmpdir=Path("/tmp"))
-    assert code == 1 and "DataLoader timed out after 3 seconds" in output
+def test_a_worker_that_delivers_nothing_ends_the_rank_which_says_where_it_is() -> None:
+    code, out, output = load("stuck", tmpdir=Path("/tmp"), num_workers=2)
+    assert code == 1 and out.startswith("kind loader\n")
+    said = r"DataLoader timed out after 3 seconds: worker \d+ is in wait_for_the_file_server \(<string>:\d+\)"
+    assert re.search(said + r" of __getitem__ \(<string>:\d+\)$", output, re.MULTILINE), "the other worker waits"
+
+
+def test_a_worker_that_answers_nothing_is_named_with_its_state() -> None:
+    code, _, output = load("stopped", tmpdir=Path("/tmp"))
+    assert code == 1
+    assert re.search(r"timed out after 3 seconds: worker \d+ does not answer \(state T\)$", output, re.MULTILINE)
