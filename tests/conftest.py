@@ -22,6 +22,10 @@ from janus_cluster.plan.auto import plan_memory_keys
 from janus_cluster.sandbox import SandboxInfo, down, up
 from janus_cluster.sandbox.programs import find_missing
 
+# Before torch is imported: several workers share few cores, and threads that wait for each other spin. With one thread
+# a test of a model takes a third of the CPU time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that starts the tests in its background ignores Ctrl-C for them, and every program of the tests would too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
