@@ -3,6 +3,7 @@
     JanusError                1   anything that has no better name
     ├── UsageError            2   the job file, an option or a path is wrong; nothing was written
     │   └── SubmitFailed      2   sbatch refused the job; the message quotes sbatch
+    │       └── LimitReached 25   for a limit of the user, account or QOS: the same job may be taken later
     ├── GateFailed           10   preflight refused the nodes; training did not start
     ├── GateUndetermined     11   preflight could not be judged (a node did not report, a verdict is stale)
     ├── StepNotStarted       11   srun ended before a task began on any node
@@ -39,6 +40,7 @@ EXIT_CODES: Mapping[int, str] = {
     22: "no such job",
     23: "the sandbox could not be started or stopped",
     24: "the job is queued and cannot start; it is no longer followed",
+    25: "a limit of your user, account or QOS refused the job; nothing was written, and later it may be taken",
     130: "interrupted at the keyboard; the job is left alone",
     141: "the reader of the output has gone, a pipe into `head`",
 }
@@ -92,6 +94,12 @@ class UsageError(JanusError):
 
 class SubmitFailed(UsageError):
     """sbatch refused the job. The run folder is removed again."""
+
+
+class LimitReached(SubmitFailed):
+    """Nothing is wrong with the job: a limit of the user, account or QOS is used up."""
+
+    exit_code = 25
 
 
 class GateFailed(JanusError):

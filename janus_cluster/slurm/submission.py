@@ -15,7 +15,7 @@ from pathlib import Path
 
 import submitit
 
-from janus_cluster.errors import JanusError, MaybeQueued, SlurmUnavailable, SubmitFailed
+from janus_cluster.errors import JanusError, LimitReached, MaybeQueued, SlurmUnavailable, SubmitFailed
 from janus_cluster.job.sbatch_names import OWNED
 from janus_cluster.job.sbatch_options import REPLACES
 from janus_cluster.run.paths import BundleDir
@@ -165,12 +165,14 @@ def _refused(refusal: Refusal, answer: SbatchAnswer) -> JanusError:
             f"nothing was queued: Slurm did not take the job, {trouble.cause}:\n    {answer.message}",
             hint=trouble.remedy,
         )
-    hints = {
-        "limit": "a limit of your user, account or QOS: squeue --me shows your jobs, sacctmgr show qos the limits; "
-        "wait, or use --set slurm.qos=… or slurm.account=…",
-        "wrong": "correct the keys under `slurm:` in the job file, or use --set slurm.…",
-    }
-    return SubmitFailed(f"sbatch refused the job:\n    {answer.message}", hint=hints[refusal.kind])
+    message = f"sbatch refused the job:\n    {answer.message}"
+    if refusal.kind == "limit":
+        return LimitReached(
+            message,
+            hint="a limit of your user, account or QOS: squeue --me shows your jobs, sacctmgr show qos the limits; "
+            "wait, or use --set slurm.qos=… or slurm.account=…",
+        )
+    return SubmitFailed(message, hint="correct the keys under `slurm:` in the job file, or use --set slurm.…")
 
 
 def _search(

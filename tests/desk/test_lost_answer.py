@@ -74,7 +74,7 @@ def test_a_lost_answer_of_a_job_that_the_queue_does_not_have_leaves_nothing(site
 @pytest.mark.parametrize(
     ("answer", "code", "advice"),
     [
-        ("echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1", 2, "squeue --me"),
+        ("echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1", 25, "squeue --me"),
         ("echo 'sbatch: error: invalid account' >&2; exit 1", 2, "keys under `slurm:`"),
         (
             "echo 'sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)' "

@@ -75,11 +75,11 @@ def test_a_killed_worker_ends_the_rank(tmp_path: Path) -> None:
     assert code == 1 and "is killed by signal: Killed" in output
 
 
-def test_a_worker_that_delivers_nothing_ends_the_rank_which_says_where_it_is() -> None:
+def test_a_worker_that_delivers_nothing_ends_the_rank_which_names_its_place() -> None:
     code, out, output = load("stuck", tmpdir=Path("/tmp"), num_workers=2)
     assert code == 1 and out.startswith("kind loader\n")
-    said = r"DataLoader timed out after 3 seconds: worker \d+ is in wait_for_the_file_server \(<string>:\d+\)"
-    assert re.search(said + r" of __getitem__ \(<string>:\d+\)$", output, re.MULTILINE), "the other worker waits"
+    place = r"DataLoader timed out after 3 seconds: worker \d+ is in wait_for_the_file_server \(<string>:\d+\)"
+    assert re.search(place + r" of __getitem__ \(<string>:\d+\)$", output, re.MULTILINE), "the other worker waits"
 
 
 def test_a_worker_that_answers_nothing_is_named_with_its_state() -> None:

@@ -81,7 +81,7 @@ def _init_worker(_worker_id: int) -> None:
 
 @contextmanager
 def stuck_workers_named() -> Iterator[None]:
-    """Where no batch came in time, the error says what the worker processes are doing.
+    """The error of a batch that is late names what the worker processes are doing.
 
     Raises: TrainingFailed in place of DataLoader's RuntimeError.
     """
@@ -105,10 +105,10 @@ def _describe_workers() -> str:
         time.sleep(0.05)
         # faulthandler ends a stack with nothing that could be waited for: what is there for 0.05 s is whole.
         stacks = {pid: text for pid, path in files.items() if (text := _read_stack(path))}
-    at_work = {pid: said for pid in files if (said := _describe_stack(stacks.get(pid, ""), _read_state(pid)))}
+    at_work = {pid: text for pid in files if (text := _describe_stack(stacks.get(pid, ""), _read_state(pid)))}
     if not at_work:
         return f"its {len(files)} workers wait for indices; what they made did not arrive"
-    named = [f"worker {pid} {said}" for pid, said in list(at_work.items())[:_MOST_NAMED]]
+    named = [f"worker {pid} {text}" for pid, text in list(at_work.items())[:_MOST_NAMED]]
     more = [f"and {len(at_work) - _MOST_NAMED} more"] if len(at_work) > _MOST_NAMED else []
     return "; ".join([*named, *more])
 
