@@ -105,10 +105,10 @@ def _describe_workers() -> str:
         time.sleep(0.05)
         # faulthandler ends a stack with nothing that could be waited for: what is there for 0.05 s is whole.
         stacks = {pid: text for pid, path in files.items() if (text := _read_stack(path))}
-    at_work = {pid: text for pid in files if (text := _describe_stack(stacks.get(pid, ""), _read_state(pid)))}
+    at_work = {pid: doing for pid in files if (doing := _describe_stack(stacks.get(pid, ""), _read_state(pid)))}
     if not at_work:
         return f"its {len(files)} workers wait for indices; what they made did not arrive"
-    named = [f"worker {pid} {text}" for pid, text in list(at_work.items())[:_MOST_NAMED]]
+    named = [f"worker {pid} {doing}" for pid, doing in list(at_work.items())[:_MOST_NAMED]]
     more = [f"and {len(at_work) - _MOST_NAMED} more"] if len(at_work) > _MOST_NAMED else []
     return "; ".join([*named, *more])
 
