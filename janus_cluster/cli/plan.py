@@ -82,12 +82,13 @@ def plan(
     from rich.console import Console
 
     console = Console(highlight=False)
-    # A table cut where it is piped, or on a narrow terminal, would lose its last columns: the seconds.
+    width = console.width if console.is_terminal or "COLUMNS" in os.environ else None
+    # rich would cut a table of a pipe at 80 columns.
     console.width = max(console.width, TABLE_WIDTH)
-    click.echo("\n".join(render_head(made)))
-    console.print(render_options(made))
-    console.print(render_other_samples(made))
-    click.echo("\n".join(render_choice(made)))
+    click.echo("\n".join(render_head(made, width=width)))
+    console.print(render_options(made, width=width))
+    console.print(render_other_samples(made, width=width))
+    click.echo("\n".join(render_choice(made, width=width)))
 
 
 def make_plan(

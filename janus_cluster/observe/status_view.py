@@ -15,6 +15,7 @@ from janus_cluster.observe.progress import Progress
 from janus_cluster.observe.status import RunStatus, next_commands
 from janus_cluster.run.hosts import fold_nodes
 from janus_cluster.run.records.verdict import CheckResult, group_nodes
+from janus_cluster.run.table import columns_to_drop, fold_line
 from janus_cluster.run.text import clean_line
 from janus_cluster.run.times import render_duration
 from janus_cluster.slurm.pending import read_reason
@@ -52,14 +53,21 @@ def render_status(statuses: Sequence[RunStatus], *, width: int | None = None) ->
         state = Text(s.state.state, style=state_style(s.state))
         rows.append([Text(s.job_id or "-"), Text(s.name), state, *map(Text, values)])
     headings = ("job", "name", "state", "try", "step", "loss", "s/step", "samples/s", "ETA")
-    table = build_table(headings, rows, folded="name", width=width)
+    table = build_table(headings, rows, folded="name", width=width, droppable=("samples/s", "try", "s/step"))
     notes = [note for s in statuses for note in _notes(s)]
     # Text leaves square brackets alone, and a command that is not folded can be copied whole.
-    return Group(table, *(Text(line, no_wrap=True, overflow="ignore") for line in ["", *notes]))
+    return Group(table, *(Text(fold_line(line, width=width), no_wrap=True, overflow="ignore") for line in ["", *notes]))
 
 
-def build_table(headings: Sequence[str], rows: Sequence[Sequence[Text]], *, folded: str, width: int | None) -> Table:
-    """A table of which only the column `folded` gives way to a narrow terminal: half a number would be a wrong one.
+def build_table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[Text]],
+    *,
+    folded: str,
+    width: int | None,
+    droppable: Sequence[str] = (),
+) -> Table:
+    """A table of which only the column `folded` gives way to a narrow terminal, after `droppable` ones.
 
     It may be wider than `width`; the terminal breaks its lines then, as it does with any other text.
     """
@@ -67,14 +75,18 @@ def build_table(headings: Sequence[str], rows: Sequence[Sequence[Text]], *, fold
     from rich.table import Table
 
     widths = [max([cell_len(heading), *(row[i].cell_len for row in rows)]) for i, heading in enumerate(headings)]
+    cells = dict(zip(headings, widths, strict=True)) | {folded: min(_NARROWEST, widths[headings.index(folded)])}
+    dropped = columns_to_drop(cells, width=width, gap=_GAP, droppable=droppable)
+    kept = [i for i, heading in enumerate(headings) if heading not in dropped]
+    headings, widths = [headings[i] for i in kept], [widths[i] for i in kept]
     at = headings.index(folded)
     if width is not None and (room := width - _GAP * (len(widths) - 1) - sum(widths) + widths[at]) >= _NARROWEST:
         widths[at] = min(widths[at], room)
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
-    for heading, cells in zip(headings, widths, strict=True):
-        table.add_column(heading, overflow="fold", width=cells)
+    for heading, cell in zip(headings, widths, strict=True):
+        table.add_column(heading, overflow="fold", width=cell)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[i] for i in kept))
     return table
 
 

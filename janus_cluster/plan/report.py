@@ -15,8 +15,11 @@ from janus_cluster.plan.choose import Option, describe_recompute
 from janus_cluster.plan.hardware import ASSUMED, Gpu
 from janus_cluster.plan.memory import GB
 from janus_cluster.plan.time import LOGGED_STEP_S, predecessor_step
+from janus_cluster.run.table import columns_to_drop
 
 LINE_WIDTH = 120
+# SIMPLE_HEAD with a padding of one column: between two columns, and at both edges together.
+_GAP, _EDGES = 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,36 +58,37 @@ def describe_trust() -> str:
     )
 
 
-def render_head(plan: Plan) -> list[str]:
-    """What is planned: the network, the sample and the batch, a line each."""
+def render_head(plan: Plan, *, width: int | None = None) -> list[str]:
+    """What is planned: the network, the sample and the batch, an entry each. Units: as render_options."""
     sample, option = plan.as_it_is.sample, plan.chosen or plan.as_it_is
     trained = plan.sizes.trained_parameters(option.setup.work.tune, option.setup.work.lora)
     everything = plan.sizes.engine_parameters(option.setup.work.lora) + plan.sizes.vggt_parameters
     flops = option.flops
-    return [
+    lines = [
         f"job      {plan.source}: {plan.sizes.name}, {trained / 1e6:,.1f} of {everything / 1e6:,.1f} million "
         f"parameters learn; effective batch {plan.as_it_is.setup.effective_batch}",
         f"sample   {sample.frames} frames of {sample.width}×{sample.height}: {sample.tokens:,} tokens "
         f"({sample.memory_tokens} an image), {flops.total / 1e12:.3g} TFLOP ({flops.vggt / 1e12:.3g} VGGT, "
         f"{flops.vision / 1e12:.3g} ViT, {flops.recompute / 1e12:.3g} recomputed); a full history, the longest sample",
     ]
+    return [_wrap(line, width) for line in lines]
 
 
-def render_options(plan: Plan) -> Table:
-    """One row an option, those that fit first."""
+def render_options(plan: Plan, *, width: int | None = None) -> Table:
+    """One row an option, those that fit first. Units: width columns of the terminal; None: no limit."""
     title = f"one {plan.gpu.name}, GB of 1e9 bytes; hours for {plan.epoch_samples:,} samples"
     names = (
         "", "nodes", "ZeRO", "batch", "recompute", "params", "grads", "optim", "buffers", "activ", "logits", "VGGT",
         "total", "fits", "s/step", "hours",
     )  # fmt: skip
-    table = _table(title, names, left=("", "ZeRO", "recompute", "fits"))
+    rows = []
     for option in plan.options:
         memory, time = option.memory, option.time
         parts = (
             memory.weights, memory.gradients, memory.optimizer, memory.buckets, memory.activations, memory.logits,
             memory.vggt, memory.total,
         )  # fmt: skip
-        table.add_row(
+        cells = [
             "→" if option is plan.chosen else "",
             str(option.setup.nodes),
             option.profile,
@@ -94,20 +98,22 @@ def render_options(plan: Plan) -> Table:
             "yes" if option.fits else "no",
             f"{time.total:.1f}",
             f"{option.epoch_hours(plan.epoch_samples):.1f}",
-            style="bold" if option is plan.chosen else None if option.fits else "dim",
-        )
-    return table
+        ]
+        rows.append((cells, "bold" if option is plan.chosen else None if option.fits else "dim"))
+    # The parts of the sum, the smaller ones first.
+    parts_of_sum = ("VGGT", "logits", "buffers", "optim", "grads", "params", "activ")
+    return _table(title, names, rows, left=("", "ZeRO", "recompute", "fits"), width=width, droppable=parts_of_sum)
 
 
-def render_other_samples(plan: Plan) -> Table:
-    """What other histories and smaller frames cost, with the best option for each."""
+def render_other_samples(plan: Plan, *, width: int | None = None) -> Table:
+    """What other histories and smaller frames cost, with the best option for each. Units: as render_options."""
     names = ("--set", "tokens", "TFLOP", "ZeRO", "batch", "recompute", "total", "s/step", "hours")
-    table = _table("other samples, the best option for each", names, left=("--set", "ZeRO", "recompute"))
+    rows: list[tuple[list[str], str | None]] = []
     for text, option in plan.other_samples:
         if option is None:
-            table.add_row(text, "", "", "too long, or nothing fits", style="dim")
+            rows.append(([text, "", "", "too long, or nothing fits"], "dim"))
             continue
-        table.add_row(
+        cells = [
             text,
             f"{option.sample.tokens:,}",
             f"{option.flops.total / 1e12:.0f}",
@@ -117,12 +123,15 @@ def render_other_samples(plan: Plan) -> Table:
             f"{option.memory.total / GB:.1f}",
             f"{option.time.total:.1f}",
             f"{option.epoch_hours(plan.epoch_samples):.1f}",
-        )
-    return table
+        ]
+        rows.append((cells, None))
+    title = "other samples, the best option for each"
+    left = ("--set", "ZeRO", "recompute")
+    return _table(title, names, rows, left=left, width=width, droppable=("TFLOP", "tokens", "batch"))
 
 
-def render_choice(plan: Plan) -> list[str]:
-    """The option to take and why, what to type, and how far to trust it."""
+def render_choice(plan: Plan, *, width: int | None = None) -> list[str]:
+    """The option to take and why, what to type, and how far to trust it. Units: as render_options."""
     if plan.chosen is None:
         lines = [f"choice   none: {plan.reason}"]
     else:
@@ -135,17 +144,34 @@ def render_choice(plan: Plan) -> list[str]:
         ]
     lines += [*(f"note     {note}" for note in plan.notes), f"trust    {describe_trust()}"]
     # What is to be typed stays on one line, so that it can be copied.
-    return [line if line.startswith("type") else _wrap(line) for line in lines]
+    return [line if line.startswith("type") else _wrap(line, width) for line in lines]
 
 
-def _wrap(line: str) -> str:
-    return textwrap.fill(line, LINE_WIDTH, subsequent_indent=" " * 9, break_on_hyphens=False)
+def _wrap(line: str, width: int | None) -> str:
+    columns = min(width or LINE_WIDTH, LINE_WIDTH)
+    return textwrap.fill(line, columns, subsequent_indent=" " * 9, break_on_hyphens=False, break_long_words=False)
 
 
-def _table(title: str, names: Sequence[str], *, left: Sequence[str]) -> Table:
+def _table(
+    title: str,
+    names: Sequence[str],
+    rows: Sequence[tuple[Sequence[str], str | None]],
+    *,
+    left: Sequence[str],
+    width: int | None,
+    droppable: Sequence[str],
+) -> Table:
+    """Rows of cells and style. The title says which columns a narrow terminal has no room for."""
+    widths = {name: max([len(name), *(len(row[i]) for row, _ in rows if i < len(row))]) for i, name in enumerate(names)}
+    room = None if width is None else width - _EDGES
+    dropped = columns_to_drop(widths, width=room, gap=_GAP, droppable=droppable)
+    title += f"; no room for {', '.join(dropped)}" if dropped else ""
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in names:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    kept = [i for i, name in enumerate(names) if name not in dropped]
+    for i in kept:
+        table.add_column(names[i], justify="left" if names[i] in left else "right", no_wrap=True)
+    for row, style in rows:
+        table.add_row(*(row[i] for i in kept if i < len(row)), style=style)
     return table
 
 
