@@ -40,7 +40,7 @@ EXIT_CODES: Mapping[int, str] = {
     22: "no such job",
     23: "the sandbox could not be started or stopped",
     24: "the job is queued and cannot start; it is no longer followed",
-    25: "a limit of your user, account or QOS refused the job; nothing was written, and later it may be taken",
+    25: "a limit of your user, account or QOS refused the job for now; nothing was written",
     130: "interrupted at the keyboard; the job is left alone",
     141: "the reader of the output has gone, a pipe into `head`",
 }

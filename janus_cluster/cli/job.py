@@ -12,7 +12,7 @@ import click
 
 from janus_cluster.cli.options import json_option
 from janus_cluster.cli.submit import job_options
-from janus_cluster.desk.submit import Request, load_planned, load_request
+from janus_cluster.desk.submit import Request, load_planned, load_request, runs_folder
 from janus_cluster.run.text import to_json
 
 
@@ -45,7 +45,7 @@ def render(job: str | None, nodes: int | None, sets: tuple[str, ...], part: Lite
     from janus_cluster.run.sbatch import render_sbatch
 
     loaded = load_planned(Request(job=job, nodes=nodes, sets=sets), os.environ).loaded
-    run_dir = Path.cwd() / "runs" / f"{loaded.config.name}-<time>-<id>"
+    run_dir = runs_folder(loaded.config, os.environ, Path.cwd()) / f"{loaded.config.name}-<time>-<id>"
     resolved = resolve_job(
         loaded, run_dir=run_dir, cluster="slurm", environ=os.environ, cwd=Path.cwd(), python=sys.executable
     )

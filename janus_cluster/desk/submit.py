@@ -291,9 +291,14 @@ def check_paths(resolved: ResolvedJob, *, source: str, origins: Mapping[str, str
         raise UsageError.of_many(problems, hint="mend the path in the job file, or give it with --set")
 
 
+def runs_folder(job: JobConfig, environ: Mapping[str, str], cwd: Path) -> Path:
+    """Where the job's run folders are made; `runs_dir` of the job overrides JANUS_HOME."""
+    return cwd / Path(os.path.expanduser(job.runs_dir)) if job.runs_dir else runs_dir(environ, cwd)
+
+
 def new_run_path(job: JobConfig, environ: Mapping[str, str], cwd: Path) -> Path:
-    """runs/<name>-<utc time>-<short id>; `runs_dir` of the job overrides JANUS_HOME."""
-    base = cwd / Path(os.path.expanduser(job.runs_dir)) if job.runs_dir else runs_dir(environ, cwd)
+    """<runs folder>/<name>-<utc time>-<short id>."""
+    base = runs_folder(job, environ, cwd)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     return base / f"{job.name}-{stamp}-{secrets.token_hex(2)}"
 

@@ -35,7 +35,9 @@ def list_readable_runs(runs_dirs: Sequence[Path]) -> list[RunDir]:
 
 
 def find_run(ref: str, runs_dirs: Sequence[Path]) -> RunDir:
-    """The run that `ref` names: a path, a folder name, a job id, a job name (its newest run), or a unique prefix.
+    """The run that `ref` names: a path, a folder name, a job id, a job name, or a unique prefix.
+
+    A job name means its newest run that trains; a run of the gate alone only where the job has no other.
 
     Where `runs_dirs` is the default, names and job ids of the other folders that runs were made in are known too.
 
@@ -47,7 +49,9 @@ def find_run(ref: str, runs_dirs: Sequence[Path]) -> RunDir:
     runs = list_runs(runs_dirs)
     found = _find_named(ref, runs)
     # Newest first: a job name is used often.
-    found = found or next((run for run in runs if job_name(run) == ref), None)
+    if found is None:
+        named = [run for run in runs if job_name(run) == ref]
+        found = next((run for run in named if run_kind(run) == "train"), named[0] if named else None)
     if found is None and list(runs_dirs) == [runs_dir()]:
         found = _find_named(ref, list_runs(known_runs_dirs()))
     if found is not None:
@@ -75,6 +79,12 @@ def job_name(run: RunDir) -> str:
     resolved = ResolvedRecord.load(run.bundle(1).resolved_json)
     name = resolved.value("name") if resolved else None
     return name if isinstance(name, str) else run.name.rsplit("-", 2)[0]
+
+
+def run_kind(run: RunDir) -> str:
+    """train, preflight or index; train where that cannot be read."""
+    resolved = ResolvedRecord.load(run.bundle(1).resolved_json)
+    return str((resolved.value("kind") if resolved else None) or "train")
 
 
 def _not_found(ref: str, several: Sequence[str], runs: Sequence[RunDir], runs_dirs: Sequence[Path]) -> JobNotFound:

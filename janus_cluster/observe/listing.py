@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from janus_cluster.observe.find import list_runs
+from janus_cluster.observe.find import list_runs, run_kind
 from janus_cluster.observe.status import RunStatus, collect_status
 from janus_cluster.observe.status_view import build_table, render_source, state_style
 from janus_cluster.run.current import has_bundles
@@ -35,8 +35,16 @@ def render_list(statuses: Sequence[RunStatus], *, width: int | None = None) -> R
         attempt = "-" if s.state.attempt is None else str(s.state.attempt)
         step = "-" if p.step is None else f"{p.step}/{p.total_steps or '?'}"
         rows.append(
-            [Text(s.job_id or "-"), Text(s.name), state, Text(attempt), Text(step), Text(render_source(s.state))]
+            [
+                Text(s.job_id or "-"),
+                Text(s.name),
+                Text(run_kind(s.run)),
+                state,
+                Text(attempt),
+                Text(step),
+                Text(render_source(s.state)),
+            ]
         )
     # A name is there to be copied.
-    headings = ("job", "name", "state", "try", "step", "according to")
+    headings = ("job", "name", "kind", "state", "try", "step", "according to")
     return build_table(headings, rows, folded="according to", width=width, droppable=("try", "step"))

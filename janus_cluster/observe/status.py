@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from janus_cluster.diagnosis.card import FailureCard, card_to_json, load_card
+from janus_cluster.observe.find import run_kind
 from janus_cluster.observe.planned import load_plan_step_time
 from janus_cluster.observe.progress import Progress, load_progress
 from janus_cluster.observe.slow import Slow, load_slow
@@ -82,6 +83,7 @@ class RunStatus:
             "exit_code": self.state.exit_code,
             "reason": self.state.reason,
             "run_dir": str(self.run.path),
+            "kind": run_kind(self.run),
             "loss": progress.loss,
             "step_time_s": progress.step_time_s,
             "median_step_time_s": progress.median_step_time_s,

@@ -161,7 +161,7 @@ def _table(
     width: int | None,
     droppable: Sequence[str],
 ) -> Table:
-    """Rows of cells and style. The title says which columns a narrow terminal has no room for."""
+    """Rows of cells and style. The title names the columns that a narrow terminal has no room for."""
     widths = {name: max([len(name), *(len(row[i]) for row, _ in rows if i < len(row))]) for i, name in enumerate(names)}
     room = None if width is None else width - _EDGES
     dropped = columns_to_drop(widths, width=room, gap=_GAP, droppable=droppable)

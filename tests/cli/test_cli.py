@@ -270,6 +270,23 @@ def test_render_prints_without_writing(run: Run, tmp_path: Path, part: str, word
     assert runs(tmp_path) == []
 
 
+@pytest.mark.parametrize("sets", [(), ("--set", "runs_dir=elsewhere")])
+def test_render_names_the_run_folder_that_submit_would_make(run: Run, tmp_path: Path, sets: tuple[str, ...]) -> None:
+    folder = tmp_path / ("elsewhere" if sets else "home/runs")
+    assert f"{folder}/demo-<time>-<id>/logs" in run("render", "demo", *sets).stdout
+    made = run("submit", "demo", "--cluster", "local", "--dry-run", "--json", *sets)
+    assert Path(json.loads(made.stdout)["run_dir"]).parent == folder
+
+
+def test_list_shows_the_kind_of_each_run(run: Run, tmp_path: Path) -> None:
+    run("submit", "demo", "--cluster", "local", "--dry-run")
+    (tmp_path / "gate.yaml").write_text("name: gate\nkind: preflight\npreflight: {profile: cpu}\n")
+    assert run("submit", "gate.yaml", "--cluster", "local", "--dry-run").returncode == 0
+    rows = [line.split() for line in run("list").stdout.splitlines()]
+    assert sorted(row[2] for row in rows) == ["kind", "preflight", "train"]
+    assert {row["kind"] for row in json.loads(run("list", "--json").stdout)} == {"preflight", "train"}
+
+
 def test_an_unknown_job_is_reported_with_what_to_type(run: Run) -> None:
     done = run("tail", "4711")
     assert done.returncode == 22

@@ -14,10 +14,10 @@ from janus_cluster.run.files import write_json_atomically
 from janus_cluster.run.paths import RunDir
 
 
-def make_run(folder: Path, name: str, *, job: str, job_id: str | None, age_s: float) -> RunDir:
+def make_run(folder: Path, name: str, *, job: str, job_id: str | None, age_s: float, kind: str = "train") -> RunDir:
     run = RunDir(folder / name)
     run.bundle(1).path.mkdir(parents=True)
-    write_json_atomically(run.bundle(1).resolved_json, {"job": {"name": job}})
+    write_json_atomically(run.bundle(1).resolved_json, {"job": {"name": job, "kind": kind}})
     made = time.time() - age_s
     os.utime(run.bundle(1).resolved_json, (made, made))
     if job_id:
@@ -112,3 +112,11 @@ def test_job_name_comes_from_the_folder_when_resolved_json_is_gone(runs: Path) -
     run = RunDir(runs / "demo-big-20261121-cccc")
     run.bundle(1).resolved_json.unlink()
     assert job_name(run) == "demo-big"
+
+
+def test_a_job_name_means_the_run_that_trains_not_the_gate_alone_after_it(runs: Path) -> None:
+    gate = make_run(runs, "demo-20261122-eeee", job="demo", job_id="30", age_s=10, kind="preflight")
+    assert find_run("demo", [runs]).name == "demo-20261121-bbbb"
+    assert find_run("30", [runs]) == find_run(gate.name, [runs]) == gate
+    alone = make_run(runs, "gate-20261122-ffff", job="gate", job_id="31", age_s=5, kind="preflight")
+    assert find_run("gate", [runs]) == alone

@@ -28,7 +28,7 @@ from janus_cluster.slurm.state import NO_SOURCE, JobState
 
 CONTRACT = [
     *("job_id", "name", "state", "source", "age_s", "attempt", "nodes"),
-    *("step", "total_steps", "exit_code", "reason", "run_dir"),
+    *("step", "total_steps", "exit_code", "reason", "run_dir", "kind"),
     *("loss", "step_time_s", "median_step_time_s", "plan_step_time_s", "samples_per_s", "eta_s"),
     *("action_accuracy", "majority_accuracy", "checkpoint", "export", "ranks"),
     *("slow", "earlier", "failed_checks", "exclude", "retry", "card", "next"),
@@ -77,6 +77,7 @@ def test_json_has_exactly_the_keys_of_the_contract(tmp_path: Path) -> None:
         "exit_code": 0,
         "reason": None,
         "run_dir": str(run.path),
+        "kind": "train",
         "loss": 2.5 / 3,
         "step_time_s": 3.0,
         "median_step_time_s": 3.0,
