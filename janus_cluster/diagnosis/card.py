@@ -12,6 +12,7 @@ from typing import Any
 from janus_cluster.diagnosis.evidence import load_evidence
 from janus_cluster.diagnosis.failure import SLURM_STATES, classify
 from janus_cluster.job.resolved import MemoryPlan
+from janus_cluster.job.walltime import parse_walltime_min
 from janus_cluster.run.checkpoints import CheckpointFound, find_newest_checkpoint
 from janus_cluster.run.current import load_current
 from janus_cluster.run.next_command import command_for, submit_command
@@ -142,7 +143,7 @@ def next_steps(
     look = command_for("tail", run, f"--no-follow -n 100{only}")
     read_log = f"less {shlex.quote(str(run.batch_log))}"
     steps = {
-        "walltime": [resume, f"{again} --set slurm.time=…   # the same with more time"],
+        "walltime": [resume, f"{again} --set slurm.time={_twice_the_time(resolved)}   # the same with more time"],
         "host_out_of_memory": [f"{again} {_with_less_host_memory(resolved)}", look],
         "gpu_out_of_memory": [
             _go_on_smaller(resolved, resume=again, at=at, submit=submit),
@@ -156,7 +157,7 @@ def next_steps(
         "bad_data": _fix_data(failure, resume=resume, submit=submit),
         "loader": _fix_loader(failure, resolved, resume=again, at=at, look=look),
         "bad_weights": [look, f"{submit} --set model.path=… --set model.vggt_path=…   # weights that are whole"],
-        "diverged": [f"{submit} --set training.learning_rate=…   # a smaller one", look],
+        "diverged": [f"{submit} --set training.learning_rate={_half_the_rate(resolved)}   # a smaller one", look],
         "launch": [read_log, f"{resume}   # once that is corrected; other options: --set slurm.…"],
         "environment": [read_log, resume],
     }
@@ -195,6 +196,22 @@ def _fix_loader(failure: FailureRecord, resolved: ResolvedRecord, *, resume: str
     return [alone, look]
 
 
+def _twice_the_time(resolved: ResolvedRecord) -> str:
+    """Twice the job's time limit, as sbatch takes it; two days where it has none that is known."""
+    try:
+        limit_min = parse_walltime_min(str(resolved.value("slurm.time")))
+    except ValueError:
+        limit_min = None
+    days, minutes = divmod(2 * limit_min if limit_min else 2 * 24 * 60, 24 * 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{days}-{hours:02}:{minutes:02}:00" if days else f"{hours:02}:{minutes:02}:00"
+
+
+def _half_the_rate(resolved: ResolvedRecord) -> str:
+    rate = resolved.value("training.learning_rate")
+    return f"{rate / 2:g}" if isinstance(rate, float) else "1e-5"
+
+
 def _with_less_host_memory(resolved: ResolvedRecord) -> str:
     """A --set option that gives a rank more of the node's memory, or lets it need less."""
     asked, workers = resolved.value("slurm.mem"), resolved.value("data.num_workers")
@@ -208,7 +225,9 @@ def _go_on_smaller(resolved: ResolvedRecord, *, resume: str, at: str, submit: st
     """The command that needs less memory on the GPU; a new run only where frames have to be dropped."""
     options = _planned_smaller(resolved) or _smaller(resolved)
     if options is None:
-        return f"{submit} --set data.history=…   # a new run with fewer frames; or more nodes"
+        history = resolved.value("data.history")
+        fewer = history // 2 if isinstance(history, int) else 0
+        return f"{submit} --set data.history={fewer}   # a new run with fewer frames; or more nodes"
     return f"{resume} {options}   # {at}"
 
 
