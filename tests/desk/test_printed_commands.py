@@ -62,7 +62,7 @@ def run(request: pytest.FixtureRequest, site: Site) -> RunDir:
 
 
 def end(run: RunDir, state: str, *, failure: FailureRecord | None = None, code: int = 12) -> None:
-    """The attempt has ended so, in its own words."""
+    """The attempt has ended so."""
     if not run.attempts():
         run.begin_attempt()
     code = 0 if state == "COMPLETED" else code
@@ -93,7 +93,7 @@ def parse(words: Sequence[str]) -> click.Context:
 
 
 def type_it(site: Site, command: str, folder: Path) -> None:
-    """The command does what it says, in a shell of that folder. A pipe keeps it from asking."""
+    """The command works, in a shell of that folder. A pipe keeps it from asking."""
     for blank, value in TO_FILL_IN.items():
         command = command.replace(blank, value)
     assert "…" not in command, command
