@@ -13,6 +13,7 @@ from janus_cluster.sandbox.programs import find_program
 from janus_cluster.sandbox.state import Daemon
 
 _POLL_S = 0.02
+_DAEMONS = frozenset({"slurmctld", "slurmd", "slurmdbd", "munged"})
 
 
 def boot_id() -> str:
@@ -130,6 +131,22 @@ def find_job_pids(slurm_conf: Path, spool: Path) -> list[int]:
             variables = (folder / "environ").read_bytes().split(b"\0")
             in_job = conf in variables and any(v.startswith(b"SLURMD_NODENAME=") for v in variables)
             if in_job or (sockets and _is_stepd_of(folder, sockets)):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return sorted(found)
+
+
+def find_slurm_pids(slurm_conf: Path) -> list[int]:
+    """Pids of Slurm's daemons and their munged that were started with this slurm.conf, sorted."""
+    conf = f"SLURM_CONF={slurm_conf}".encode()
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            is_one = (folder / "comm").read_text(encoding="ascii", errors="replace").strip() in _DAEMONS
+            if is_one and conf in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
         except OSError:
             continue

@@ -19,7 +19,15 @@ from janus_cluster.run.lock import open_lock, take_lock
 from janus_cluster.sandbox import accounting as acct
 from janus_cluster.sandbox import network as net
 from janus_cluster.sandbox import render, versions
-from janus_cluster.sandbox.daemons import as_daemons, boot_id, end_daemons, find_job_pids, is_alive, tail
+from janus_cluster.sandbox.daemons import (
+    as_daemons,
+    boot_id,
+    end_daemons,
+    find_job_pids,
+    find_slurm_pids,
+    is_alive,
+    tail,
+)
 from janus_cluster.sandbox.hiding import show_path
 from janus_cluster.sandbox.hosts import MUNGED, SLURMCTLD, Starter, is_holder, slurmd_name
 from janus_cluster.sandbox.layout import (
@@ -66,10 +74,10 @@ def up(
     layout.home.mkdir(parents=True, exist_ok=True)
     with locked(layout):
         running = load_info(layout.home)
-        if running is not None:
-            if _judge_state(running) == "running" and running.complete:
-                return _require_same_kind(running, nodes, mode, accounting)
-            _take_down(layout, running)
+        if running is not None and _judge_state(running) == "running" and running.complete:
+            return _require_same_kind(running, nodes, mode, accounting)
+        # Also what an earlier one left whose folder was deleted: its slurmd would end the jobs of this one.
+        _take_down(layout, running)
         slurm = find_slurm(accounting=accounting)
         starter = _prepare(layout, nodes or DEFAULT_NODES, _choose_mode(mode), accounting, slurm)
         try:
@@ -344,6 +352,7 @@ def _take_down(layout: Layout, info: SandboxInfo | None) -> None:
         for daemon in written_to:
             end_daemons([daemon] if daemon else [], grace_s=20)
         end_daemons(info.daemons)
+    end_daemons(as_daemons(find_slurm_pids(layout.slurm_conf)), grace_s=3)
     if can_have_namespaces():
         end_daemons(as_daemons(net.find_pids(net.find_namespaces(layout.tag))), grace_s=1)
         net.remove_network(layout.tag)

@@ -22,6 +22,7 @@ from janus_cluster.sandbox.layout import layout_of
 from janus_cluster.sandbox.lifecycle import node_states
 from janus_cluster.sandbox.network import find_namespaces, find_pids
 from janus_cluster.sandbox.programs import find_missing, namespaces_problem
+from janus_cluster.sandbox.state import Mode
 from tests.conftest import not_tested, require_slurm
 
 pytestmark = pytest.mark.slurm
@@ -306,6 +307,24 @@ def test_down_finds_hosts_whose_folder_was_deleted(
     finally:
         assert down(home)
     assert left_of(home, info) == []
+
+
+@pytest.mark.parametrize("mode", ["namespaces", "plain"])
+def test_up_ends_what_runs_of_a_sandbox_whose_folder_was_deleted(
+    sandbox: SandboxInfo, tmp_path_factory: pytest.TempPathFactory, mode: Mode
+) -> None:
+    if sandbox.mode != "namespaces" and mode == "namespaces":
+        not_tested(f"NOT TESTED: a deleted folder. {namespaces_problem()}")
+    home = tmp_path_factory.mktemp("y") / "sandbox"
+    first = up(home, mode=mode)
+    try:
+        shutil.rmtree(home)
+        second = up(home, mode=mode)
+        assert [d.name for d in first.daemons if is_alive(d)] == []
+        assert all(is_alive(d) for d in second.daemons)
+        assert set(node_states(second).values()) == {"idle"}
+    finally:
+        down(home)
 
 
 def test_a_sandbox_that_cannot_start_shows_the_log_and_leaves_nothing(
