@@ -121,6 +121,9 @@ class Attempt:
         """
         if not code or self._logged_bytes() != logged or read_unwritten(self.run.batch_log, attempt=self.number):
             return
+        if not self.run.path.is_dir():
+            # Moved or removed while the step ran: what its tasks wrote is no longer to be seen from here.
+            return
         messages = step.launcher_messages()
         if not messages and self.launcher.cluster == "local":
             return

@@ -30,7 +30,8 @@ class Screen:
         """Print the lines above the live line."""
         if lines:
             self._erase()
-            self._out.writelines(f"{line}\n" for line in lines)
+            # One call: an unbuffered stream (PYTHONUNBUFFERED) would make a system call of every line.
+            self._out.write("\n".join([*lines, ""]))
 
     def show(self, live: str) -> None:
         """Show `live` as the live line, where there can be one; empty for none."""

@@ -62,9 +62,9 @@ class Runs:
         done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=check, timeout=600)
         return done.stdout
 
-    def submit(self, *sets: str, steps: int = STEPS) -> Job:
+    def submit(self, *sets: str, steps: int = STEPS, with_gate: bool = False) -> Job:
         done = self.janus(
-            *("submit", "demo", "--nodes", "2", "--cluster", "sandbox", "--json", *JOB),
+            *("submit", "demo", "--nodes", "2", "--cluster", "sandbox", "--json", *JOB[with_gate:]),
             *("--set", f"training.max_steps={steps}"),
             *(word for value in sets for word in ("--set", value)),
         )

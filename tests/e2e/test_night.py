@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,16 +13,19 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from demo_runs import EVERY, Curve, Job, Runs, requires_nothing_lost, wait_until
 
 from janus_cluster.run.files import read_json
+from janus_cluster.run.paths import RunDir
 from janus_cluster.sandbox import SandboxInfo
 from janus_cluster.sandbox.daemons import is_alive
 from janus_cluster.sandbox.hosts import SLURMCTLD, Starter, slurmd_name
 from janus_cluster.sandbox.layout import layout_of
 from janus_cluster.sandbox.lifecycle import load_running
+from tests.conftest import not_tested
 
 pytestmark = pytest.mark.slurm
 
@@ -142,17 +146,19 @@ def test_of_two_resumes_at_once_one_queues_the_run_and_none_while_the_old_job_is
     assert runs.slurm("squeue", "--noheader", "--format=%i").split() == [job.id]
 
 
-def test_a_slurmstepd_that_hangs_does_not_keep_a_run_that_has_completed(runs: Runs) -> None:
+@pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_slurmstepd_that_hangs_or_is_gone_does_not_keep_a_run_that_has_completed(runs: Runs, fault: int) -> None:
     job = runs.submit(steps=2 * EVERY)
     job.wait_for_step(EVERY)
     stepd = stepd_above(job.pid(1))
-    os.kill(stepd, signal.SIGSTOP)
+    os.kill(stepd, fault)
     try:
         job.wait_for_event("complete")
         completed_at = time.time()
         status = job.wait_for_end()
     finally:
-        os.kill(stepd, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(stepd, signal.SIGCONT)
     assert (status["state"], status["exit_code"], status["attempt"]) == ("COMPLETED", 0, 1)
     # A minute until they are overdue, and two grace periods of srun.
     assert read_json(job.run.attempt_json(1))["ended_at"] - completed_at < 150
@@ -188,6 +194,88 @@ def test_a_submit_while_the_controller_is_away_leaves_nothing_and_works_once_it_
     done = type_line(runs, line)
     assert done.returncode == 0, done.stderr
     assert runs.slurm("scancel", json.loads(done.stdout)["job_id"]) == ""
+
+
+def test_a_time_limit_that_was_lowered_costs_no_step(runs: Runs) -> None:
+    """An operator makes room for a maintenance: the job is stopped before its new limit, saved, and goes on."""
+    job = runs.submit(steps=2000)
+    job.wait_for_step(EVERY + 1)
+    runs.slurm("scontrol", "update", f"JobId={job.id}", "TimeLimit=4")
+    job.wait_until(job.is_running_again, limit_s=400)
+    [(attempt, step)] = job.resumed_at()
+    assert (attempt, step) == (2, max(job.curve(attempt=1))), "saved at the step where it was stopped"
+    [stop] = job.events("stop")
+    assert stop["step"] == step
+
+
+def test_a_run_folder_that_was_moved_is_named_and_goes_on_in_its_new_place(runs: Runs) -> None:
+    job = runs.submit(steps=STEPS)
+    job.wait_for_step(EVERY + 1)
+    # Held still, so that the command is typed while the job lives.
+    runs.slurm("scontrol", "suspend", job.id)
+    was = job.run.path
+    moved = RunDir(was.rename(was.with_name("moved")))
+    job.run = moved
+    refused = type_line(runs, f"janus-cluster resume {moved.path}")
+    runs.slurm("scontrol", "resume", job.id)
+    assert refused.returncode == 2 and "is SUSPENDED" in refused.stderr, "two jobs would write into one folder"
+    job.wait_until(lambda: job.is_in_state(""))
+    status = status_of(runs, moved)
+    assert not was.exists(), "it is not made anew"
+    assert first_failed(status) == ("FAILED", "file_system", 0, "h800-01")
+    assert f"the run folder {was} is gone" in status["card"]["message"]
+    done = type_line(runs, status["next"][0])
+    assert done.returncode == 0, done.stderr
+    job.id = read_json(moved.submission_json)["job_id"]
+    assert job.wait_for_end(attempt=2)["exit_code"] == 0
+    requires_nothing_lost(moved, resumed_at=EVERY, steps=STEPS)
+
+
+def test_a_run_folder_that_is_read_only_on_the_nodes_is_named_and_the_run_goes_on_afterwards(runs: Runs) -> None:
+    job = runs.submit(steps=STEPS)
+    job.wait_for_step(EVERY + 1)
+    with read_only_on_nodes(runs, job.run.path):
+        job.wait_until(lambda: job.is_in_state(""))
+    status = status_of(runs, job.run)
+    assert first_failed(status) == ("FAILED", "read_only", 0, "h800-01")
+    look, resume = status["next"]
+    assert look.startswith(f"findmnt -T {job.run.path}")
+    done = type_line(runs, resume)
+    assert done.returncode == 0, done.stderr
+    job.id = read_json(job.run.submission_json)["job_id"]
+    assert job.wait_for_end(attempt=2)["exit_code"] == 0
+    requires_nothing_lost(job.run, resumed_at=EVERY, steps=STEPS)
+
+
+@contextlib.contextmanager
+def read_only_on_nodes(runs: Runs, folder: Path) -> Iterator[None]:
+    """The hosts of the sandbox see the folder read-only, as a file server that has lost its disk exports it."""
+    info = load_running(layout_of(Path(runs.sandbox.home)))
+    if info.mode != "namespaces":
+        not_tested("NOT TESTED: a folder that is read-only on the nodes; this sandbox has no hosts of their own")
+    pids = [daemon.pid for node in info.node_names if (daemon := info.daemon(slurmd_name(node))) is not None]
+
+    def on_each(*command: str) -> None:
+        for pid in pids:
+            subprocess.run(["nsenter", f"--mount=/proc/{pid}/ns/mnt", *command, str(folder)], check=True)
+
+    on_each("mount", "--bind", str(folder))
+    on_each("mount", "-o", "remount,bind,ro")
+    try:
+        yield
+    finally:
+        on_each("umount", "--lazy")
+
+
+def status_of(runs: Runs, run: RunDir) -> dict[str, Any]:
+    done = type_line(runs, f"janus-cluster status {run.path} --json")
+    assert done.returncode == 0, done.stderr
+    value: dict[str, Any] = json.loads(done.stdout)
+    return value
+
+
+def first_failed(status: dict[str, Any]) -> tuple[Any, ...]:
+    return status["state"], status["card"]["kind"], status["card"]["rank"], status["card"]["node"]
 
 
 def folders(runs: Runs) -> set[str]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests marked `slurm` (without tests/e2e) on the Slurm of another Debian release: `make test-slurm-versions`.
+# The tests marked `slurm` (of tests/e2e only the preemption) on the Slurm of another Debian release: `make test-slurm-versions`.
 #
 #   run.sh [SUITE [PYTEST_ARGUMENT…]]     SUITE: trixie (Debian 13), or any other that the mirror has
 #   DEBIAN_MIRROR=http://…                instead of the mirror that this machine's apt uses
