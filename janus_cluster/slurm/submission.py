@@ -190,10 +190,14 @@ def _search(
             job = slurm.find_job(bundle.job_sbatch, earlier=earlier)
         except JanusError as e:
             if time.monotonic() > deadline:
+                # 22.05 says no more than that to another munge key.
+                is_deaf = "zero bytes" in f"{e.message} {answer.message}".lower()
+                key = "; munge -n | ssh CONTROLLER unmunge   # do the munge keys and the clocks agree?"
                 raise MaybeQueued(
                     f"the job may be queued: sbatch's answer was lost, and the queue cannot be searched ({e.message})\n"
                     f"    sbatch: {answer.message}",
-                    hint=f"squeue --me -o '%i %T %o'   # the job with {bundle.job_sbatch}; scancel JOBID ends it",
+                    hint=f"squeue --me -o '%i %T %o'   # the job with {bundle.job_sbatch}; scancel JOBID ends it"
+                    + (key if is_deaf else ""),
                 ) from e
         else:
             if job is not None:

@@ -117,6 +117,20 @@ def maybe_queued(site: Site, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     return prepared.run
 
 
+def test_what_may_be_another_munge_key_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that 22.05's programs say to it, whatever they ask."""
+    for name, value in site.environ.items():
+        monkeypatch.setenv(name, value)
+    deaf = "echo 'slurm_load_jobs error: Zero Bytes were transmitted or received' >&2; exit 1"
+    for program in ("sbatch", "squeue", "scontrol"):
+        site.script(program, deaf)
+    prepared = prepared_in(site)
+    with pytest.raises(MaybeQueued) as caught:
+        hand_over(prepared, run_written(prepared.run, prepared.bundles, code={}))
+    assert "munge -n | ssh CONTROLLER unmunge" in str(caught.value.hint)
+    assert prepared.run.path.is_dir()
+
+
 def test_what_may_be_queued_keeps_its_folder_and_is_not_sent_again(site: Site, maybe_queued: RunDir) -> None:
     assert maybe_queued.bundle(1).job_sbatch.is_file()
     status = json.loads(site.janus("status", str(maybe_queued.path), "--json").stdout)
