@@ -47,4 +47,4 @@ def render_list(statuses: Sequence[RunStatus], *, width: int | None = None) -> R
         )
     # A name is there to be copied.
     headings = ("job", "name", "kind", "state", "try", "step", "according to")
-    return build_table(headings, rows, folded="according to", width=width, droppable=("try", "step"))
+    return build_table(headings, rows, folded="according to", width=width, droppable=("try", "step", "kind"))
