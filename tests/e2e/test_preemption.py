@@ -65,7 +65,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 def test_a_preempted_run_completes_with_two_attempts_that_train_and_stays_completed(runs: Runs) -> None:
     job = runs.submit("preflight.min_free_gb=0.05", steps=STEPS, with_gate=True)
     job.wait_for_step(EVERY + 1)
-    urgent = runs.slurm("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 20")
+    urgent = runs.slurm(
+        "sbatch",
+        "--parsable",
+        "--partition=urgent",
+        "--nodes=2",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 20",
+    )
     job.wait_until(lambda: bool(job.events("stop")))
     # No StartTime=now here: the urgent job is to have the nodes first.
     job.wait_until(lambda: "RUNNING" in state_of(runs, urgent))
