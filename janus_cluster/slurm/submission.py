@@ -190,7 +190,7 @@ def _search(
             job = slurm.find_job(bundle.job_sbatch, earlier=earlier)
         except JanusError as e:
             if time.monotonic() > deadline:
-                # 22.05 says no more than that to another munge key.
+                # All that 22.05 answers to another munge key.
                 is_deaf = "zero bytes" in f"{e.message} {answer.message}".lower()
                 key = "; munge -n | ssh CONTROLLER unmunge   # do the munge keys and the clocks agree?"
                 raise MaybeQueued(

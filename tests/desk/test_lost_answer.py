@@ -118,7 +118,7 @@ def maybe_queued(site: Site, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 
 
 def test_what_may_be_another_munge_key_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that 22.05's programs say to it, whatever they ask."""
+    """All that 22.05 answers to one, whatever is asked."""
     for name, value in site.environ.items():
         monkeypatch.setenv(name, value)
     deaf = "echo 'slurm_load_jobs error: Zero Bytes were transmitted or received' >&2; exit 1"
