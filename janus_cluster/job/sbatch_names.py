@@ -29,6 +29,14 @@ SHORT = {
 }
 # fmt: on
 
+# Option → the first Slurm that has it, and the first that has it no more. Seen on 22.05 to 26.05.
+VERSIONS: dict[str, tuple[str | None, str | None]] = {
+    "container-type": ("26.05", None),
+    "mem-update": ("26.05", None),
+    "power": (None, "24.05"),
+    "resources": ("25.11", None),
+}
+
 _ONE_TASK = "one task runs on each node and torchrun starts the ranks; set hardware.processes_per_node"
 _STDOUT = "it changes what sbatch prints, and submit reads that; use submit --json"
 _OWN_ENVIRONMENT = "the job does not depend on the submitter's environment; use environment.variables or .forward"

@@ -16,7 +16,7 @@ from pathlib import Path
 import submitit
 
 from janus_cluster.errors import JanusError, LimitReached, MaybeQueued, SlurmUnavailable, SubmitFailed
-from janus_cluster.job.sbatch_names import OWNED
+from janus_cluster.job.sbatch_names import OWNED, VERSIONS
 from janus_cluster.job.sbatch_options import REPLACES
 from janus_cluster.run.paths import BundleDir
 from janus_cluster.slurm.client_env import client_env
@@ -49,6 +49,7 @@ _OPTION_OF = {
     "TIMELIMIT": "time",
     "WAIT4SWITCH": "switches",
 }  # fmt: skip
+_UNKNOWN_OPTION = re.compile(r"(?:unrecognized|unknown|invalid) option:? '?--([a-z-]+)")
 _SEARCH_PAUSE_S = 5.0
 # sbatch takes one of them.
 _MEMORY = frozenset({"mem", "mem-per-cpu", "mem-per-gpu"})
@@ -172,7 +173,11 @@ def _refused(refusal: Refusal, answer: SbatchAnswer) -> JanusError:
             hint="a limit of your user, account or QOS: squeue --me shows your jobs, sacctmgr show qos the limits; "
             "wait, or use --set slurm.qos=… or slurm.account=…",
         )
-    return SubmitFailed(message, hint="correct the keys under `slurm:` in the job file, or use --set slurm.…")
+    unknown = _UNKNOWN_OPTION.search(answer.message)
+    first, gone = VERSIONS.get(unknown[1] if unknown else "", (None, None))
+    versions = [f"from {first} on" if first else "", f"up to the last before {gone}" if gone else ""]
+    when = f"Slurm has that option {' '.join(filter(None, versions))}: sbatch --version; " if first or gone else ""
+    return SubmitFailed(message, hint=f"{when}correct the keys under `slurm:` in the job file, or use --set slurm.…")
 
 
 def _search(

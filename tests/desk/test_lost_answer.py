@@ -76,6 +76,7 @@ def test_a_lost_answer_of_a_job_that_the_queue_does_not_have_leaves_nothing(site
     [
         ("echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1", 25, "squeue --me"),
         ("echo 'sbatch: error: invalid account' >&2; exit 1", 2, "keys under `slurm:`"),
+        ("echo \"sbatch: unrecognized option '--resources=x'\" >&2; exit 1", 2, "Slurm has that option from 25.11 on"),
         (
             "echo 'sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)' "
             ">&2; exit 1",

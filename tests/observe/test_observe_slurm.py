@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +17,16 @@ import pytest
 
 from janus_cluster.desk.cancel import cancel_run
 from janus_cluster.errors import JobNotFound, SlurmUnavailable, UsageError
+from janus_cluster.node.slurm_launcher import SlurmLauncher
+from janus_cluster.observe.logfile import GrowingFile
 from janus_cluster.observe.tail import tail
 from janus_cluster.run.files import write_json_atomically
 from janus_cluster.run.paths import RunDir
+from janus_cluster.sandbox import SandboxInfo
+from janus_cluster.sandbox.daemons import is_alive
+from janus_cluster.sandbox.hosts import SLURMCTLD, Starter
+from janus_cluster.sandbox.layout import layout_of
+from janus_cluster.sandbox.lifecycle import load_running
 from janus_cluster.slurm.commands import Slurm
 from janus_cluster.slurm.state import JobState, load_job_states
 
@@ -169,3 +178,47 @@ def test_jobs_that_slurm_never_had_are_unknown(slurm: Slurm, tmp_path: Path) -> 
 def test_a_slurm_that_was_taken_down_is_unavailable_at_once(tmp_path: Path) -> None:
     with pytest.raises(SlurmUnavailable):
         Slurm(conf=tmp_path / "no-slurm.conf").squeue(["1"])
+
+
+def test_slurms_own_line_of_a_cancelled_job_has_its_own_time(start: Callable[..., RunDir], slurm: Slurm) -> None:
+    """The line holds its time, in local time; 22.05 to 24.11 begin it with a daemon's name, 25.05 with the time."""
+    run = start("sleep 600")
+    wait_for(run, lambda s: s.state == "RUNNING")
+    slurm.scancel(job_id_of(run))
+    cancelled_at = time.time()
+    wait_for(run, lambda s: s.is_final)
+    # Read much later than it was written, as after a night.
+    later = cancelled_at + 3600
+    os.utime(run.batch_log, (later, later))
+    lines, _ = GrowingFile(run.batch_log).read_new()
+    [line] = [line for line in lines if "CANCELLED AT" in line.text]
+    assert line.time == pytest.approx(cancelled_at, abs=30)
+
+
+def test_a_requeue_waits_for_a_controller_that_is_away(
+    start: Callable[..., RunDir], slurm: Slurm, sandbox: SandboxInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start("sleep 600", "--requeue")
+    state = wait_for(run, lambda s: s.state == "RUNNING")
+    job_id = job_id_of(run)
+    for name, value in sandbox.env().items():
+        monkeypatch.setenv(name, value)
+    launcher = SlurmLauncher("sandbox", job_id, tuple(state.nodes))
+    starter = Starter(layout := layout_of(Path(sandbox.home)), load_running(layout))
+    controller = starter.info.daemon(SLURMCTLD)
+    assert controller is not None
+    os.kill(controller.pid, signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            deadline = time.monotonic() + 60
+            while is_alive(controller):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            asked = pool.submit(launcher.requeue)
+            time.sleep(5)
+            assert not asked.done(), "it is asked again, whatever the words of the refusal"
+        finally:
+            starter.start_slurmctld()
+        assert asked.result(timeout=300) is None
+    job = slurm.squeue([job_id])[job_id]
+    assert job.restarts == 1 and job.state in ("COMPLETING", "PENDING")
