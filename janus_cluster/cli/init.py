@@ -43,11 +43,14 @@ def init(*, probe: bool, partition: str | None, yes: bool, force: bool, as_json:
     from janus_cluster.desk.site_files import build_site_files, write_site_files
     from janus_cluster.desk.site_survey import survey_site
     from janus_cluster.job.home import site_dir
+    from janus_cluster.run.table import fold_line
 
     facts = survey_site(partition=partition, probes=probe, environ=os.environ, cwd=Path.cwd())
     files = build_site_files(facts, site_dir(os.environ), now=time.time())
+    width = os.get_terminal_size().columns if sys.stdout.isatty() else None
     lines = [f"{label:<12} {clean_line(text)}" for label, text in facts.found]
     lines += [f"{'not known':<12} {label}: {clean_line(text)}" for label, text in facts.unknown]
+    lines = [fold_line(line, width=width, indent=13) for line in lines]
     for path, text in files.texts.items():
         lines += ["", f"--- {path}", text.rstrip()]
     click.echo("\n".join(lines), err=as_json)

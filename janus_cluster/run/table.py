@@ -26,9 +26,12 @@ def columns_to_drop(widths: Mapping[str, int], *, width: int | None, gap: int, d
     return dropped
 
 
-def fold_line(line: str, *, width: int | None) -> str:
-    """The line folded at blanks, its continuation indented below it; one with a command in it is left as it is."""
+def fold_line(line: str, *, width: int | None, indent: int | None = None) -> str:
+    """The line folded at blanks, its continuation indented below it; one with a command in it is left as it is.
+
+    Units: width and indent in columns; width None: no limit; indent None: two more than the line's own.
+    """
     if width is None or len(line) <= width or _COPIED.search(line):
         return line
-    indent = " " * (len(line) - len(line.lstrip()) + 2)
-    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    below = " " * (len(line) - len(line.lstrip()) + 2 if indent is None else indent)
+    return textwrap.fill(line, width, subsequent_indent=below, break_long_words=False, break_on_hyphens=False)

@@ -72,6 +72,7 @@ def make_run(home: Path, name: str, *, state: str, exit_code: int | None) -> Run
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("screens")
     (folder / "bin").mkdir()
+    (folder / "demo_data" / "episode").mkdir(parents=True)
     for name in ("squeue", "sacct", "scontrol", "sinfo"):
         (folder / "bin" / name).write_text("#!/bin/sh\nexit 1\n")
         (folder / "bin" / name).chmod(0o755)
@@ -89,6 +90,9 @@ COMMANDS = (
     ("compare", "train_2node_lora-20261121T101112Z-aaaa", "train_2node-20261121T101113Z-bbbb"),
     ("nodes",),
     ("config", "show", "demo"),
+    ("config", "check", "demo"),
+    ("submit", "demo", "--cluster", "local", "--dry-run"),
+    ("init",),
 )
 
 
