@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from run_files import append_metric_line, write_verdict
 
+from janus_cluster.report.drawing import MIN_SMOOTHED
 from janus_cluster.report.history import load_history
 from janus_cluster.report.page import render_page
 from janus_cluster.report.summary import compare_settings, comparison_to_json, summarize
@@ -149,3 +151,12 @@ def test_a_table_stays_small_and_keeps_its_rows_evenly(num_rows: int) -> None:
     steps = list(table.column("step"))
     assert steps == [float(i * table.stride) for i in range(len(steps))]
     assert len(table.column("late")) == len(table.column("never")) == len(table)
+
+
+def test_pale_lines_are_explained_only_where_there_are_some(make_run) -> None:
+    history = load_history(make_run())
+    assert "Pale lines" not in render_page([history], [], made_at=1.0)
+    steps = Table()
+    for step in range(MIN_SMOOTHED):
+        steps.add({"attempt": 1.0, "step": float(step), "loss": 1.0})
+    assert "Pale lines" in render_page([replace(history, steps=steps)], [], made_at=1.0)
