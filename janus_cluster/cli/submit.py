@@ -15,7 +15,7 @@ from janus_cluster.cli.options import ProfileName, json_option, nodes_option, ru
 from janus_cluster.desk.submit import Request, Submission, load_planned
 from janus_cluster.run.next_command import command_for
 from janus_cluster.run.records.submission import Cluster
-from janus_cluster.run.text import to_json
+from janus_cluster.run.text import counted, to_json
 
 if TYPE_CHECKING:
     from janus_cluster.job.resolved import ResolvedJob
@@ -201,14 +201,14 @@ def describe(done: Submission) -> str:
 
 def _describe_training(resolved: ResolvedJob) -> list[tuple[str, str]]:
     job, t = resolved.job, resolved.job.training
-    length = f"{t.max_steps} steps" if t.max_steps else f"{t.num_epochs:g} epochs"
+    length = counted(t.max_steps, "step") if t.max_steps else counted(t.num_epochs, "epoch")
     return [
         ("model", f"{job.model.preset}{', ' + job.model.path if job.model.path else ''}"),
         ("data", f"{', '.join(r.path for r in job.data.roots)}; history {job.data.history}, {job.data.image_mode}"),
         (
             "batch",
-            f"{t.per_device_batch_size} per rank × {t.gradient_accumulation_steps} accumulated × {resolved.world_size} "
-            f"ranks = effective batch {resolved.effective_batch_size}",
+            f"{t.per_device_batch_size} per rank × {t.gradient_accumulation_steps} accumulated × "
+            f"{counted(resolved.world_size, 'rank')} = effective batch {resolved.effective_batch_size}",
         ),
         ("training", f"{length}, learning rate {t.learning_rate:g}, {t.precision}, DeepSpeed {job.deepspeed.profile}"),
         *_describe_memory(resolved),

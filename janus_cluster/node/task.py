@@ -38,6 +38,7 @@ from janus_cluster.run.parent import end_with_parent
 from janus_cluster.run.paths import RunDir
 from janus_cluster.run.records.gate import ConnectRecord, FactsRecord
 from janus_cluster.run.stamped import stamp_output
+from janus_cluster.run.text import counted
 
 _INDEX_MODULE = "janus_cluster.training.build_index"
 _MODULES = {"all_reduce": "janus_cluster.training.probe", "train": "janus_cluster.training"}
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = _torchrun(run, resolved, identity, args)
     print(
         f"{args.phase}: torchrun, node {identity.node_rank + 1} of {identity.num_nodes}, "
-        f"{resolved.processes_per_node} processes here, rendezvous {args.master_addr}:{args.master_port}",
+        f"{counted(resolved.processes_per_node, 'process')} here, rendezvous {args.master_addr}:{args.master_port}",
         flush=True,
     )
     private = make_private_folder(os.environ) if args.phase == "train" else None

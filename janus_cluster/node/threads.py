@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from janus_cluster.job.resolved import EnvVar, ResolvedJob
 from janus_cluster.preflight.cpus import read_cpus, usable_cpus
 from janus_cluster.preflight.sysfs import NodeRoot
+from janus_cluster.run.text import counted
 
 _NAME = "OMP_NUM_THREADS"
 
@@ -21,5 +22,7 @@ def thread_variables(resolved: ResolvedJob, environ: Mapping[str, str]) -> list[
     share = max(1, int(usable) // resolved.processes_per_node)
     if share >= int(planned.value):
         return []
-    reason = f"Lowered from {planned.value}: {usable:g} CPUs for {resolved.processes_per_node} ranks."
+    reason = (
+        f"Lowered from {planned.value}: {counted(usable, 'CPU')} for {counted(resolved.processes_per_node, 'rank')}."
+    )
     return [EnvVar(name=_NAME, value=str(share), reason=reason, origin="this node's CPUs")]

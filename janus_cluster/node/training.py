@@ -11,7 +11,7 @@ from janus_cluster.node.batch_log import log_line
 from janus_cluster.node.phases import Attempt
 from janus_cluster.run.records.failure import FailureRecord
 from janus_cluster.run.records.metrics import CompleteEvent, StopEvent, read_events
-from janus_cluster.run.text import load_secrets
+from janus_cluster.run.text import counted, load_secrets
 
 # Faults that need not recur: outside the job, or gone with the processes. The gate checks the nodes once more.
 TRANSIENT = frozenset({"signal", "hang", "network", "nccl_timeout", "xid", "file_system", "unknown"})
@@ -28,7 +28,9 @@ def run_training(attempt: Attempt) -> None:
     attempt.status.update(phase="training")
     resolved = attempt.resolved
     begins = f"on from step {attempt.ledger.from_step}" if attempt.ledger.from_step else "from step 0"
-    log_line(f"training: {resolved.world_size} ranks, effective batch {resolved.effective_batch_size}, {begins}")
+    log_line(
+        f"training: {counted(resolved.world_size, 'rank')}, effective batch {resolved.effective_batch_size}, {begins}"
+    )
     code = attempt.run_training_phase()
     if attempt.hang is not None:
         raise TrainingFailed(attempt.hang.message, kind="hang")

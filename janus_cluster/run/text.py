@@ -28,6 +28,12 @@ _NOT_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206
 _SHORTEST_SECRET = 6
 
 
+def counted(number: float, noun: str) -> str:
+    """ "1 rank", "2 ranks", "0.5 epochs"."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number if isinstance(number, int) else format(number, 'g')} {noun if number == 1 else plural}"
+
+
 def clean(text: str) -> str:
     """The text without colours and control characters, which could move the reader's cursor or retitle the window."""
     # Nothing that is taken out is printable: most lines of a log need no more than this.
