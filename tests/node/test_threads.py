@@ -42,7 +42,7 @@ def test_one_cpu_for_eight_ranks_gives_each_one_thread(tmp_path: Path) -> None:
     job = resolved(tmp_path)
     assert threads(job) == ["1"]
     (variable,) = thread_variables(job, {var.name: var.value for var in job.env})
-    assert variable.reason == "Lowered from 8: 1 CPUs for 8 ranks."
+    assert variable.reason == "Lowered from 8: 1 CPU for 8 ranks."
 
 
 def test_cpus_are_shared_among_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

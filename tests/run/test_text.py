@@ -7,7 +7,7 @@ import pytest
 
 from janus_cluster.job.env import render_secrets_env
 from janus_cluster.run.paths import RunDir
-from janus_cluster.run.text import clean, clean_line, load_secrets, redact, to_json
+from janus_cluster.run.text import clean, clean_line, counted, load_secrets, redact, to_json
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,12 @@ def test_secrets_of_a_run_are_replaced_by_their_names(tmp_path: Path) -> None:
         run.bundle(number).secrets_env.write_text(render_secrets_env(given))
     secrets = load_secrets(run)
     assert redact("key=it's $(x) secret! 1 hf_new", secrets) == "key=<WANDB_API_KEY>! 1 <HF_TOKEN>"
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [(1, "rank", "1 rank"), (2, "rank", "2 ranks"), (1, "process", "1 process"), (8, "process", "8 processes"),
+     (1.0, "epoch", "1 epoch"), (0.5, "epoch", "0.5 epochs"), (1_250_000, "step", "1250000 steps"), (0, "step", "0 steps")],
+)  # fmt: skip
+def test_one_is_singular(number: float, noun: str, text: str) -> None:
+    assert counted(number, noun) == text
