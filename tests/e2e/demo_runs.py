@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +132,13 @@ class Job:
         return bool(self.events("train", attempt=2))
 
     def end(self) -> None:
-        """Slurm has forgotten the job."""
-        self.runs.slurm("scancel", self.id, check=False)
-        self.wait_until(partial(self.is_in_state, ""), limit_s=180)
+        """Slurm has forgotten the job. One that is requeueing itself at that moment has to be cancelled again."""
+
+        def is_gone() -> bool:
+            self.runs.slurm("scancel", self.id, check=False)
+            return self.is_in_state("")
+
+        self.wait_until(is_gone, pause_s=1.0, limit_s=180)
 
     def status(self) -> dict[str, Any]:
         done = self.runs.janus("status", self.id, "--json")
