@@ -27,6 +27,8 @@ from fault_workshop import Workshop, build_workshop
 
 from janus_cluster.sandbox import SandboxInfo, fault, heal
 from janus_cluster.sandbox.hosts import holder_name, slurmd_name
+from janus_cluster.sandbox.layout import layout_of
+from janus_cluster.sandbox.lifecycle import load_running
 from janus_cluster.sandbox.programs import namespaces_problem
 from tests.conftest import not_tested
 
@@ -82,7 +84,8 @@ def on_node(sandbox: SandboxInfo, node: str, line: str, names: dict[str, str] | 
 @contextlib.contextmanager
 def faulty_node(sandbox: SandboxInfo, case: Case, names: dict[str, str]) -> Iterator[None]:
     """The fault is on h800-02 inside the block, and gone after it."""
-    slurmd, node = sandbox.daemon(slurmd_name(BAD)), sandbox.node(BAD)
+    # As it runs now: another test may have ended a slurmd and started it again.
+    slurmd, node = load_running(layout_of(Path(sandbox.home))).daemon(slurmd_name(BAD)), sandbox.node(BAD)
     assert slurmd is not None and node is not None
     with contextlib.ExitStack() as undo:
         if case.memlock_bytes is not None:

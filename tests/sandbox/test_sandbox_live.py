@@ -190,7 +190,7 @@ def test_a_cut_link_loses_the_node_and_its_job_and_heals_at_once(hosts: SandboxI
 
 def test_a_stopped_slurmd_takes_no_job_until_it_is_healed(sandbox: SandboxInfo) -> None:
     home = Path(sandbox.home)
-    before = sandbox.daemon("slurmd-h800-02")
+    before = (load_info(home) or sandbox).daemon("slurmd-h800-02")
     assert before is not None
     fault(home, "stop-slurmd", "h800-02")
     try:
