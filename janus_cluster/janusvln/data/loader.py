@@ -103,7 +103,7 @@ def _describe_workers() -> str:
     stacks: dict[int, str] = {}
     while len(stacks) < len(files) and time.monotonic() < deadline_s:
         time.sleep(0.05)
-        # faulthandler ends a stack with nothing that could be waited for: what is there for 0.05 s is whole.
+        # A stack has no end mark. It is written by one signal handler, within far less than the pause before this look.
         stacks = {pid: text for pid, path in files.items() if (text := _read_stack(path))}
     at_work = {pid: doing for pid in files if (doing := _describe_stack(stacks.get(pid, ""), _read_state(pid)))}
     if not at_work:
