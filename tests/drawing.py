@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
 
 # A random.Random whose every draw hypothesis makes.
 RANDOM = st.randoms(use_true_random=False)
+
+# hypothesis also draws numbers and texts that it finds in the modules loaded so far, even with derandomize. Which ones
+# are loaded depends on the tests that ran before, so none of them are drawn here.
+providers._get_local_constants = lambda: providers.Constants()  # type: ignore[assignment]
 
 
 def drawn(examples: int) -> settings:

@@ -143,7 +143,7 @@ def sees_eight(pattern: Callable[[int], str], text: str) -> bool:
 
 
 SMI_FACTS: dict[str, Callable[[int], str]] = {
-    "identity": lambda i: rf"^\s*{i}\s*,.*NVIDIA H800, [89]\d{{4,}}",
+    "identity": lambda i: rf"^\s*{i}\s*,.*NVIDIA H800\s*,\s*[89]\d{{4,}}",
     "ecc": lambda i: rf"^\s*{i}\s*,\s*0+[ .]?.*,\s*0+.*,",
     "throttle": lambda i: rf"^\s*{i}\s*,\s*0x0*[0145]\s*$",
     "pcie": lambda i: rf"^\s*{i}\s*,\s*0*(1[6-9]|[2-9]\d|\d{{3,}}).*,\s*0*([5-9]|\d\d)",
