@@ -11,7 +11,7 @@ RANDOM = st.randoms(use_true_random=False)
 
 # hypothesis also draws numbers and texts that it finds in the modules loaded so far, even with derandomize. Which ones
 # are loaded depends on the tests that ran before, so none of them are drawn here.
-providers._get_local_constants = lambda: providers.Constants()  # type: ignore[assignment]
+providers._get_local_constants = providers.Constants  # type: ignore[assignment]
 
 
 def drawn(examples: int) -> settings:
