@@ -176,11 +176,12 @@ def parse_table(text: str, fields: Sequence[str]) -> dict[str, Any]:
 
 
 def _is_header(values: Sequence[str], fields: Sequence[str]) -> bool:
-    return bool({v.split(" [", 1)[0] for v in values} & set(fields)) and not values[0].isdigit()
+    """Whether the line names a column for each of the fields, at least one of them by the name it was asked for."""
+    names = _name_columns(values, fields)
+    is_like_one = not _KEY.fullmatch(values[0]) and not {v.split(" [", 1)[0] for v in values}.isdisjoint(fields)
+    return is_like_one and len(values) == len(fields) and set(names) == set(fields)
 
 
 def _name_columns(values: Sequence[str], fields: Sequence[str]) -> list[str]:
     names = [v.split(" [", 1)[0] for v in values]
-    if len(names) == len(fields):
-        return [name if name in fields else fields[i] for i, name in enumerate(names)]
-    return names
+    return [name if name in fields else field for name, field in zip(names, fields, strict=False)]

@@ -138,12 +138,13 @@ def judge_ibstat(text: str) -> str:
 
 
 def sees_eight(pattern: Callable[[int], str], text: str) -> bool:
-    """Each of eight GPUs or rails has its sound line somewhere."""
+    """Each of eight GPUs or rails has its sound line somewhere. Blanks before a comma are no part of a cell."""
+    text = re.sub(r"[ \t]+,", ",", text)
     return all(re.search(pattern(i), text, re.MULTILINE) for i in range(8))
 
 
 SMI_FACTS: dict[str, Callable[[int], str]] = {
-    "identity": lambda i: rf"^\s*{i}\s*,.*NVIDIA H800\s*,\s*[89]\d{{4,}}",
+    "identity": lambda i: rf"^\s*{i}\s*,.*NVIDIA H800, *[89]\d{{4,}}",
     "ecc": lambda i: rf"^\s*{i}\s*,\s*0+[ .]?.*,\s*0+.*,",
     "throttle": lambda i: rf"^\s*{i}\s*,\s*0x0*[0145]\s*$",
     "pcie": lambda i: rf"^\s*{i}\s*,\s*0*(1[6-9]|[2-9]\d|\d{{3,}}).*,\s*0*([5-9]|\d\d)",
@@ -219,7 +220,8 @@ def test_a_pass_of_damaged_ibstat_still_holds_every_wanted_fact(rng: random.Rand
         text = damage(text, rng)
     if judge_ibstat(text) == "PASS":
         assert sees_eight(lambda i: rf"^\s*CA 'mlx5_{i}'", text)
-        assert len(re.findall(r"State: Active", text)) >= 9
+        # The ninth is not of the rails.
+        assert len(re.findall(r"State: Active", text)) >= 8
         assert len(re.findall(r"Rate: 400", text)) >= 8
 
 

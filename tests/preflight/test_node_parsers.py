@@ -31,6 +31,20 @@ def test_a_table_is_read_with_and_without_its_header() -> None:
     assert with_header["rows"][7]["name"] == "NVIDIA H800"
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        ", ".join(IDENTITY[1:]),
+        ", ".join([*IDENTITY, IDENTITY[0]]),
+        ", ".join([IDENTITY[1], *IDENTITY[1:]]),
+    ],
+)
+def test_a_damaged_header_costs_no_column(header: str) -> None:
+    table = parse_table("\n".join([header, *gpu_rows()]), IDENTITY)
+    assert table["damaged"] == [header]
+    assert table["rows"] == parse_table("\n".join(gpu_rows()), IDENTITY)["rows"]
+
+
 def test_a_field_echoed_under_its_newer_name_is_recognised_by_its_place() -> None:
     fields = FAMILIES["throttle"][1]
     table = parse_table("index, clocks_event_reasons.active\n0, 0x0000000000000004\n", fields)
