@@ -133,8 +133,9 @@ def _describe_gain(earlier: Earlier, step: int) -> str:
 
 def end_stopped(attempt: Attempt, error: StoppedOnPurpose) -> int:
     """Requeue the job where it is to go on; else record that it was stopped or cancelled."""
-    if attempt.stop.first in (signal.SIGTERM, signal.SIGINT):
-        # A cancelled job must not be requeued. Slurm handles a requeue or a preemption, which also send SIGTERM.
+    if attempt.stop.first in (signal.SIGTERM, signal.SIGINT) or attempt.launcher.is_ended_by_slurm():
+        # A cancelled job must not be requeued, also if it was cancelled while the checkpoint of an earlier signal was
+        # saved. Slurm handles a requeue or a preemption, which also send SIGTERM.
         failure = find_failure(attempt, error, state="CANCELLED")
         return _finish(attempt, "CANCELLED", error, failure.describe() if failure.kind in BY_SLURM else None)
     if attempt.resolved.job.restart.on_stop == "end":

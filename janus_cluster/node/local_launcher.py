@@ -23,6 +23,9 @@ class LocalLauncher:
     def master_addr(self) -> str:
         return "127.0.0.1"
 
+    def is_ended_by_slurm(self) -> bool:
+        return False
+
     def requeue(self) -> str | None:
         """Nothing is done; the reason is returned."""
         return "there is no queue on this machine; `janus-cluster resume` continues the run"

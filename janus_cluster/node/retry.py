@@ -34,6 +34,8 @@ def retry_without_bad_nodes(
     refusal = _refusal(run, resolved, bad, verdict)
     if refusal is not None:
         return Retry(False, refusal)
+    if launcher.is_ended_by_slurm():
+        return Retry(False, "not tried again: the job was cancelled")
     own = parse_hostlist(resolved.sbatch_options.get("exclude") or "")
     record = RetryRecord(attempt=attempt, exclude=bad, reason=verdict.summary(), requeued_at=time.time())
     # Written first: once the job is requeued this process may be ended at any moment.

@@ -16,7 +16,7 @@ from janus_cluster.node.steps import LauncherMessages, PhaseProcesses
 from janus_cluster.preflight.route import source_towards
 from janus_cluster.run.hosts import fold_nodes
 from janus_cluster.run.records.submission import Cluster
-from janus_cluster.slurm.commands import Slurm, parse_hostlist
+from janus_cluster.slurm.commands import Slurm, SlurmJob, parse_hostlist
 
 # srun would take them for options of the step, which is to get all that the job has on each node. srun 25.05 refuses
 # to start where the two differ, as they do where a site's plugin changed one of them.
@@ -86,6 +86,16 @@ class SlurmLauncher:
             return own  # a site that shows users no nodes, or no route; the gate tries the connection
         return own if towards == _address_of(own) else towards
 
+    def is_ended_by_slurm(self) -> bool:
+        """Whether Slurm ends the job for good: it was cancelled, or another job took its nodes.
+
+        `scontrol requeue` would take such a job back into the queue for as long as its processes end. One whose time is
+        up may be requeued. False where the controller gives no answer.
+        """
+        job = self._ask_job(Slurm())
+        is_ending = job is not None and job.state in ("COMPLETING", "CANCELLED", "PREEMPTED", "DEADLINE")
+        return is_ending and job.reason != "TimeLimit" and not _is_requeued(job)
+
     def requeue(self) -> str | None:
         """Requeue the job, after which Slurm ends this process; or return why it was not.
 
@@ -102,18 +112,16 @@ class SlurmLauncher:
             except JanusError as e:
                 if _PERMANENT.search(e.message) or time.time() > give_up_at or shutil.which("scontrol") is None:
                     return e.message
-            if self._is_requeued(slurm):
+            if (job := self._ask_job(slurm)) is not None and _is_requeued(job):
                 return None
             time.sleep(_PAUSE_S)
 
-    def _is_requeued(self, slurm: Slurm) -> bool:
-        """Whether the controller counts one start more than this batch script's."""
+    def _ask_job(self, slurm: Slurm) -> SlurmJob | None:
+        """The job as the controller holds it; None where it gives no answer."""
         try:
-            job = slurm.squeue([str(self.job_id)]).get(str(self.job_id))
+            return slurm.squeue([str(self.job_id)]).get(str(self.job_id))
         except JanusError:
-            return False
-        own = os.environ.get("SLURM_RESTART_COUNT", "0")
-        return job is not None and job.restarts is not None and own.isdecimal() and job.restarts > int(own)
+            return None
 
     def requeue_without(self, exclude: Sequence[str]) -> str | None:
         """Requeue the job without those nodes; or return why not, where too few other nodes are left."""
@@ -163,6 +171,12 @@ class SlurmLauncher:
                 hint="add a line to environment.setup that restores Slurm, e.g. module load slurm",
             ) from e
         return PhaseProcesses([process], end_together=end_together, messages=LauncherMessages(process.stderr))
+
+
+def _is_requeued(job: SlurmJob) -> bool:
+    """Whether the controller counts one start more than this batch script's."""
+    own = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return job.restarts is not None and own.isdecimal() and job.restarts > int(own)
 
 
 def _end_of_job(environ: Mapping[str, str]) -> float | None:

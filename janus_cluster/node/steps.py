@@ -146,6 +146,10 @@ class Launcher(Protocol):
         """A name or address of node 0 that every node can reach."""
         ...
 
+    def is_ended_by_slurm(self) -> bool:
+        """Whether the job was cancelled, or its nodes taken, so that a requeue would bring back what was to end."""
+        ...
+
     def requeue(self) -> str | None:
         """Requeue the job; or return the reason why it could not be."""
         ...

@@ -79,6 +79,20 @@ def test_a_stop_signal_saves_at_a_step_boundary_and_the_job_goes_on_by_itself(
     job.requires(reference)
 
 
+def test_a_job_that_is_cancelled_while_it_stops_is_not_queued_again(runs: Runs) -> None:
+    job = runs.submit()
+    job.wait_for_step(EVERY + 1)
+    runs.slurm("scancel", "--signal=USR1", "--batch", job.id)
+    job.wait_until(job.run.stop_json(1).exists)
+    runs.slurm("scancel", job.id)
+    status = job.wait_for_end("CANCELLED")
+    assert status["exit_code"] == 13
+    [stopped] = job.events("stop")
+    assert stopped["step"] == max(job.curve()), "and what it had done is saved"
+    job.wait_until(lambda: job.is_in_state("CANCELLED") or job.is_in_state(""))
+    assert job.run.attempts() == [1]
+
+
 def test_the_walltime_is_no_end(runs: Runs, reference: Curve) -> None:
     # Slurm looks every half minute: it signals 60 to 90 s before the end, when training is on its way.
     job = runs.submit("slurm.time=00:02:00", "slurm.signal=B:USR1@60", steps=2000)

@@ -113,9 +113,17 @@ LOST = [
 ]
 
 
-def fake_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, *, scontrol: str, restarts: int | None) -> Path:
+def fake_slurm(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    scontrol: str,
+    restarts: int | None,
+    state: str = "RUNNING",
+    reason: str = "None",
+) -> Path:
     """scontrol and squeue as scripts on PATH. Returns: the file with a line for each call of scontrol."""
-    row = f"7\x1fRUNNING\x1f0\x1f{restarts}\x1fn1\x1f1\x1f1\x1fNone\x1f/j\x1fj\x1f"
+    row = f"7\x1f{state}\x1f0\x1f{restarts}\x1fn1\x1f1\x1f1\x1f{reason}\x1f/j\x1fj\x1f"
     squeue = "echo down >&2; exit 1" if restarts is None else f"echo '{row}'"
     calls = folder / "calls"
     calls.touch()
@@ -152,6 +160,25 @@ def test_a_requeue_whose_answer_was_lost_is_not_repeated(tmp_path: Path, monkeyp
     calls = fake_slurm(tmp_path, monkeypatch, scontrol=f"echo '{LOST[0]}' >&2; exit 1", restarts=2)
     assert launcher("n1").requeue() is None
     assert len(calls.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "restarts", "is_ended"),
+    [
+        ("COMPLETING", "None", 1, True),
+        ("CANCELLED", "None", 1, True),
+        ("RUNNING", "None", 1, False),
+        ("COMPLETING", "TimeLimit", 1, False),
+        ("COMPLETING", "None", 2, False),
+        ("PENDING", "BeginTime", 2, False),
+        ("RUNNING", "None", None, False),
+    ],
+)
+def test_a_job_that_slurm_ends_is_known_from_one_that_is_requeued_or_whose_time_is_up(
+    state: str, reason: str, restarts: int | None, is_ended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_slurm(tmp_path, monkeypatch, scontrol="exit 1", restarts=restarts, state=state, reason=reason)
+    assert launcher("n1").is_ended_by_slurm() is is_ended
 
 
 def test_a_requeue_is_given_up_shortly_before_the_job_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
