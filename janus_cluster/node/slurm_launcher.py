@@ -93,8 +93,9 @@ class SlurmLauncher:
         up may be requeued. False where the controller gives no answer.
         """
         job = self._ask_job(Slurm())
-        is_ending = job is not None and job.state in ("COMPLETING", "CANCELLED", "PREEMPTED", "DEADLINE")
-        return is_ending and job.reason != "TimeLimit" and not _is_requeued(job)
+        if job is None or _is_requeued(job):
+            return False
+        return job.state in ("COMPLETING", "CANCELLED", "PREEMPTED", "DEADLINE") and job.reason != "TimeLimit"
 
     def requeue(self) -> str | None:
         """Requeue the job, after which Slurm ends this process; or return why it was not.

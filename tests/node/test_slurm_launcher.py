@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -163,21 +164,21 @@ def test_a_requeue_whose_answer_was_lost_is_not_repeated(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("state", "reason", "restarts", "is_ended"),
+    ("seen", "is_ended"),
     [
-        ("COMPLETING", "None", 1, True),
-        ("CANCELLED", "None", 1, True),
-        ("RUNNING", "None", 1, False),
-        ("COMPLETING", "TimeLimit", 1, False),
-        ("COMPLETING", "None", 2, False),
-        ("PENDING", "BeginTime", 2, False),
-        ("RUNNING", "None", None, False),
+        ({"state": "COMPLETING", "restarts": 1}, True),
+        ({"state": "CANCELLED", "restarts": 1}, True),
+        ({"state": "RUNNING", "restarts": 1}, False),
+        ({"state": "COMPLETING", "restarts": 1, "reason": "TimeLimit"}, False),
+        ({"state": "COMPLETING", "restarts": 2}, False),
+        ({"state": "PENDING", "restarts": 2, "reason": "BeginTime"}, False),
+        ({"restarts": None}, False),
     ],
 )
 def test_a_job_that_slurm_ends_is_known_from_one_that_is_requeued_or_whose_time_is_up(
-    state: str, reason: str, restarts: int | None, is_ended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seen: dict[str, Any], is_ended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_slurm(tmp_path, monkeypatch, scontrol="exit 1", restarts=restarts, state=state, reason=reason)
+    fake_slurm(tmp_path, monkeypatch, scontrol="exit 1", **seen)
     assert launcher("n1").is_ended_by_slurm() is is_ended
 
 
