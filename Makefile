@@ -18,7 +18,7 @@ PYTEST_ARGS ?=
 FAST := -m "not slurm and not train and not slow"
 # Of test-pythons: versions (3.10 3.13), `ends` for the oldest and the newest found, nothing for all
 PYTHONS ?=
-BENCH_OUT ?= benchmarks/results
+BENCH_OUT ?= .cache/bench
 SLURM_PROGRAMS := slurmctld slurmd slurmdbd munged mariadbd ip tc shellcheck cc tmux
 SLURM_SUITE ?= trixie
 SLURM_PACKAGES := slurm-wlm slurmdbd munge mariadb-server iproute2 shellcheck gcc libc6-dev tmux

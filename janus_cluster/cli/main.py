@@ -182,7 +182,8 @@ def _run() -> int:
     """Run the command; an error is printed to stderr. Returns: the exit code."""
     try:
         code = cli.main(standalone_mode=False, prog_name="janus-cluster")
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        # click lets the second one through while it completes a word.
         return 130
     except click.ClickException as e:
         e.show()

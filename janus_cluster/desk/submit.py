@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -282,13 +283,25 @@ def check_paths(resolved: ResolvedJob, *, source: str, origins: Mapping[str, str
     job = resolved.job
     wanted = [("model.path", job.model.path), ("model.vggt_path", job.model.vggt_path)]
     wanted += [("data.roots", root.path) for root in job.data.roots]
-    problems = [
-        f"{origins.get(key, source)}: {key}: {path}: no such file or folder"
+    missing = [
+        (key, path)
         for key, path in wanted
         if path is not None and not os.path.exists(path)  # noqa: PTH110 - a path too long for stat is just missing
     ]
-    if problems:
-        raise UsageError.of_many(problems, hint="mend the path in the job file, or give it with --set")
+    if missing:
+        problems = [f"{origins.get(key, source)}: {key}: {path}: no such file or folder" for key, path in missing]
+        raise UsageError.of_many(problems, hint=_where_to_mend({key: origins.get(key, source) for key, _ in missing}))
+
+
+def _where_to_mend(origins: Mapping[str, str]) -> str:
+    """What to type for paths that are missing, by the origin of each key."""
+    variables = dict.fromkeys(name for origin in origins.values() for name in re.findall(r"\$(\w+)", origin))
+    options = [key for key, origin in origins.items() if origin == "--set"]
+    of_file = [key for key, origin in origins.items() if origin != "--set" and "$" not in origin]
+    ways = ["export " + " ".join(f"{name}=PATH" for name in variables)] if variables else []
+    ways += [" ".join(f"--set {key}=PATH" for key in options)] if options else []
+    ways += [f"mend {', '.join(of_file)} in the job file, or add --set {of_file[0]}=PATH"] if of_file else []
+    return "; ".join(ways)
 
 
 def runs_folder(job: JobConfig, environ: Mapping[str, str], cwd: Path) -> Path:

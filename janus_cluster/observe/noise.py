@@ -14,9 +14,11 @@ _BAR = re.compile(
     r"(?P<what>.*?):? *(?:(?P<percent>\d{1,3})%\|.*\| *\S+/\S+ \[[\d:]+<|\d[\d.]*[kMGT]?(?:it|B) \[[\d:]+, .*/s\])"
 )
 # DeepSpeed's logger, and what NCCL_DEBUG=INFO makes NCCL write: thousands of lines, and 16 times over on two nodes.
+# c10d's note on a peer's address without a name is one a connection, and means nothing: addresses are what it uses.
 _CHATTER = re.compile(
     r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\] \[(?:INFO|DEBUG)\] \["
     r"|\S+:\d+:\d+ \[\d+\] NCCL (?:INFO|TRACE) "
+    r"|(?:\[rank\d+\]:)?\[W\d+ [\d:.]+ socket\.cpp:\d+\] \[c10d\] The hostname of the client socket cannot be retrieved"
 )
 
 

@@ -54,7 +54,7 @@ def render_status(statuses: Sequence[RunStatus], *, width: int | None = None) ->
         rows.append([Text(s.job_id or "-"), Text(s.name), state, *map(Text, values)])
     headings = ("job", "name", "state", "try", "step", "loss", "s/step", "samples/s", "ETA")
     table = build_table(headings, rows, folded="name", width=width, droppable=("samples/s", "try", "s/step"))
-    notes = [note for s in statuses for note in _notes(s)]
+    notes = [note for s in statuses for note in render_notes(s)]
     # Text leaves square brackets alone, and a command that is not folded can be copied whole.
     return Group(table, *(Text(fold_line(line, width=width), no_wrap=True, overflow="ignore") for line in ["", *notes]))
 
@@ -90,7 +90,8 @@ def build_table(
     return table
 
 
-def _notes(status: RunStatus) -> list[str]:
+def render_notes(status: RunStatus) -> list[str]:
+    """What happened to the run, what it left, and what to type next: one line each, not folded."""
     state, progress = status.state, status.progress
     code = f", exit code {state.exit_code}" if state.exit_code is not None else ""
     on = f" on {fold_nodes(state.nodes)}" if state.nodes else ""

@@ -307,7 +307,18 @@ class _Watch:
             self._show_failure()
         why = f": {self.state.reason}" if self.state.reason else ""
         self.follower.mark(f"{self.state.state} (exit code {code}, source: {self.state.source}){why}")
+        if self.state.state == "COMPLETED" and self.show_card and self.follower.view.shows_all:
+            self._show_result()
         return code
+
+    def _show_result(self) -> None:
+        """Print what a completed run left, and what to do with it."""
+        from janus_cluster.observe.status import load_run_status
+        from janus_cluster.observe.status_view import render_notes
+
+        _, *lines = render_notes(load_run_status(self.run, self.state))
+        self.screen.write(lines)
+        self.screen.flush()
 
     def _show_failure(self) -> None:
         """Print the card of a failed run, after `on_failure` was called with it."""

@@ -45,6 +45,11 @@ class View:
     since: float | None = None
     raw: bool = False
 
+    @property
+    def shows_all(self) -> bool:
+        """Whether nothing is left out but earlier lines and noise."""
+        return not self.raw and self.grep is None and self.rank is None and self.node is None
+
     def shows_file(self, source: LogSource) -> bool:
         """Whether any of the file's lines are shown."""
         if self.rank is not None and source.rank != self.rank:

@@ -70,6 +70,21 @@ def complete_in_a_process(home: Path, *words: str) -> list[str]:
     return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
 
 
+def test_ctrl_c_while_a_word_is_completed_leaves_no_traceback(home: Path, tmp_path: Path) -> None:
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import os, signal, click.shell_completion as c\n"
+        "c.ShellComplete.get_completions = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    done = subprocess.run(
+        ["janus-cluster"], cwd=home, capture_output=True, text=True, timeout=60, check=False,
+        env=environ(home, COMP_WORDS="janus-cluster st", COMP_CWORD="1", PYTHONPATH=str(hook),
+                    **{COMPLETION_VARIABLE: "bash_complete"}),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_commands_are_completed_without_importing_them(home: Path, complete: Complete) -> None:
     assert complete("") == list(COMMANDS)
     assert complete("st") == ["status"]

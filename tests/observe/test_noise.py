@@ -4,6 +4,8 @@ import pytest
 
 from janus_cluster.observe.noise import Kind, classify, shorten_bar
 
+C10D = "[W1121 14:01:20.299042991 socket.cpp:207] [c10d]"
+
 
 @pytest.mark.parametrize(
     ("text", "kind"),
@@ -20,7 +22,9 @@ from janus_cluster.observe.noise import Kind, classify, shorten_bar
         ("[2026-11-21 14:01:43,623] [WARNING] [engine.py:1:f] lr is 0", None),
         ("h800-01:4711:4802 [3] NCCL INFO Channel 00/0 : 3[3] -> 4[4] via P2P/CUMEM", "chatter"),
         ("h800-01:4711:4802 [3] NCCL WARN Cuda failure 'out of memory'", None),
-        ("[W1121 14:01:20.299042991 socket.cpp:207] [c10d] The hostname", None),
+        (f"{C10D} The hostname of the client socket cannot be retrieved. err=-3", "chatter"),
+        (f"[rank3]:{C10D} The hostname of the client socket cannot be retrieved. err=-3", "chatter"),
+        (f"{C10D} The client socket has timed out after 60000ms", None),
         ("RuntimeError: bad", None),
         ("", None),
     ],

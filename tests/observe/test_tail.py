@@ -129,7 +129,7 @@ def test_completed_job_gives_zero_and_its_last_lines_in_the_order_of_their_times
     end_as(run, "COMPLETED", 0)
     out = io.StringIO()
     assert tail(run, out=out, num_lines=4, poll_s=0.01) == 0
-    assert out.getvalue().splitlines()[:-1] == [
+    assert before_the_end(out) == [
         "h800-01 | 98 of h800-01",
         "h800-02 | 98 of h800-02",
         "h800-01 | 99 of h800-01",
@@ -138,11 +138,17 @@ def test_completed_job_gives_zero_and_its_last_lines_in_the_order_of_their_times
 
 
 def lines_of(run: RunDir, **options: Any) -> list[str]:
-    """What tail prints of a run that has ended, without the last line."""
+    """The log lines that tail prints of a run that has completed."""
     end_as(run, "COMPLETED", 0)
     out = io.StringIO()
     assert tail(run, out=out, follow=False, **options) == 0
-    return out.getvalue().splitlines()[:-1]
+    return before_the_end(out)
+
+
+def before_the_end(out: io.StringIO) -> list[str]:
+    """The lines before the state in which a completed run ended, and what follows it."""
+    lines = out.getvalue().splitlines()
+    return lines[: lines.index("── COMPLETED (exit code 0, source: status.json) ──")]
 
 
 def sixteen_ranks(run: RunDir, *texts: str, seconds: float) -> None:
@@ -637,5 +643,6 @@ def test_terminal_has_one_live_line_below_the_ranks_lines(
     rows = [row.rpartition("\x1b[2K")[2] for row in screen.split("\r\n")]
     assert rows.count("h800-01,02:0-1 | both print it  ×2") == 1
     assert [row for row in rows if "action" in row or "%|" in row] == []
-    assert rows[-3].startswith(live), "the last progress stays"
-    assert rows[-2] == "── COMPLETED (exit code 0, source: status.json) ──"
+    end = rows.index("── COMPLETED (exit code 0, source: status.json) ──")
+    assert rows[end - 1].startswith(live), "the last progress stays"
+    assert rows[-2].startswith("  next: janus-cluster "), "what to do with the result"
