@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _SEGMENT_COLOURS = dict(zip(SEGMENTS, (BLUE, ORANGE, GREEN, VERMILION), strict=True))
 _RUN_COLOURS = (BLUE, VERMILION)
+# The first is wider: it is still seen where both are the same.
+_RUN_WIDTHS = (2.6, 1.2)
 _RANK_LABELS = {
     "gpu_memory_peak_gb": "GPU memory peak (GB)",
     "data_wait_s": "waiting for data (s/step)",
@@ -77,8 +79,7 @@ def draw_comparison(a: History, b: History) -> list[Picture]:
         return []
     figure, axes = build_figure(len(wanted), height=3.0)
     for ax, (name, label, table_name) in zip(axes, wanted, strict=True):
-        # The first is wider: it is still seen where both are the same.
-        for history, colour, width in zip((a, b), _RUN_COLOURS, (2.6, 1.2), strict=True):
+        for history, colour, width in zip((a, b), _RUN_COLOURS, _RUN_WIDTHS, strict=True):
             table: Table = getattr(history, table_name)
             if table.has(name):
                 draw_line(ax, table, name, colour=colour, label=None, marker=table_name != "steps", width=width)
@@ -97,8 +98,8 @@ def _comparison_legend(ax: Axes, a: History, b: History) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=colour, linewidth=2.4, label=_shorten(h.name))
-        for h, colour in zip((a, b), _RUN_COLOURS, strict=True)
+        Line2D([], [], color=colour, linewidth=width, label=_shorten(h.name))
+        for h, colour, width in zip((a, b), _RUN_COLOURS, _RUN_WIDTHS, strict=True)
     ]
     prop = {"family": font_families(), "size": 9}
     ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, prop=prop)

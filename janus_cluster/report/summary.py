@@ -64,7 +64,7 @@ ROWS = (
     ("nodes", "nodes", "d"),
     ("attempts", "attempts", "d"),
     ("steps", "steps", ",d"),
-    ("total_steps", "of", ",d"),
+    ("total_steps", "steps planned", ",d"),
     ("loss", "loss of the last step", ".4f"),
     ("loss_last_10", "loss, mean of the last 10 logged", ".4f"),
     ("action_accuracy", "held-out action accuracy", ".3f"),

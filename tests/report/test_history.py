@@ -160,3 +160,9 @@ def test_pale_lines_are_explained_only_where_there_are_some(make_run) -> None:
     for step in range(MIN_SMOOTHED):
         steps.add({"attempt": 1.0, "step": float(step), "loss": 1.0})
     assert "Pale lines" in render_page([replace(history, steps=steps)], [], made_at=1.0)
+
+
+def test_a_dotted_key_is_broken_after_its_dots_only(make_run) -> None:
+    page = render_page([load_history(make_run(max_steps=7))], [], made_at=1.0)
+    assert '<td class="key">training.<wbr>max_steps</td>' in page
+    assert ".key { overflow-wrap: break-word; }" in page
