@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MODULE = "janus_cluster.training.evaluation"
 FILES = ("evaluation.json", "predictions.html", "predictions.jsonl")
+# A text of so high a perplexity has not been learned: every token of it is one of so many.
+_UNLEARNED = 10.0
 
 
 @click.command(
@@ -161,11 +163,24 @@ def _print_evaluation(evaluation: Mapping[str, Any], folder: Path) -> None:
         console.print(_action_table("action head", evaluation["actions"], evaluation["head"]))
     if evaluation["generated"] is not None:
         console.print(_action_table("in words", evaluation["actions"], evaluation["generated"]))
+        if (note := _note_on_words(evaluation)) is not None:
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
     if not_scored is None:
         console.print(_confusion_table(evaluation))
     console.print(_perplexity_table(evaluation))
     page = folder / FILES[1]
     console.print(f"report {folder}\npage   {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _note_on_words(evaluation: Mapping[str, Any]) -> str | None:
+    """Why no answer names an action, where none does."""
+    generated, perplexity = evaluation["generated"], evaluation["perplexity_by_segment"].get("action")
+    if generated["num_unparsable"] < generated["num_samples"] or perplexity is None or perplexity < _UNLEARNED:
+        return None
+    return (
+        f"in words: no answer names an action, which is expected at a perplexity of {perplexity:.0f} of its text; the "
+        "action head is trained beside the text, and is judged apart"
+    )
 
 
 def _summary_table(evaluation: Mapping[str, Any]) -> Table:

@@ -166,3 +166,4 @@ def test_a_dotted_key_is_broken_after_its_dots_only(make_run) -> None:
     page = render_page([load_history(make_run(max_steps=7))], [], made_at=1.0)
     assert '<td class="key">training.<wbr>max_steps</td>' in page
     assert ".key { overflow-wrap: break-word; }" in page
+    assert "{#" not in page
