@@ -13,6 +13,8 @@ from janus_cluster.report.history import History
 from janus_cluster.report.table import finite
 
 _LAST_STEPS = 10
+# Events whose step was done.
+_DONE = ("checkpoint", "stop", "complete")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +43,11 @@ def summarize(history: History) -> Summary:
     """The run in a few figures."""
     steps, evaluations = history.steps, history.evaluations
     losses = finite(steps.column("loss"))
-    last = [steps.column(name)[-1] if len(steps) else math.nan for name in ("step", "total_steps")]
     return Summary(
         name=history.name,
         state=history.state,
-        steps=_whole(last[0]),
-        total_steps=_whole(last[1]),
+        steps=_last_step(history),
+        total_steps=_whole(_last(steps.column("total_steps"))),
         loss=math.nan if history.has_diverged else losses[-1] if losses else None,
         loss_last_10=statistics.fmean(losses[-_LAST_STEPS:]) if losses else None,
         action_accuracy=_last(evaluations.column("action_accuracy")),
@@ -109,6 +110,13 @@ def comparison_to_json(a: History, b: History) -> dict[str, Any]:
     }
 
 
+def _last_step(history: History) -> int | None:
+    """The last step that was done: not every step is logged, but one is saved or completed in the last attempt."""
+    logged, attempt = (_whole(_last(history.steps.column(name))) for name in ("step", "attempt"))
+    done = [e.step for e in history.events if e.kind in _DONE and e.attempt == attempt and e.step is not None]
+    return max([step for step in (logged, *done) if step is not None], default=None)
+
+
 def _median_of_warm(history: History, name: str) -> float | None:
     """The median without the first logged step of every attempt; of that one alone where there is no other."""
     values, attempts = history.steps.column(name), history.steps.column("attempt")
@@ -126,5 +134,5 @@ def _last(values: Sequence[float]) -> float | None:
     return known[-1] if known else None
 
 
-def _whole(value: float) -> int | None:
-    return int(value) if math.isfinite(value) else None
+def _whole(value: float | None) -> int | None:
+    return int(value) if value is not None and math.isfinite(value) else None

@@ -162,6 +162,15 @@ def test_pale_lines_are_explained_only_where_there_are_some(make_run) -> None:
     assert "Pale lines" in render_page([replace(history, steps=steps)], [], made_at=1.0)
 
 
+def test_the_last_step_counts_where_it_was_not_logged(make_run) -> None:
+    run = make_run()
+    assert summarize(load_history(run)).steps == 6
+    append_metric_line(run, {"kind": "complete", "time": 1190.0, "attempt": 2, "step": 8, "total_steps": 8})
+    assert summarize(load_history(run)).steps == 8
+    append_metric_line(run, {"kind": "checkpoint", "time": 1.0, "attempt": 1, "step": 9, "path": "/c/checkpoint-9"})
+    assert summarize(load_history(run)).steps == 8, "of an earlier attempt"
+
+
 def test_a_dotted_key_is_broken_after_its_dots_only(make_run) -> None:
     page = render_page([load_history(make_run(max_steps=7))], [], made_at=1.0)
     assert '<td class="key">training.<wbr>max_steps</td>' in page
