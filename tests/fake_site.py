@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from janus_cluster.run.paths import RunDir
+from tests.tiny_data import write_tiny_data
 
 LOST = "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1"
 # JobID, State, exit_code, RestartCnt, NodeList, StartTime, SubmitTime, Reason, Command, Name
@@ -22,7 +23,7 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "bin").mkdir()
-        (folder / "demo_data" / "episode").mkdir(parents=True)
+        write_tiny_data(folder / "demo_data")
         for name in ("sbatch", "srun", "squeue", "scontrol", "scancel"):
             self.script(name, UNKNOWN if name in ("squeue", "scontrol") else "true")
         self.environ = {

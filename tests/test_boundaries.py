@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from selection import find_marks, selects_nothing
 
+from tests.tiny_data import write_tiny_data
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "janus_cluster"
 
@@ -71,7 +73,7 @@ def without_torch(tmp_path: Path, *argv: str, cwd: Path | None = None) -> subpro
 
 
 def test_help_and_dry_run_work_where_torch_cannot_be_imported(tmp_path: Path) -> None:
-    (tmp_path / "demo_data").mkdir()
+    write_tiny_data(tmp_path / "demo_data")
     assert without_torch(tmp_path, "janus_cluster.cli", "--help").returncode == 0
     done = without_torch(tmp_path, "janus_cluster.cli", "submit", "demo", "--dry-run")
     assert done.returncode == 0, done.stderr

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from janus_cluster import __version__
+from tests.tiny_data import write_tiny_data
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,7 +79,7 @@ def test_the_wheel_submits_from_another_folder_without_torch(installed: Path, tm
     assert "janus-cluster" in packages
     assert not packages & {"torch", "transformers", "deepspeed"}
 
-    (tmp_path / "demo_data").mkdir()
+    write_tiny_data(tmp_path / "demo_data")
     printed = call(
         [str(installed / "janus-cluster"), "submit", "demo", "--dry-run", "--json"], tmp_path, JANUS_HOME="home"
     )

@@ -14,6 +14,7 @@ import pytest
 
 from janus_cluster.cli.main import COMMANDS, LazyGroup, cli
 from janus_cluster.job.resources import jobs_dir
+from tests.tiny_data import write_tiny_data
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +24,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """janus-cluster in an empty folder with demo data; JANUS_HOME inside it."""
-    (tmp_path / "demo_data").mkdir()
-    (tmp_path / "demo_data" / "episode").mkdir()
+    write_tiny_data(tmp_path / "demo_data")
 
     def call(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
         env = {k: v for k, v in os.environ.items() if k not in ("SLURM_CONF", "DEMO_DATA", "DATA_ROOT", "MODEL_PATH")}

@@ -16,6 +16,7 @@ from janus_cluster.cli.main import COMMANDS, cli
 from janus_cluster.errors import JanusError
 from janus_cluster.run.files import write_json_atomically
 from janus_cluster.run.paths import RunDir
+from tests.tiny_data import write_tiny_data
 
 # Commands without --json, each with its reason.
 WITHOUT_JSON = {
@@ -91,7 +92,7 @@ def test_the_tests_that_stand_for_a_command_type_json() -> None:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder with data and two finished runs; JANUS_HOME inside it."""
-    (tmp_path / "demo_data" / "episode").mkdir(parents=True)
+    write_tiny_data(tmp_path / "demo_data")
     for number, name in enumerate((NAME, OTHER)):
         run = RunDir(tmp_path / "home" / "runs" / name)
         run.bundle(1).path.mkdir(parents=True)

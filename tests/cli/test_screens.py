@@ -19,6 +19,7 @@ from run_files import append_metric_line
 from janus_cluster.run.files import write_json_atomically
 from janus_cluster.run.paths import RunDir
 from janus_cluster.run.text import clean
+from tests.tiny_data import write_tiny_data
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +73,7 @@ def make_run(home: Path, name: str, *, state: str, exit_code: int | None) -> Run
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("screens")
     (folder / "bin").mkdir()
-    (folder / "demo_data" / "episode").mkdir(parents=True)
+    write_tiny_data(folder / "demo_data")
     for name in ("squeue", "sacct", "scontrol", "sinfo"):
         (folder / "bin" / name).write_text("#!/bin/sh\nexit 1\n")
         (folder / "bin" / name).chmod(0o755)

@@ -17,6 +17,7 @@ import pytest
 from janus_cluster.run.files import read_json
 from janus_cluster.run.paths import RunDir
 from janus_cluster.sandbox import SandboxInfo
+from tests.tiny_data import write_tiny_data
 
 pytestmark = pytest.mark.slurm
 
@@ -29,7 +30,7 @@ def janus(sandbox: SandboxInfo, tmp_path: Path) -> Run:
     home = tmp_path / "home"
     home.mkdir()
     (home / "sandbox").symlink_to(sandbox.home)
-    (tmp_path / "demo_data" / "episode").mkdir(parents=True)
+    write_tiny_data(tmp_path / "demo_data")
 
     def call(*argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -12,11 +12,12 @@ from janus_cluster.errors import JanusError, UsageError
 from janus_cluster.job.resolved import ResolvedJob
 from janus_cluster.node.slurm_launcher import SlurmLauncher
 from janus_cluster.run.records.bundle import load_resolved
+from tests.tiny_data import write_tiny_data
 
 
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str]:
-    (tmp_path / "data").mkdir()
+    write_tiny_data(tmp_path / "data")
     return {"JANUS_HOME": str(tmp_path / "home"), "DEMO_DATA": str(tmp_path / "data")}
 
 

@@ -30,6 +30,7 @@ from janus_cluster.run.paths import RunDir
 from janus_cluster.run.records.attempt import AttemptRecord, HeartbeatRecord
 from janus_cluster.run.records.bundle import load_resolved
 from janus_cluster.run.records.failure import FailureRecord
+from tests.tiny_data import write_tiny_data
 
 AUTO = (
     "training.memory=auto", "hardware.gpu_memory_gb=8", "hardware.processes_per_node=2", "data.image_width=644",
@@ -43,7 +44,7 @@ MakeRun = Callable[..., RunDir]
 
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str]:
-    (tmp_path / "demo_data" / "episode").mkdir(parents=True)
+    write_tiny_data(tmp_path / "demo_data")
     return {"JANUS_HOME": str(tmp_path / "home"), "DEMO_DATA": str(tmp_path / "demo_data")}
 
 

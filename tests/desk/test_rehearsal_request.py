@@ -14,6 +14,7 @@ from janus_cluster.desk.rehearse import Watch, shorten
 from janus_cluster.desk.submit import Request, load_request, submit
 from janus_cluster.errors import RehearsalFailed, UsageError
 from janus_cluster.job.schema import JobConfig
+from tests.tiny_data import write_tiny_data
 
 ENVIRON = {"MODEL_PATH": "/m", "VGGT_MODEL_PATH": "/v", "DATA_ROOT": "/d"}
 
@@ -81,7 +82,7 @@ def test_it_is_refused_beside_options_that_contradict_it(option: str, tmp_path: 
 
 def test_a_job_without_news_is_left_alone_after_a_while(tmp_path: Path) -> None:
     request = Request(job="demo", dry_run=True, sets=["training.max_steps=6"])
-    environ = {"JANUS_HOME": str(tmp_path), "DEMO_DATA": str(tmp_path)}
+    environ = {"JANUS_HOME": str(tmp_path), "DEMO_DATA": str(write_tiny_data(tmp_path / "data"))}
     lines: list[str] = []
     watch = Watch(submit(request, environ=environ, cwd=tmp_path), lines.append, longest_silence_s=0.2)
     with pytest.raises(RehearsalFailed, match="nothing new of job") as caught:
@@ -92,7 +93,7 @@ def test_a_job_without_news_is_left_alone_after_a_while(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ctrl_c_leaves_the_job_and_reports_it(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "janus_cluster.cli"]
-    environ = os.environ | {"JANUS_HOME": str(tmp_path / "home"), "DEMO_DATA": str(tmp_path)}
+    environ = os.environ | {"JANUS_HOME": str(tmp_path / "home"), "DEMO_DATA": str(write_tiny_data(tmp_path / "data"))}
     waiting = ("--nodes", "1", "--set", "environment.setup=[sleep 60]")
     rehearsal = subprocess.Popen(
         [*argv, "submit", "demo", "--cluster", "local", "--rehearse", *waiting],

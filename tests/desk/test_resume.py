@@ -22,6 +22,7 @@ from janus_cluster.desk.submit import Request, submit
 from janus_cluster.errors import UsageError
 from janus_cluster.run.files import read_json, write_json_atomically
 from janus_cluster.run.paths import RunDir
+from tests.tiny_data import write_tiny_data
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +31,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def janus(tmp_path: Path) -> Run:
-    (tmp_path / "demo_data" / "episode").mkdir(parents=True)
+    write_tiny_data(tmp_path / "demo_data")
 
     def call(*argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -211,7 +212,8 @@ def two_nodes(janus: Run) -> RunDir:
 def amendable(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """The same for those who write nothing."""
     folder = tmp_path_factory.mktemp("amendable")
-    request = Request(job="demo", cluster="local", dry_run=True, sets=(*SETS, f"data.roots=[{folder}]"))
+    root = write_tiny_data(folder / "data")
+    request = Request(job="demo", cluster="local", dry_run=True, sets=(*SETS, f"data.roots=[{root}]"))
     return submit(request, environ={"JANUS_HOME": str(folder / "home")}, cwd=folder).run
 
 

@@ -18,6 +18,7 @@ from janus_cluster.errors import UsageError
 from janus_cluster.run.files import write_json_atomically
 from janus_cluster.run.paths import RunDir
 from janus_cluster.run.records.submission import SubmissionRecord
+from tests.tiny_data import write_tiny_data
 
 # An sbatch that takes its time: it prints when it began, and when the job was accepted.
 SBATCH = """\
@@ -32,7 +33,7 @@ echo "Submitted batch job 7"
 def start_submit(folder: Path) -> subprocess.Popen[str]:
     """`janus-cluster submit demo` in a session of its own, as a terminal has it: signals reach sbatch, too."""
     (folder / "bin").mkdir(parents=True)
-    (folder / "demo_data" / "episode").mkdir(parents=True)
+    write_tiny_data(folder / "demo_data")
     for name, text in (("sbatch", SBATCH.format(mark=folder / "sbatch")), ("srun", "#!/bin/sh\n")):
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from janus_cluster.run.paths import RunDir
+from tests.tiny_data import write_tiny_data
 
 pytestmark = pytest.mark.train
 
@@ -24,9 +25,8 @@ PREFLIGHT = ("preflight", "demo", "--cluster", "local", "--nodes", "2", "--set",
 
 @pytest.fixture
 def janus(tmp_path: Path) -> Janus:
-    (tmp_path / "demo_data" / "episode").mkdir(parents=True)
+    write_tiny_data(tmp_path / "demo_data")
     # Enough for the gate, which counts and decodes; only the ranks find out that no sample can be made of it.
-    (tmp_path / "demo_data" / "episode" / "step_0_STOP.json").write_text("{}")
 
     def call(*argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

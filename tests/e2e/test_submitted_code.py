@@ -14,6 +14,7 @@ import pytest
 from janus_cluster.job.resources import jobs_dir
 from janus_cluster.run.paths import RunDir
 from janus_cluster.run.snapshot import read_package, write_package
+from tests.tiny_data import write_tiny_data
 
 Janus = Callable[..., subprocess.CompletedProcess[str]]
 # The attempt imports the one, the ranks import both.
@@ -25,7 +26,7 @@ NOTHING_TO_DO = ("--set", "kind=preflight", "--no-preflight")
 def janus(tmp_path: Path) -> Janus:
     """janus-cluster from a copy of the package, which the test may edit."""
     write_package(read_package(), tmp_path / "installed")
-    (tmp_path / "demo_data").mkdir()
+    write_tiny_data(tmp_path / "demo_data")
     own = {"JANUS_HOME": str(tmp_path / "home"), "DEMO_DATA": str(tmp_path / "demo_data")}
 
     def call(*argv: str) -> subprocess.CompletedProcess[str]:

@@ -80,9 +80,13 @@ def test_of_a_large_root_a_few_episodes_are_read_and_bad_samples_are_reported(tm
     assert "--set data.max_bad_fraction=0." in warning and "is truncated" in warning
 
 
-def test_an_empty_root_is_reported_and_left_to_the_gate(tmp_path):
+def test_an_empty_root_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="there is nothing in it") as caught:
+        look_at_data(data(tmp_path))
+    assert "docs/data.md" in caught.value.hint
     (tmp_path / "episode").mkdir()
-    assert "no usable sample under" in look_at_data(data(tmp_path)).warnings[0]
+    with pytest.raises(UsageError, match="no usable sample under"):
+        look_at_data(data(tmp_path))
 
 
 def job(root: Path) -> JobConfig:

@@ -13,14 +13,14 @@ import pytest
 from node_fixtures import FakeNode, h800_node, sound_ports, write_program
 
 from janus_cluster.sandbox import SandboxInfo
+from tests.tiny_data import write_tiny_data
 
 pytestmark = pytest.mark.slurm
 
 
 def preflight_job(sandbox: SandboxInfo, node: FakeNode, *argv: str) -> tuple[dict[str, Any], str]:
     """`janus-cluster preflight demo` on both nodes of the sandbox, judged as h800-ib: (report, log)."""
-    (node.folder / "demo_data" / "episode").mkdir(parents=True)
-    (node.folder / "demo_data" / "episode" / "step_0_STOP.json").write_text("{}")
+    write_tiny_data(node.folder / "demo_data")
     sets = [
         f"preflight.sysfs_root={node.root}",
         f"environment.setup=['export PATH={node.bin}:$PATH']",

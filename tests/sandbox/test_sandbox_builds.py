@@ -23,6 +23,7 @@ from janus_cluster.sandbox.layout import layout_of
 from janus_cluster.sandbox.programs import namespaces_problem, search_path, slurm_programs
 from janus_cluster.sandbox.state import Daemon
 from tests.conftest import not_tested, require_slurm
+from tests.tiny_data import write_tiny_data
 
 pytestmark = pytest.mark.slurm
 
@@ -67,7 +68,7 @@ def test_daemons_clients_and_jobs_are_all_of_slurm_root(
     build: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     home = tmp_path_factory.mktemp("r")
-    (tmp_path / "demo_data" / "episode").mkdir(parents=True)
+    write_tiny_data(tmp_path / "demo_data")
     done = janus(home, "sandbox", "up", "--json", cwd=tmp_path, SLURM_ROOT=str(build))
     try:
         assert done.returncode == 0, done.stderr
