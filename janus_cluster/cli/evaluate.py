@@ -19,6 +19,8 @@ from janus_cluster.run.text import to_json
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from janus_cluster.run.paths import RunDir
+
 MODULE = "janus_cluster.training.evaluation"
 FILES = ("evaluation.json", "predictions.html", "predictions.jsonl")
 # A text of so high a perplexity has not been learned: every token of it is one of so many.
@@ -84,8 +86,8 @@ def evaluate(
 
     MODEL_OR_RUN is an exported folder (then with --data), or a run: its folder, name or job id.
     """
-    target, default_out = find_target(model_or_run, runs_dirs)
-    folder = (out or default_out).absolute()
+    target, run = find_target(model_or_run, runs_dirs)
+    folder = (out or (Path("evaluation") if run is None else run.evaluation)).absolute()
     options: dict[str, object] = {
         "--samples": samples,
         "--generate": generate,
@@ -94,21 +96,26 @@ def evaluate(
         "--vggt-path": vggt_path,
         "--out": folder,
     }
-    command = [sys.executable, "-m", MODULE, str(target)]
-    command += [f"{name}={value}" for name, value in options.items() if value is not None]
-    command += [f"--data={root}" for root in roots]
     from janus_cluster.run.records.training import EvaluationRecord
 
     require_torch("eval")
-    code = _run_with_own_folder(command)
+    code = run_module(MODULE, target, options, more=[f"--data={root}" for root in roots])
     if code != 0:
-        return code if code > 0 else 128 - code
+        return code
     evaluation = EvaluationRecord.require(folder / FILES[0]).to_json()
     if as_json:
         click.echo(to_json(evaluation))
     else:
         _print_evaluation(evaluation, folder)
     return 0
+
+
+def run_module(module: str, target: Path, options: Mapping[str, object], *, more: Sequence[str] = ()) -> int:
+    """Run `python -m module target` with the options that are given. Returns: the exit code as a shell has it."""
+    command = [sys.executable, "-m", module, str(target)]
+    command += [f"{name}={value}" for name, value in options.items() if value is not None]
+    code = _run_with_own_folder([*command, *more])
+    return code if code >= 0 else 128 - code
 
 
 def _run_with_own_folder(command: Sequence[str]) -> int:
@@ -129,8 +136,8 @@ def _run_with_own_folder(command: Sequence[str]) -> int:
         remove_private_folder(private)
 
 
-def find_target(name: str, runs_dirs: list[Path]) -> tuple[Path, Path]:
-    """The exported folder or run folder that is meant, and the default folder of its report.
+def find_target(name: str, runs_dirs: list[Path]) -> tuple[Path, RunDir | None]:
+    """The exported folder or run folder that is meant, and the run.
 
     Raises: JobNotFound, naming near matches.
     """
@@ -138,9 +145,9 @@ def find_target(name: str, runs_dirs: list[Path]) -> tuple[Path, Path]:
 
     path = Path(os.path.expanduser(name))
     if (path / "config.json").is_file():
-        return path.absolute(), Path("evaluation")
+        return path.absolute(), None
     run = find_run(name, runs_dirs)
-    return run.path, run.evaluation
+    return run.path, run
 
 
 def require_torch(command: str) -> None:

@@ -43,6 +43,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "evaluate",
         "Judge a trained model on held-out episodes: actions, F1, perplexity, samples with pictures.",
     ),
+    "simulate": (
+        "janus_cluster.cli.simulate",
+        "simulate",
+        "Let a trained model walk: success rate and SPL in generated rooms, what it sees follows from what it does.",
+    ),
     "export": (
         "janus_cluster.cli.export",
         "export",

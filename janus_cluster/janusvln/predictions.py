@@ -13,12 +13,11 @@ import torch
 from janus_cluster.janusvln.data.dataset import NavigationDataset, collate
 from janus_cluster.janusvln.data.prompt import render_target_parts
 from janus_cluster.janusvln.data.samples import ACTIONS, Sample
-from janus_cluster.janusvln.data.tokenizer import EOS, PAD
 from janus_cluster.janusvln.held_out import HeldOutScores, ScoreSums, predict_batches
 from janus_cluster.janusvln.loss import IGNORE_INDEX
-from janus_cluster.janusvln.model.generate import generate_greedy
+from janus_cluster.janusvln.model.generate import generate_text
 from janus_cluster.janusvln.model.janus import JanusModel
-from janus_cluster.janusvln.scores import parse_action_line, parse_action_word
+from janus_cluster.janusvln.scores import parse_answer
 
 PROGRESS_EVERY_S = 10.0
 
@@ -85,31 +84,27 @@ def generate_answers(
     report: Report,
 ) -> list[Prediction]:
     """The predictions at `indices`, with the model's generated answer to the same prompt."""
-    stop_ids = {int(tokenizer.convert_tokens_to_ids(name)) for name in (EOS, PAD)}
     progress = _Progress("answers in words", len(indices), report)
     answered = []
     for index in indices:
         item = dataset[index]
         prompt_length = int((item["labels"] != IGNORE_INDEX).int().argmax())
-        ids = generate_greedy(
+        text, has_stopped = generate_text(
             model,
-            input_ids_L=item["input_ids"][:prompt_length].to(model.device),
-            mm_token_type_ids_L=item["mm_token_type_ids"][:prompt_length].to(model.device),
-            frames_S3HW=item["frames"].to(model.device),
-            image_grid_thw=item["image_grid_thw"].to(model.device),
+            tokenizer,
+            input_ids_L=item["input_ids"][:prompt_length],
+            mm_token_type_ids_L=item["mm_token_type_ids"][:prompt_length],
+            frames_S3HW=item["frames"],
+            image_grid_thw=item["image_grid_thw"],
             max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
         )
-        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        # The answer's form is that of the target: four parts, or the action alone.
-        has_parts = dataset.samples[index].has_four_parts
-        label = parse_action_line(text) if has_parts else parse_action_word(text)
+        label = parse_answer(text, four_parts=dataset.samples[index].has_four_parts)
         answered.append(
             replace(
                 predictions[index],
                 generated=text,
                 generated_action=None if label is None else ACTIONS[label],
-                stopped=len(ids) < max_new_tokens,
+                stopped=has_stopped,
             )
         )
         progress.step()

@@ -74,6 +74,11 @@ def parse_action_word(answer: str) -> int | None:
     return ACTIONS.index(name) if name in ACTIONS else None
 
 
+def parse_answer(answer: str, *, four_parts: bool) -> int | None:
+    """The label that an answer names; its form is that of the target: four parts, or the action alone."""
+    return parse_action_line(answer) if four_parts else parse_action_word(answer)
+
+
 def count_confusion(truth: Sequence[int], predicted: Sequence[int | None]) -> list[list[int]]:
     """The confusion table of pairs; a true action below 0 is none, and its pair is left out."""
     table = [[0] * (len(ACTIONS) + 1) for _ in ACTIONS]

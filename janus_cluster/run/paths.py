@@ -30,7 +30,7 @@
                           health/<node>.jsonl (GPUs and links of a node, every 30 s),
                           versions.json (packages that it ran with)
   checkpoints/checkpoint-<step>/ (whole), .partial/ (being written), checkpoint-<step>.broken/ (found damaged on resume)
-      export/      export-janusvln/ (the published layout)      evaluation/
+      export/      export-janusvln/ (the published layout)      evaluation/      simulation/
       report/ (pages and pictures; may be deleted)
 """
 
@@ -168,6 +168,10 @@ class RunDir:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation"
+
+    @property
+    def simulation(self) -> Path:
+        return self.path / "simulation"
 
     @property
     def report(self) -> Path:

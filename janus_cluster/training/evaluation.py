@@ -69,7 +69,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.samples is not None:
         samples = [samples[i] for i in draw_indices(len(samples), arguments.samples)]
     tokenizer = load_tokenizer(subject.model)
-    model = _load_model(subject, choose_device(arguments.device))
+    model = load_model(subject, choose_device(arguments.device))
     dataset = NavigationDataset(samples, tokenizer=tokenizer, data=subject.data, segment_weights=SegmentWeights())
 
     # The record of an export names no number of loaders, and this machine may have fewer cores than the nodes.
@@ -131,7 +131,7 @@ def score_answers(predictions: Sequence[Prediction]) -> ActionScores:
     return score_actions(count_confusion(truth, given))
 
 
-def _load_model(subject: Subject, device: torch.device) -> JanusModel:
+def load_model(subject: Subject, device: torch.device) -> JanusModel:
     """The exported model in the precision it was saved in."""
     dtype = JanusConfig.from_pretrained(subject.model, local_files_only=True).dtype or torch.float32
     _print(f"loading {subject.model} on {device}, {str(dtype).removeprefix('torch.')}")

@@ -100,10 +100,13 @@ def write_preparation(folder: Path, job: JobConfig) -> None:
     record.write(folder / PREPARATION_NAME)
 
 
-def load_subject(target: Path, *, roots: Sequence[str] = (), vggt_path: str | None = None) -> Subject:
+def load_subject(
+    target: Path, *, roots: Sequence[str] = (), vggt_path: str | None = None, needs_data: bool = True
+) -> Subject:
     """The model of a run folder with its held-out episodes, or an exported folder with the episodes under `roots`.
 
-    A root is a path, or `{path: …, images: …}` as data.roots has it.
+    A root is a path, or `{path: …, images: …}` as data.roots has it. needs_data: an exported folder without roots is
+    refused, since there is nothing to show it.
 
     Raises: UsageError naming what is missing.
     """
@@ -131,7 +134,7 @@ def load_subject(target: Path, *, roots: Sequence[str] = (), vggt_path: str | No
             f"{target} is neither a run folder nor an exported model (no config.json in it)",
             hint="janus-cluster list shows the runs",
         )
-    if not roots:
+    if not roots and needs_data:
         raise UsageError(
             f"{target} is an exported model: which episodes are to be shown to it?",
             hint=f"janus-cluster eval {target} --data ROOT; a run's own held-out episodes: janus-cluster eval RUN",

@@ -47,6 +47,7 @@ TYPED: dict[str, tuple[list[str], str | None]] = {
 RUN_ELSEWHERE = {
     "eval": "tests/training/test_evaluation.py",
     "export": "tests/training/test_published.py",
+    "simulate": "tests/training/test_simulation.py",
     "verify-core": "tests/janusvln/test_verify.py",
     "report": "tests/report/test_report_cli.py",
     "cancel": "tests/desk/test_resume.py",
@@ -128,6 +129,7 @@ WRONG = [
     (["report", "nope"], 22),
     (["compare", "nope", NAME], 22),
     (["eval", "nope"], 22),
+    (["simulate", "nope"], 22),
     (["export", "nope"], 22),
     (["cancel", NAME], 2),
     (["plan", "--nodes", "3"], 2),

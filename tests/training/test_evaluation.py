@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,79 +16,35 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from training_run import resolve, write_run_folder
+from tiny_export import Tiny, make_tiny
+from training_run import write_run_folder
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from janus_cluster.errors import UsageError
-from janus_cluster.janusvln.data.dataset import NavigationDataset, collate
-from janus_cluster.janusvln.data.index import load_samples
+from janus_cluster.janusvln.data.dataset import collate
 from janus_cluster.janusvln.data.samples import ACTIONS, Sample
-from janus_cluster.janusvln.data.tokenizer import tokenizer_ids, write_processing_files
 from janus_cluster.janusvln.held_out import ScoreSums, predict_batches, share_batches
 from janus_cluster.janusvln.loss import SEGMENT_NAMES
 from janus_cluster.janusvln.model import pixels
-from janus_cluster.janusvln.model.build import build_model
 from janus_cluster.janusvln.model.generate import generate_greedy
 from janus_cluster.janusvln.model.janus import JanusModel
-from janus_cluster.janusvln.model.load import write_vggt
 from janus_cluster.janusvln.predictions import Prediction
-from janus_cluster.janusvln.world.demo import write_demo_episodes
-from janus_cluster.job.schema import JobConfig
-from janus_cluster.training.entry import load_job_tokenizer
 from janus_cluster.training.report import ShownSample, render_page
-from janus_cluster.training.subject import draw_indices, load_subject, write_preparation
+from janus_cluster.training.subject import draw_indices, load_subject
 
 pytestmark = pytest.mark.train
 
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Tiny:
-    """A random model, its tokenizer, its job and some samples."""
-
-    job: JobConfig
-    model: JanusModel
-    tokenizer: Any
-    samples: tuple[Sample, ...]
-    episodes: Path
-
-    def dataset(self, samples: tuple[Sample, ...]) -> NavigationDataset:
-        return NavigationDataset(
-            samples, tokenizer=self.tokenizer, data=self.job.data, segment_weights=self.job.training.segment_weights
-        )
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """Loss weights are unequal and one is 0: none of that may be seen in a perplexity."""
-    folder = tmp_path_factory.mktemp("tiny")
-    episodes = folder / "demo"
-    write_demo_episodes(episodes, num_episodes=2, seed=3, image_size=(160, 120))
-    data = {"roots": [str(episodes)], "history": 2, "image_width": 84, "min_pixels": 784, "num_workers": 0}
-    settings = {
-        "nodes": 1,
-        "model": {"preset": "tiny"},
-        "data": data | {"validation_fraction": 0},
-        "training": {"precision": "fp32", "segment_weights": {"subinstruction": 0, "action": 3}},
-    }
-    job = resolve(settings, run_dir=folder / "run").job
-    split = load_samples(job.data, seed=0)
-    tokenizer = load_job_tokenizer(job, split)
-    model = build_model(
-        job.model, job.training, tokenizer_ids=tokenizer_ids(tokenizer), device="cpu", dtype=torch.float32, seed=0
-    )
-    return Tiny(job, model.eval(), tokenizer, tuple(split.train), episodes)
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
 def exported(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("export")
-    tiny.model.save_pretrained(folder)
-    write_vggt(tiny.model, folder)
-    write_processing_files(folder, tokenizer=tiny.tokenizer, data=tiny.job.data)
-    write_preparation(folder, tiny.job)
-    return folder
+    return tiny.export(tmp_path_factory.mktemp("export"))
 
 
 def judge(tiny: Tiny, samples: tuple[Sample, ...], *, rows: int, world_size: int) -> Any:

@@ -88,16 +88,16 @@ def collate(samples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, A
     """
     ids = [sample["input_ids"] for sample in samples]
     batch: dict[str, Any] = {
-        "input_ids": _pad_right(ids, pad_token_id),
-        "attention_mask": _pad_right([torch.ones_like(row) for row in ids], 0),
+        "input_ids": pad_right(ids, pad_token_id),
+        "attention_mask": pad_right([torch.ones_like(row) for row in ids], 0),
     }
     for key, value in PADDING.items():
-        batch[key] = _pad_right([sample[key] for sample in samples], value)
+        batch[key] = pad_right([sample[key] for sample in samples], value)
     batch["actions"] = torch.tensor([sample["action"] for sample in samples], dtype=torch.int64)
     batch["frames"] = [sample["frames"] for sample in samples]
     batch["image_grid_thw"] = torch.cat([sample["image_grid_thw"] for sample in samples])
     return batch
 
 
-def _pad_right(rows: Sequence[torch.Tensor], value: float) -> torch.Tensor:
+def pad_right(rows: Sequence[torch.Tensor], value: float) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -48,7 +48,7 @@ class SampleEncoder:
         Prompt and target parts are tokenised one by one. Their borders (control tokens, line ends before a letter or a
         digit) are borders for Qwen's pre-tokenizer too, so the ids are those of the whole text.
         """
-        ids = self._prompt_ids(sample, grids)
+        ids = self.encode_prompt(sample, grids)
         prompt_length = len(ids)
         weights: list[float] = [0.0] * prompt_length
         segments: list[int] = [int(Segment.NONE)] * prompt_length
@@ -68,7 +68,8 @@ class SampleEncoder:
             segment_ids=np.array(segments, dtype=np.int64),
         )
 
-    def _prompt_ids(self, sample: Sample, grids: Sequence[Grid]) -> list[int]:
+    def encode_prompt(self, sample: Sample, grids: Sequence[Grid]) -> list[int]:
+        """The ids before the target: of a sample whose action is still to be chosen, all there are."""
         first, *rest = render_conversation(sample)
         ids = self._tokenize(first)
         for (_, grid_h, grid_w), text in zip(grids, rest, strict=True):

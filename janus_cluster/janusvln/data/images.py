@@ -57,6 +57,11 @@ def load_frame(path: Path, data: Data, *, size: tuple[int, int] | None = None) -
             hint="bring the file back, then resume; replaced on purpose: remove the index in data.index_dir first",
             kind="bad_data",
         )
+    return prepare_image(image, data)
+
+
+def prepare_image(image: Image.Image, data: Data) -> NDArray[np.uint8]:
+    """The picture as load_frame gives it. Shapes: [3, H, W], H <= W."""
     width, height = frame_size(*image.size, data)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     if data.image_mode == "pad":

@@ -6,12 +6,14 @@ Shape legend: L positions of the prompt, S frames of the sample.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from janus_cluster.janusvln.data.tokenizer import EOS, PAD
 from janus_cluster.janusvln.model import pixels
 from janus_cluster.janusvln.model.janus import JanusModel
 
@@ -63,3 +65,14 @@ def generate_greedy(
             use_cache=True,
         )
     return generated
+
+
+def generate_text(model: JanusModel, tokenizer: Any, *, max_new_tokens: int, **prompt: Tensor) -> tuple[str, bool]:
+    """The greedy answer to the prompt (generate_greedy's keys, on any device), and whether it ended by its own end mark
+    within `max_new_tokens`.
+    """
+    stop_ids = {int(tokenizer.convert_tokens_to_ids(name)) for name in (EOS, PAD)}
+    on_device = {key: value.to(model.device) for key, value in prompt.items()}
+    ids = generate_greedy(model, **on_device, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text, len(ids) < max_new_tokens

@@ -43,6 +43,12 @@ class Written:
     memory_frames: int = 0
 
 
+def draw_walk(*, seed: int, index: int, level: str) -> Walk:
+    """Walk `index` of a seed and level."""
+    # In turn, so that left and right are equally frequent.
+    return plan_walk(np.random.default_rng([seed, index]), level, first_side=(-1, 1)[index % 2])
+
+
 def write_demo_episodes(
     root: Path,
     *,
@@ -54,8 +60,7 @@ def write_demo_episodes(
     """Write episode folders under `root`; the same arguments give the same pixels."""
     written = Written()
     for index in range(num_episodes):
-        # In turn, so that left and right are equally frequent.
-        walk = plan_walk(np.random.default_rng([seed, index]), level, first_side=(-1, 1)[index % 2])
+        walk = draw_walk(seed=seed, index=index, level=level)
         name = "_".join(walk.decisions[-1].goal.name.split())
         _write_episode(root / f"demo_{index:04d}_{name}", walk, image_size)
         written.frames += len(walk.decisions)
@@ -97,6 +102,21 @@ def write_demo(
     return written
 
 
+def read_parameters(root: Path) -> dict[str, Any] | None:
+    """episodes, seed, image_size and level of the demo data in `root`; None where it is something else."""
+    manifest = _read_manifest(root)
+    parameters = None if manifest is None or manifest.get("version") != DEMO_VERSION else manifest.get("parameters")
+    return parameters if isinstance(parameters, dict) else None
+
+
+def _read_manifest(root: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((root / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def _holds_same_demo(root: Path, manifest: dict[str, Any]) -> bool:
     if not root.exists():
         return False
@@ -104,11 +124,8 @@ def _holds_same_demo(root: Path, manifest: dict[str, Any]) -> bool:
         raise UsageError(f"{root} is a file, expected a folder or nothing")
     if not any(root.iterdir()):
         return False
-    try:
-        found = json.loads((root / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
+    found = _read_manifest(root)
+    if found is None:
         what = "something else"
     elif any(found.get(key) != value for key, value in manifest.items()):
         what = f"a demo of other parameters: version {found.get('version')}, {found.get('parameters')}"

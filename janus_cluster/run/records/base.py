@@ -64,6 +64,22 @@ class Record:
         """The text of the file."""
         return _render(self.to_json(), indent=2) + "\n"
 
+    @classmethod
+    def load_lines(cls, path: Path) -> list[Self]:
+        """The records of a file that `append` wrote; lines that hold none are left out. [] where there is no file."""
+        try:
+            lines = path.read_bytes().splitlines()
+        except OSError:
+            return []
+        return [record for line in lines if (record := cls._load_line(line)) is not None]
+
+    @classmethod
+    def _load_line(cls, line: bytes) -> Self | None:
+        try:
+            return cls.from_json(parse_json(line))
+        except ValueError:
+            return None
+
     def append(self, path: Path) -> None:
         """The file has this record as one line more. Raises: OSError."""
         append_line(path, _render(self.to_json()))

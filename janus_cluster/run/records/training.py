@@ -118,6 +118,40 @@ class PreparationRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WalkedEpisode(Record):
+    """A line of episodes.jsonl: an episode that a policy walked, and how it ended. Units: metres."""
+
+    SCHEMA_VERSION: ClassVar[int | None] = None
+
+    index: int
+    instruction: str
+    actions: tuple[str, ...]
+    is_success: bool
+    was_there: bool
+    has_stopped: bool
+    steps: int
+    shortest_steps: int
+    path_m: float
+    shortest_m: float
+    error_m: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulationRecord(Record):
+    """simulation.json: the world, the policy, and how well it navigates, as `simulate --json` prints it.
+
+    `scores` and `references` are empty until all episodes are walked. An interrupted simulation of the same `policy`
+    and `world` goes on behind the episodes that it has.
+    """
+
+    policy: Mapping[str, Any]
+    world: Mapping[str, Any]
+    num_episodes: int
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    references: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationRecord(Record):
     """evaluation.json: the scores of a model, as `eval --json` prints them."""
 
