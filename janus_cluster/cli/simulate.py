@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,8 +15,9 @@ from janus_cluster.run.text import to_json
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from janus_cluster.run.records.training import Measure, NavigationScores, SimulationRecord
+
 MODULE = "janus_cluster.training.simulation"
-FILES = ("simulation.json", "episodes.jsonl")
 LEVELS = ("easy", "memory")
 
 
@@ -82,47 +83,44 @@ def simulate(
         "--vggt-path": vggt_path,
         "--out": folder,
     }
-    from janus_cluster.run.records.training import SimulationRecord
+    from janus_cluster.run.records.training import EPISODES_JSONL, SIMULATION_JSON, SimulationRecord
 
     require_torch("simulate")
     code = run_module(MODULE, target, options)
     if code != 0:
         return code
-    record = SimulationRecord.require(folder / FILES[0])
+    simulation = SimulationRecord.require(folder / SIMULATION_JSON)
     if as_json:
-        click.echo(to_json(record.to_json()))
-    else:
-        _print_simulation(record.to_json(), folder)
+        click.echo(to_json(simulation.to_json()))
+    elif simulation.scores is not None:
+        _print_simulation(simulation, simulation.scores)
+        click.echo(f"result {folder / SIMULATION_JSON}\nwalks  {folder / EPISODES_JSONL}")
     return 0
 
 
-def _print_simulation(simulation: Mapping[str, Any], folder: Path) -> None:
+def _print_simulation(simulation: SimulationRecord, scores: NavigationScores) -> None:
     from rich.console import Console
 
     console = Console()
-    console.print(_table(simulation))
-    if missed := simulation["scores"]["num_never_stopped"]:
-        most = simulation["world"]["max_steps"]
+    console.print(_table(simulation, scores))
+    if missed := scores.num_never_stopped:
+        most = simulation.world["max_steps"]
         console.print(f"{missed} walks had no STOP within {most} steps", highlight=False, soft_wrap=True)
-    console.print(
-        f"result {folder / FILES[0]}\nwalks  {folder / FILES[1]}", highlight=False, markup=False, soft_wrap=True
-    )
 
 
-def _table(simulation: Mapping[str, Any]) -> Table:
+def _table(simulation: SimulationRecord, scores: NavigationScores) -> Table:
     from rich.table import Table
 
-    world, references = simulation["world"], simulation["references"]
-    title = f"{simulation['num_episodes']} walks, level {world['level']}, seed {world['seed']}"
+    world, references = simulation.world, simulation.references
+    title = f"{simulation.num_episodes} walks, level {world['level']}, seed {world['seed']}"
     table = Table(title=title, title_justify="left")
     for column in ("", "model", "95 % interval", *references):
         table.add_column(column, justify="right" if column else "left")
     for key, (label, digits) in ROWS.items():
-        own = simulation["scores"][key]
-        low, high = own["low"], own["high"]
-        interval = "—" if low is None else f"{low:.{digits}f} to {high:.{digits}f}"
-        others = (f"{scores[key]['mean']:.{digits}f}" for scores in references.values())
-        table.add_row(label, f"{own['mean']:.{digits}f}", interval, *others)
+        own: Measure = getattr(scores, key)
+        interval = "—" if own.low is None else f"{own.low:.{digits}f} to {own.high:.{digits}f}"
+        others = (f"{getattr(other, key).mean:.{digits}f}" for other in references.values())
+        table.add_row(label, f"{own.mean:.{digits}f}", interval, *others)
     return table
 
 

@@ -7,39 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from janus_cluster.janusvln.world.episodes import Outcome
+from janus_cluster.run.records.training import Measure, NavigationScores
 
 _Z_95 = 1.959964
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measure:
-    """A mean and the bounds of its 95 % confidence interval; no bounds of a single episode's mean."""
-
-    mean: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NavigationScores:
-    """Over all episodes. Units: navigation_error_m metres, path_m metres; rates and SPL from 0 to 1."""
-
-    num_episodes: int
-    success_rate: Measure
-    spl: Measure
-    oracle_success_rate: Measure
-    navigation_error_m: Measure
-    path_m: Measure
-    steps: Measure
-    num_never_stopped: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as in simulation.json."""
-        return asdict(self)
 
 
 def score_navigation(outcomes: Sequence[Outcome]) -> NavigationScores:

@@ -20,6 +20,7 @@ from janus_cluster.run.records import metrics
 from janus_cluster.run.records.attempt import AttemptRecord
 from janus_cluster.run.records.metrics import EvalEvent, MemoryEvent, StartEvent, TrainEvent, read_lines
 from janus_cluster.run.records.submission import load_status
+from janus_cluster.run.records.training import SIMULATION_JSON, SimulationRecord
 from janus_cluster.run.records.verdict import Verdict
 from janus_cluster.run.text import clean_line, load_secrets, redact
 
@@ -94,6 +95,8 @@ class History:
     num_nodes: int | None = None
     # The loss of the last logged step is no finite number.
     has_diverged: bool = False
+    # Of `simulate`, with its scores; None where no simulation has reached its end.
+    simulation: SimulationRecord | None = None
     # What a reader of the figures must know: damaged lines, how steps were counted.
     notes: Sequence[str] = ()
 
@@ -152,8 +155,14 @@ def load_history(run: RunDir) -> History:
         state=_load_state(run, clean),
         num_nodes=_whole(resolved.value("nodes")),
         has_diverged=has_diverged,
+        simulation=_load_simulation(run),
         notes=notes,
     )
+
+
+def _load_simulation(run: RunDir) -> SimulationRecord | None:
+    record = SimulationRecord.load(run.simulation / SIMULATION_JSON)
+    return record if record is not None and record.scores is not None else None
 
 
 def _step_row(line: TrainEvent) -> dict[str, float]:

@@ -12,7 +12,7 @@ from janus_cluster.job.templates import template_environment
 from janus_cluster.report.drawing import MIN_SMOOTHED
 from janus_cluster.report.history import History
 from janus_cluster.report.pictures import Picture
-from janus_cluster.report.summary import ROWS, compare_settings, render_value, summarize
+from janus_cluster.report.summary import ROWS, compare_settings, describe_simulation, render_value, summarize
 from janus_cluster.run.times import render_duration
 
 # Checkpoints of a month would hide the rest.
@@ -45,6 +45,7 @@ def render_page(
         differences=[[d.key, *("–" if v is None else v for v in (d.a, d.b))] for d in found],
         kinds=_KINDS,
         max_events=_MAX_EVENTS,
+        simulations=[line for h in histories if (line := describe_simulation(h)) is not None],
         is_smoothed=any(len(h.steps) >= MIN_SMOOTHED for h in histories),
     )
 

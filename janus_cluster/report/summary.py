@@ -11,6 +11,7 @@ from typing import Any
 
 from janus_cluster.report.history import History
 from janus_cluster.report.table import finite
+from janus_cluster.run.records.training import Measure
 
 _LAST_STEPS = 10
 # Events whose step was done.
@@ -33,6 +34,8 @@ class Summary:
     loss_last_10: float | None
     action_accuracy: float | None
     majority_accuracy: float | None
+    success_rate: float | None
+    spl: float | None
     step_time_s: float | None
     samples_per_s: float | None
     attempts: int
@@ -43,6 +46,7 @@ def summarize(history: History) -> Summary:
     """The run in a few figures."""
     steps, evaluations = history.steps, history.evaluations
     losses = finite(steps.column("loss"))
+    scores = history.simulation.scores if history.simulation is not None else None
     return Summary(
         name=history.name,
         state=history.state,
@@ -52,6 +56,8 @@ def summarize(history: History) -> Summary:
         loss_last_10=statistics.fmean(losses[-_LAST_STEPS:]) if losses else None,
         action_accuracy=_last(evaluations.column("action_accuracy")),
         majority_accuracy=_last(evaluations.column("majority_accuracy")),
+        success_rate=None if scores is None else scores.success_rate.mean,
+        spl=None if scores is None else scores.spl.mean,
         step_time_s=_median_of_warm(history, "step_time_s"),
         samples_per_s=_median_of_warm(history, "samples_per_s"),
         attempts=len(history.attempts) or _num_attempts(history),
@@ -70,6 +76,8 @@ ROWS = (
     ("loss_last_10", "loss, mean of the last 10 logged", ".4f"),
     ("action_accuracy", "held-out action accuracy", ".3f"),
     ("majority_accuracy", "accuracy of the majority class", ".3f"),
+    ("success_rate", "success rate, simulated", ".3f"),
+    ("spl", "SPL, simulated", ".3f"),
     ("step_time_s", "s/step, median", ".3f"),
     ("samples_per_s", "samples/s, median", ".2f"),
 )
@@ -108,6 +116,25 @@ def comparison_to_json(a: History, b: History) -> dict[str, Any]:
         "runs": [asdict(summarize(h)) for h in (a, b)],
         "differences": [asdict(d) for d in compare_settings(a, b)],
     }
+
+
+def describe_simulation(history: History) -> str | None:
+    """The walks behind success rate and SPL, with their intervals; None without a simulation."""
+    simulation = history.simulation
+    if simulation is None or simulation.scores is None:
+        return None
+    rate, spl = map(_render_measure, (simulation.scores.success_rate, simulation.scores.spl))
+    others = ", ".join(f"{name} {scores.success_rate.mean:.3f}" for name, scores in simulation.references.items())
+    rooms = ", ".join(f"{key} {simulation.world.get(key)}" for key in ("level", "seed"))
+    return (
+        f"{simulation.num_episodes} walks in generated rooms ({rooms}): success rate {rate}, SPL {spl}; success rate "
+        f"of the same walks: {others}"
+    )
+
+
+def _render_measure(measure: Measure) -> str:
+    interval = "" if measure.low is None else f" (95 %: {measure.low:.3f} to {measure.high:.3f})"
+    return f"{measure.mean:.3f}{interval}"
 
 
 def _last_step(history: History) -> int | None:

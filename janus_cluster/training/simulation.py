@@ -25,13 +25,11 @@ from janus_cluster.janusvln.navigation import score_navigation
 from janus_cluster.janusvln.policy import EpisodeMemory, ModelPolicy
 from janus_cluster.janusvln.world.demo import DEFAULT_LEVEL, DEFAULT_SIZE, DEMO_VERSION, draw_walk, read_parameters
 from janus_cluster.janusvln.world.episodes import REFERENCES, Outcome, RoomEpisode, walk_to_end
-from janus_cluster.run.records.training import SimulationRecord, WalkedEpisode
+from janus_cluster.run.records.training import EPISODES_JSONL, SIMULATION_JSON, SimulationRecord, WalkedEpisode
 from janus_cluster.run.streams import run_program
 from janus_cluster.training.evaluation import NEW_TOKENS_BY_DEFAULT, choose_device, load_model
 from janus_cluster.training.subject import Subject, load_subject
 
-SIMULATION_JSON = "simulation.json"
-EPISODES_JSONL = "episodes.jsonl"
 PROGRESS_EVERY_S = 10.0
 
 
@@ -100,12 +98,12 @@ def simulate(arguments: argparse.Namespace) -> None:
     for name, make in REFERENCES.items():
         choose = make(rooms.seed)
         ends = [walk_to_end(rooms.episode(index), choose) for index in range(arguments.episodes)]
-        references[name] = score_navigation(ends).to_json()
+        references[name] = score_navigation(ends)
     done = SimulationRecord(
         policy=record.policy,
         world=record.world,
         num_episodes=arguments.episodes,
-        scores=score_navigation(outcomes).to_json(),
+        scores=score_navigation(outcomes),
         references=references,
     )
     done.write(out / SIMULATION_JSON)

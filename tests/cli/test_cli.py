@@ -72,7 +72,10 @@ def test_the_command_surface_is_frozen() -> None:
             "--data", "--device", "--generate", "--json", "--max-new-tokens", "--out", "--runs-dir", "--samples",
             "--vggt-path",
         ],
-        "simulate": ["--batch", "--device", "--episodes", "--json", "--level", "--max-steps", "--out", "--runs-dir", "--seed", "--vggt-path"],
+        "simulate": [
+            "--batch", "--device", "--episodes", "--json", "--level", "--max-steps", "--out", "--runs-dir", "--seed",
+            "--vggt-path",
+        ],
         "export": ["--json", "--layout", "--out", "--runs-dir", "--vggt-path"],
         "report": ["--from-log", "--json", "--no-tensorboard", "--out", "--runs-dir", "--tensorboard"],
         "compare": ["--json", "--runs-dir"],

@@ -15,6 +15,7 @@ from janus_cluster.report.page import render_page
 from janus_cluster.report.summary import compare_settings, comparison_to_json, summarize
 from janus_cluster.report.table import Table
 from janus_cluster.run.files import read_json, write_json_atomically
+from janus_cluster.run.records.training import Measure, NavigationScores, SimulationRecord
 from janus_cluster.run.text import to_json
 
 
@@ -169,6 +170,30 @@ def test_the_last_step_counts_where_it_was_not_logged(make_run) -> None:
     assert summarize(load_history(run)).steps == 8
     append_metric_line(run, {"kind": "checkpoint", "time": 1.0, "attempt": 1, "step": 9, "path": "/c/checkpoint-9"})
     assert summarize(load_history(run)).steps == 8, "of an earlier attempt"
+
+
+def test_the_score_of_a_simulation_is_shown_with_its_interval(make_run) -> None:
+    run = make_run()
+    one = Measure(mean=1.0, low=0.9, high=1.0)
+    scores = NavigationScores(
+        num_episodes=100,
+        success_rate=Measure(mean=0.23, low=0.158, high=0.322),
+        spl=Measure(mean=0.193, low=0.121, high=0.264),
+        oracle_success_rate=one, navigation_error_m=one, path_m=one, steps=one, num_never_stopped=3,
+    )  # fmt: skip
+    world = {"level": "easy", "seed": 1}
+    begun = SimulationRecord(policy={}, world=world, num_episodes=100)
+    run.simulation.mkdir()
+    begun.write(run.simulation / "simulation.json")
+    assert summarize(load_history(run)).success_rate is None, "it has not reached its end"
+    replace(begun, scores=scores, references={"random": scores}).write(run.simulation / "simulation.json")
+    history = load_history(run)
+    assert (summarize(history).success_rate, summarize(history).spl) == (0.23, 0.193)
+    page = render_page([history], [], made_at=1.0)
+    assert "success rate 0.230 (95 %: 0.158 to 0.322), SPL 0.193 (95 %: 0.121 to 0.264)" in page
+    assert "random 0.230" in page and "level easy, seed 1" in page
+    (run.simulation / "simulation.json").write_text('{"scores": {"spl": 7}}')
+    assert summarize(load_history(run)).spl is None
 
 
 def test_a_dotted_key_is_broken_after_its_dots_only(make_run) -> None:

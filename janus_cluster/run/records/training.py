@@ -137,18 +137,49 @@ class WalkedEpisode(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measure(Record):
+    """A mean and the bounds of its 95 % confidence interval; no bounds of a single episode's mean."""
+
+    SCHEMA_VERSION: ClassVar[int | None] = None
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NavigationScores(Record):
+    """How well a policy navigates. Units: navigation_error_m and path_m metres; rates and SPL from 0 to 1."""
+
+    SCHEMA_VERSION: ClassVar[int | None] = None
+
+    num_episodes: int
+    success_rate: Measure
+    spl: Measure
+    oracle_success_rate: Measure
+    navigation_error_m: Measure
+    path_m: Measure
+    steps: Measure
+    num_never_stopped: int
+
+
+SIMULATION_JSON = "simulation.json"
+EPISODES_JSONL = "episodes.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
 class SimulationRecord(Record):
     """simulation.json: the world, the policy, and how well it navigates, as `simulate --json` prints it.
 
-    `scores` and `references` are empty until all episodes are walked. An interrupted simulation of the same `policy`
-    and `world` goes on behind the episodes that it has.
+    `scores` is None until all episodes are walked. `references`: what other policies score on them. An interrupted
+    simulation of the same `policy` and `world` goes on behind the episodes that it has.
     """
 
     policy: Mapping[str, Any]
     world: Mapping[str, Any]
     num_episodes: int
-    scores: Mapping[str, Any] = field(default_factory=dict)
-    references: Mapping[str, Any] = field(default_factory=dict)
+    scores: NavigationScores | None = None
+    references: Mapping[str, NavigationScores] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
