@@ -45,6 +45,7 @@ $(DEMO_DATA)/.complete: $(STAMP)
 
 demo: $(STAMP) $(DEMO_DATA)/.complete  ## The whole flow here: two simulated nodes, CPU, no Slurm, no root
 	@DEMO_DATA=$(DEMO_DATA) $(JANUS) submit demo --nodes 2 --cluster local --follow
+	@$(JANUS) simulate demo --episodes 20
 
 slurm:  # The Debian packages of the sandbox and of the shell tests, where this user may install them
 	@export PATH="$$PATH:/usr/local/sbin:/usr/sbin:/sbin"; \
