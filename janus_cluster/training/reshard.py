@@ -33,7 +33,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "weight"
 # What of an optimizer group is no setting of the job, but moved on by the steps that were made.
 _OF_THE_SCHEDULE = ("lr", "initial_lr")
-_SAFE = [ZeroStageEnum, fragment_address, loss_scaler.LossScaler, loss_scaler.DynamicLossScaler]
+
+
+def _member(kind: Any, name: str) -> ZeroStageEnum:
+    """ZeRO's stage of that name. Raises: ValueError for anything else that a pickle would have looked up."""
+    if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise ValueError(f"it looks up {name!r} in {kind!r}")
+    return ZeroStageEnum[name]
+
+
+# Python 3.11.0 to 3.11.3 (Debian 12's is 3.11.2) write a member of an enumeration as `getattr(class, name)`.
+_SAFE = [
+    ZeroStageEnum, fragment_address, loss_scaler.LossScaler, loss_scaler.DynamicLossScaler,
+    (_member, "builtins.getattr"),
+]  # fmt: skip
 
 
 class Piece(NamedTuple):
@@ -116,7 +129,7 @@ class Source:
 
 def written_cut(checkpoint: Path) -> Cut:
     """Who wrote `checkpoint`. Raises: UsageError if that cannot be read."""
-    model_state = _load(_model_states(checkpoint)[0])
+    model_state = load_states(_model_states(checkpoint)[0])
     return Cut.of(model_state["ds_config"], world_size=int(model_state["dp_world_size"]))
 
 
@@ -156,7 +169,7 @@ def load_resharded(engine: Any, checkpoint: Path, *, groups: Sequence[Mapping[st
 def load_source(checkpoint: Path, *, names: Sequence[Sequence[str]]) -> Source:
     """The files of `checkpoint`, mapped into memory. Raises: UsageError if one is missing or is of another cut."""
     first, *_ = model_files = _model_states(checkpoint)
-    model_state = _load(first)
+    model_state = load_states(first)
     cut = Cut.of(model_state["ds_config"], world_size=int(model_state["dp_world_size"]))
     _require_no_obstacle(model_state["ds_config"], checkpoint, cut)
     flat_names = [name for group in names for name in group]
@@ -170,7 +183,7 @@ def load_source(checkpoint: Path, *, names: Sequence[Sequence[str]]) -> Source:
             raise _of_other_parameters(checkpoint, f"{num_held} tensors there, {len(flat_names)} here{shown}")
         layout = _layout_of_wholes(flat_names, shards[0])
     else:
-        states = [_load(path)["optimizer_state_dict"] for path in _optimizer_states(checkpoint, cut)]
+        states = [load_states(path)["optimizer_state_dict"] for path in _optimizer_states(checkpoint, cut)]
         shards = [Shard(state, stage=cut.stage) for state in states]
         if cut.stage == 3:
             layout = _layout_of_shapes(model_state["param_shapes"], cut.world_size)
@@ -197,7 +210,7 @@ def _require_no_obstacle(ds_config: Mapping[str, Any], checkpoint: Path, cut: Cu
         )
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_states(path: Path) -> dict[str, Any]:
     """A file of DeepSpeed's; its tensors stay on the disk until they are copied. Nothing in it is executed."""
     try:
         with torch.serialization.safe_globals(_SAFE):

@@ -21,6 +21,7 @@ from janus_cluster.cli.main import cli
 from janus_cluster.job.profiles import load_preflight_profile
 from janus_cluster.job.reference import COMMAND, render_reference
 from janus_cluster.job.schema import JobConfig
+from tests.tiny_data import write_tiny_data
 
 SECTIONS = "hardware|environment|preflight|model|data|training|deepspeed|checkpoint|restart"
 KEY = re.compile(rf"^(?:--set )?((?:{SECTIONS})(?:\.[a-z_0-9]+)+)(?:[:=].*)?$")
@@ -185,8 +186,8 @@ def test_a_bash_block_without_a_marker_runs(block: Block, tmp_path: Path) -> Non
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "janus-cluster").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m janus_cluster.cli "$@"\n')
     (tmp_path / "bin" / "janus-cluster").chmod(0o755)
-    for name in ("docs", "demo_data/episode"):
-        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    write_tiny_data(tmp_path / "demo_data")
     shutil.copy(ROOT / "jobs" / "train_2node.yaml", tmp_path / "my.yaml")
     environ = {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",

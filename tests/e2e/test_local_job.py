@@ -101,9 +101,9 @@ def test_a_machine_without_gpus_never_passes_as_an_h800_node(janus: Janus) -> No
 
 
 def test_a_failed_training_ends_with_12_and_shows_where_the_logs_are(janus: Janus, tmp_path: Path) -> None:
-    """The data folder holds no episode that could be used, which only the ranks find out."""
+    """No sample is as short as the job wants it, which only the ranks find out."""
     argv = ("--cluster", "local", "--nodes", "1", "--follow", "--set", "preflight.min_free_gb=0.1")
-    done = janus("submit", "demo", *argv)
+    done = janus("submit", "demo", *argv, "--set", "data.max_length=64")
     assert done.returncode == 12, done.stdout + done.stderr
     run = only_run(tmp_path)
     assert str(run.attempt_logs(1)) in done.stdout

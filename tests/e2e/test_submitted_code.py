@@ -113,15 +113,6 @@ def test_installed_code_that_was_edited_is_reported_or_refused(
 
 @pytest.mark.train
 def test_every_rank_runs_the_submitted_code(janus: Janus, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "janus_cluster.janusvln.world.demo",
-        str(tmp_path / "demo_data"),
-        "--episodes",
-        "4",
-    ]
-    subprocess.run(command, check=True, capture_output=True)
     edit(tmp_path, 1)
     short = ("--set", "training.max_steps=1", "--set", "checkpoint.export=false", "--set", "data.validation_fraction=0")
     ranks = ("--set", "hardware.processes_per_node=2")

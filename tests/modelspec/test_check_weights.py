@@ -19,6 +19,7 @@ from janus_cluster.modelspec.check_weights import check_weights, load_config_val
 from janus_cluster.modelspec.networks import VggtConfig
 from janus_cluster.modelspec.safetensors_header import CheckpointProblem, read_header
 from janus_cluster.modelspec.weight_names import janus_shapes, name_on_disk, vggt_shapes
+from tests.tiny_data import write_tiny_data
 
 
 @pytest.fixture
@@ -251,7 +252,7 @@ def test_a_model_of_wrapped_names_is_refused_with_the_names_that_it_has(tmp_path
 
 
 def test_config_check_prints_the_lines_and_ends_with_2_where_weights_are_missing(tmp_path: Path, vggt: Path) -> None:
-    folder = write_qwen(tmp_path / "qwen")
+    folder, root = write_qwen(tmp_path / "qwen"), write_tiny_data(tmp_path / "data")
 
     def call(*argv: str) -> subprocess.CompletedProcess[str]:
         # As on a login node: an import of any of these fails.
@@ -260,7 +261,7 @@ def test_config_check_prints_the_lines_and_ends_with_2_where_weights_are_missing
             f"import sys; sys.modules.update(dict.fromkeys({heavy})); from janus_cluster.cli.main import main; main()"
         )
         command = [sys.executable, "-c", code, "config", "check", "train_1node", *argv]
-        sets = [f"model.path={folder}", f"model.vggt_path={vggt}", f"data.roots=[{tmp_path}]"]
+        sets = [f"model.path={folder}", f"model.vggt_path={vggt}", f"data.roots=[{root}]"]
         command += [part for value in sets for part in ("--set", value)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from reshard_worker import MODEL_WEIGHTS, Network, names_of
 from run_files import read_metric_lines
 from training_run import CPU, all_output, free_port, run_on_nodes, write_run_folder
@@ -26,7 +27,14 @@ from janus_cluster.errors import UsageError
 from janus_cluster.janusvln.world.demo import write_demo_episodes
 from janus_cluster.modelspec.zero_cut import Cut
 from janus_cluster.run.paths import RunDir
-from janus_cluster.training.reshard import MOMENTS, WEIGHT, load_source, require_same_parameters, written_cut
+from janus_cluster.training.reshard import (
+    MOMENTS,
+    WEIGHT,
+    load_source,
+    load_states,
+    require_same_parameters,
+    written_cut,
+)
 
 pytestmark = pytest.mark.train
 
@@ -136,6 +144,27 @@ def test_a_missing_part_is_refused_with_who_wrote_it(carried: Path, tmp_path: Pa
     next(folder.rglob("*zero_pp_rank_1_*_optim_states.pt")).unlink()
     with pytest.raises(UsageError, match="written by 2 processes under ZeRO-3, but holds 0 files of rank 1"):
         load_source(folder, names=NAMES)
+
+
+def test_an_enumeration_is_read_as_every_python_writes_it_and_nothing_else_is_looked_up(
+    tmp_path: Path,
+) -> None:
+    class Lookup:
+        def __init__(self, *arguments: Any) -> None:
+            self._arguments = arguments
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return getattr, self._arguments
+
+    def read(value: Any) -> Any:
+        torch.save({"stage": value}, tmp_path / "states.pt")
+        return load_states(tmp_path / "states.pt")["stage"]
+
+    # Python 3.11.0 to 3.11.3 write what the second one writes.
+    assert read(ZeroStageEnum.gradients) is read(Lookup(ZeroStageEnum, "gradients")) is ZeroStageEnum.gradients
+    for looked_up in ((str, "upper"), (ZeroStageEnum, "mro"), (ZeroStageEnum, "__class__")):
+        with pytest.raises(UsageError, match="cannot be read"):
+            read(Lookup(*looked_up))
 
 
 def test_a_part_of_another_size_is_refused(carried: Path, tmp_path: Path) -> None:
