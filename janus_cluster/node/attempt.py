@@ -177,6 +177,9 @@ def end_failed_training(attempt: Attempt, error: TrainingFailed) -> int | None:
         else:
             fall_back(attempt, memory.option, memory.next_option, error, failure)
             return None
+    if _is_gone(attempt.run.path):
+        log_line(f"training failed: {attempt.run.path} is gone, so there is nothing to go on with")
+        return _finish(attempt, "FAILED", error, failure=failure)
     is_to_go_on = policy.on_failure == "always" or (policy.on_failure == "transient" and failure.kind in TRANSIENT)
     gained = newest_step(attempt.run) > attempt.ledger.from_step
     tried = 0 if gained else attempt.ledger.earlier_without_progress().count + 1
@@ -187,6 +190,17 @@ def end_failed_training(attempt: Attempt, error: TrainingFailed) -> int | None:
     attempt.ledger.end("FAILED", error.exit_code, reason, failure)
     log_line(f"attempt {attempt.number} failed: {reason}; one more attempt in the same allocation")
     return None
+
+
+def _is_gone(folder: Path) -> bool:
+    """Whether the folder was moved or removed; a file system that gives no answer is no sign of it."""
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def fall_back(

@@ -222,6 +222,7 @@ def test_a_run_folder_that_was_moved_is_named_and_goes_on_in_its_new_place(runs:
     job.wait_until(lambda: job.is_in_state(""))
     status = status_of(runs, moved)
     assert not was.exists(), "it is not made anew"
+    assert "one more attempt" not in moved.batch_log.read_text(), "it would wait two minutes for a folder that is gone"
     assert first_failed(status) == ("FAILED", "file_system", 0, "h800-01")
     assert f"the run folder {was} is gone" in status["card"]["message"]
     done = type_line(runs, status["next"][0])
