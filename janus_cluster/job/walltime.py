@@ -52,24 +52,24 @@ def stop_lead_s(options: Mapping[str, str | None]) -> int:
 
 def find_time_conflicts(options: Mapping[str, str | None]) -> list[str]:
     """The time limit and the stop signal where together they leave no time to work."""
-    limit, lead_s = _limit_s(options), stop_lead_s(options)
+    (key, limit), lead_s = _shortest(options), stop_lead_s(options)
     if limit is None or limit > lead_s:
         return []
     return [
-        f"slurm.time: {options['time']!r} is {limit} s, and the stop signal comes {lead_s} s before the end "
+        f"slurm.{key}: {options[key]!r} is {limit} s, and the stop signal comes {lead_s} s before the end "
         f"(slurm.signal: {options['signal']}): nothing would run. "
-        f"Type --set slurm.time={-(-lead_s // 60) + 30}, or --set slurm.signal=B:USR1@<less than {limit}>"
+        f"Type --set slurm.{key}={-(-lead_s // 60) + 30}, or --set slurm.signal=B:USR1@<less than {limit}>"
     ]
 
 
 def warn_of_times(options: Mapping[str, str | None], restart: Restart) -> list[str]:
     """What of the time limit, the stop signal and restart.on_stop will cost work, with the arithmetic."""
-    limit, lead_s = _limit_s(options), stop_lead_s(options)
+    (key, limit), lead_s = _shortest(options), stop_lead_s(options)
     found: list[str] = []
     left = None if limit is None else limit - lead_s - _EARLY_S
     if lead_s and left is not None and left < _SHORT_S:
         found.append(
-            f"slurm.time: {options['time']}: {limit} s less {lead_s} s (slurm.signal) less up to {_EARLY_S} s, by "
+            f"slurm.{key}: {options[key]}: {limit} s less {lead_s} s (slurm.signal) less up to {_EARLY_S} s, by "
             f"which Slurm may be early, leave {max(0, left)} s of each attempt for the gate, loading and training"
         )
     if lead_s and lead_s < restart.stop_timeout_s + _AROUND_STOP_S:
@@ -83,10 +83,20 @@ def warn_of_times(options: Mapping[str, str | None], restart: Restart) -> list[s
             "slurm.no-requeue: Slurm will refuse to requeue this job, so after a stop signal it ends "
             "(restart.on_stop: requeue); take the key out, or --set restart.on_stop=end"
         )
+    if restart.on_stop == "requeue" and not {"requeue", "no-requeue"} & set(options):
+        found.append(
+            "slurm.requeue: false: the site's JobRequeue decides whether Slurm requeues this job; where it does not, "
+            "the job ends after a stop signal (restart.on_stop: requeue); take the key out, or "
+            "--set restart.on_stop=end"
+        )
     return found
 
 
-def _limit_s(options: Mapping[str, str | None]) -> int | None:
-    text = options.get("time")
-    minutes = parse_walltime_min(text) if text else None
-    return None if minutes is None else 60 * minutes
+def _shortest(options: Mapping[str, str | None]) -> tuple[str, int | None]:
+    """The option that bounds the job's time most narrowly, and its seconds; None: no limit.
+
+    With time-min Slurm may start the job with any limit from that one on.
+    """
+    minutes = {key: parse_walltime_min(text) for key in ("time", "time-min") if (text := options.get(key))}
+    limits = {key: 60 * number for key, number in minutes.items() if number is not None}
+    return min(limits.items(), key=lambda item: item[1], default=("time", None))

@@ -41,6 +41,8 @@ UNKNOWN_GRACE_S = 60.0
 UNREACHABLE_GRACE_S = 600.0
 # A requeue without nodes holds the job for seconds; a partition that is down, or a hold, may be ended by someone soon.
 CANNOT_START_GRACE_S = 600.0
+# Only the user ends it; but a job that requeues itself without a node is held for seconds.
+FOR_USER_ALONE_GRACE_S = 60.0
 _DRAIN_LOOKS = 20
 # After so many looks that found nothing the next ones come less often.
 _IDLE_LOOKS = 20
@@ -69,7 +71,8 @@ def tail(
     num_lines:  None is all lines `since`, and DEFAULT_NUM_LINES where that is not given either.
     Returns:   the job's own exit code, never 0 for an unknown end; 130 after Ctrl-C. Without `follow`: 0 for
                a job that still runs or waits.
-    Raises:    JobCannotStart for a job that is held, or otherwise cannot start, for 10 minutes; UsageError for a bad
+    Raises:    JobCannotStart for a job that its user holds, or otherwise alone can let start, for a minute, and for
+               another one that cannot start for 10 minutes; UsageError for a bad
                expression or time; JobNotFound for a run that was never submitted or whose folder has been removed.
     """
     try:
@@ -207,7 +210,10 @@ class _Watch:
         """How long to follow a job whose end is not known, or that cannot start; None for any other."""
         if self.state.state == "UNKNOWN":
             return UNREACHABLE_GRACE_S if self.state.source == NO_SOURCE else UNKNOWN_GRACE_S
-        return CANNOT_START_GRACE_S if self._pending().outlook == "never" else None
+        pending = self._pending()
+        if pending.outlook != "never":
+            return None
+        return FOR_USER_ALONE_GRACE_S if pending.is_for_user_alone else CANNOT_START_GRACE_S
 
     def _pending(self) -> Pending:
         if self.state.state not in WAITING:

@@ -106,7 +106,8 @@ class Slurm:
     def _squeue(self, argv: Sequence[str]) -> dict[str, SlurmJob]:
         done = self._run(argv)
         # With a single id that it no longer holds squeue fails; with several it leaves that one out.
-        if done.returncode != 0 and "Invalid job id" not in done.stderr:
+        names_ids = any(part.startswith("--jobs=") for part in argv)
+        if done.returncode != 0 and not (names_ids and "Invalid job id" in done.stderr):
             raise self._failed("squeue", done)
         if _is_cut(done.stdout, len(_SQUEUE_FIELDS)):
             raise JanusError("squeue failed: its answer was cut, so jobs may be missing from it")

@@ -30,7 +30,7 @@ _RULES: tuple[tuple[str, Outlook, str, str], ...] = (
         "scontrol release {job} once the node sees the run folder",
     ),
     (
-        r"BadConstraints|PartitionNodeLimit|PartitionTimeLimit|PartitionDown|PartitionInactive|NodeNotAvail$|"
+        r"BadConstraints|PartitionNodeLimit|PartitionTimeLimit|PartitionDown|PartitionInactive|PartitionConfig|NodeNotAvail$|"
         r"AccountNotAllowed|QOSNotAllowed|InvalidAccount|InvalidQOS|"
         r"ReservationDeleted|ReservationInvalid|NodeDown|FrontEndDown|\w*Min(?:GRES|CpuLimit|Memory)\w*|"
         r"\w*MaxWallDurationPerJobLimit|\w*Max(?:Cpu|GRES|Node|Memory|TRES)PerJob\w*",
@@ -42,10 +42,13 @@ _RULES: tuple[tuple[str, Outlook, str, str], ...] = (
         "sinfo -R",
     ),
     (
-        r"(?:QOS|Assoc|Max|Grp|Job)\w*Limit\w*|(?:QOS|Assoc)(?:Max|Grp)\w*|Licenses", "limit",
+        r"(?:QOS|Assoc|Max|Grp|Job)\w*Limit\w*|(?:QOS|Assoc)(?:Max|Grp)\w*|QOSUsageThreshold|Licenses", "limit",
         "a limit of your user, account or QOS is used up", "squeue --me   # your jobs; it starts when one of them ends",
     ),
 )  # fmt: skip
+
+
+_FOR_USER_ALONE = re.compile(r"DependencyNeverSatisfied|JobHeldUser|user hold|BadConstraints|Invalid(?:Account|QOS)")
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,14 @@ class Pending:
     outlook: Outlook
     meaning: str = ""
     command: str = ""
+    # Neither a node that returns nor an administrator changes it.
+    is_for_user_alone: bool = False
 
 
 def read_reason(reason: str | None, *, job_id: str) -> Pending:
     """What Slurm's reason of a waiting job means for its start."""
     for pattern, outlook, meaning, command in _RULES:
         if re.search(pattern, reason or ""):
-            return Pending(outlook, meaning, command.replace("{job}", job_id))
+            alone = _FOR_USER_ALONE.search(reason or "") is not None
+            return Pending(outlook, meaning, command.replace("{job}", job_id), alone)
     return Pending("waits")

@@ -29,6 +29,8 @@ _LIMIT = re.compile(
     r"job submit limit|too many jobs|job count limit",
     re.IGNORECASE,
 )
+# What one job may ask for: to wait changes nothing.
+_TOO_LARGE = re.compile(r"\b(?:QOS|Assoc)?Max\w*PerJob\w*")
 # sbatch's own message, an option that it refuses before it sends anything among them.
 _REFUSED = re.compile(r"^sbatch: (?:error|fatal): |^sbatch: .*option", re.MULTILINE)
 
@@ -64,6 +66,11 @@ class Refusal:
     kind: RefusalKind
 
 
+def may_arrive_later(answer: SbatchAnswer) -> bool:
+    """Whether a busy controller may take the request after the queue was searched for its job."""
+    return answer.returncode < 0 or _LOST.search(answer.stderr) is not None
+
+
 def read_answer(answer: SbatchAnswer) -> Queued | Refusal | None:
     """What the answer proves; None: nothing, the job may be queued or not."""
     if found := _QUEUED.search(answer.stdout):
@@ -80,6 +87,8 @@ def read_answer(answer: SbatchAnswer) -> Queued | Refusal | None:
     # The request never reached a controller that would have taken it.
     if find_trouble(text) is not None:
         return Refusal("away")
+    if _TOO_LARGE.search(text):
+        return Refusal("wrong")
     if _REFUSED.search(text) or _LIMIT.search(text):
         return Refusal("limit" if _LIMIT.search(text) else "wrong")
     return None

@@ -19,6 +19,7 @@ from pathlib import Path
 from janus_cluster.errors import JanusError, SlurmUnavailable
 from janus_cluster.run.local_process import is_local_job
 from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.failure import ScriptFailure
 from janus_cluster.run.records.submission import StatusRecord, Submission, load_status, load_submission
 from janus_cluster.slurm.commands import Slurm, SlurmJob
 
@@ -133,12 +134,24 @@ def _state_of(run: RunDir, submission: Submission | None, answers: Mapping[JobKe
     if answer.job and not is_same_job(answer.job, run, submission):
         answer = Answer()
     state = judge_slurm_state(_own_status(load_status(run), submission), answer, now=now)
+    if state.state == "UNKNOWN" and (ended := _ended_by_script(run, submission)) is not None:
+        return ended
     if submission.cancelled_at is not None and state.state == "UNKNOWN" and not state.is_unanswered:
         reason = "cancelled before it began"
         return JobState(
             state="CANCELLED", source=run.submission_json.name, age_s=now - submission.cancelled_at, reason=reason
         )
     return state
+
+
+def _ended_by_script(run: RunDir, submission: Submission) -> JobState | None:
+    """How job.sbatch of this job ended before the attempt began; None where it did not."""
+    failure = ScriptFailure.load(run.script_failure_json)
+    if failure is None or failure.job_id != submission.job_id:
+        return None
+    return JobState(
+        state="FAILED", source=run.script_failure_json.name, exit_code=2, reason=failure.message, nodes=(failure.node,)
+    )
 
 
 def judge_slurm_state(status: StatusRecord | None, answer: Answer, *, now: float) -> JobState:

@@ -21,7 +21,7 @@ from janus_cluster.job.sbatch_options import REPLACES
 from janus_cluster.run.paths import BundleDir
 from janus_cluster.slurm.client_env import client_env
 from janus_cluster.slurm.commands import WAYS_OUT, Slurm
-from janus_cluster.slurm.sbatch_answer import Queued, Refusal, SbatchAnswer, read_answer
+from janus_cluster.slurm.sbatch_answer import Queued, Refusal, SbatchAnswer, may_arrive_later, read_answer
 from janus_cluster.slurm.trouble import find_trouble, no_answer
 
 # A terminal's Ctrl-C goes to all processes of its foreground session; an sbatch killed between the controller's
@@ -185,7 +185,8 @@ def _search(
 ) -> Queued:
     """The job that was queued although its answer was lost.
 
-    Raises: SubmitFailed where the queue twice does not have it; MaybeQueued where it cannot be asked in time.
+    Raises: SubmitFailed where the queue twice does not have it; MaybeQueued where it cannot be asked in time, or where
+    the request may still arrive.
     """
     print(f"sbatch's answer is not clear ({answer.message}): searching the queue for the job", file=sys.stderr)
     deadline = time.monotonic() + patience_s
@@ -209,6 +210,12 @@ def _search(
                 print(f"it is queued as job {job.job_id}", file=sys.stderr)
                 return Queued(job.job_id)
             absent += 1
+            if absent == 2 and may_arrive_later(answer):
+                raise MaybeQueued(
+                    "the job may be queued: sbatch's answer was lost; the queue has no such job yet, and the "
+                    f"controller may take the request later\n    sbatch: {answer.message}",
+                    hint=f"squeue --me -o '%i %T %o'   # the job with {bundle.job_sbatch}; scancel JOBID ends it",
+                )
             if absent == 2:
                 raise SubmitFailed(
                     f"sbatch failed, and the queue has no such job:\n    {answer.message}", hint="submit it again"

@@ -59,6 +59,7 @@ _TROUBLES: tuple[tuple[re.Pattern[str], Trouble], ...] = (
             r"unable to contact slurm (?:controller|database)|connect(?:ion)? (?:failure|refused)|standby mode|"
             r"socket timed out|slurm controller is not ready|zero bytes were transmitted|"
             r"transport endpoint is not connected|unexpected message received|no route to host|"
+            r"temporarily unable to accept job|"
             r"communications? (?:connection )?(?:failure|shutdown|receive|send)",
             re.IGNORECASE,
         ),

@@ -61,14 +61,25 @@ def test_every_form_of_an_accepted_job_is_recorded(site: Site, answer: str, job_
     assert sent is not None and (sent.job_id, sent.slurm_cluster) == (job_id, cluster)
 
 
-def test_a_lost_answer_of_a_job_that_the_queue_does_not_have_leaves_nothing(site: Site) -> None:
-    site.script("sbatch", LOST)
+def test_an_unclear_answer_of_a_job_that_the_queue_does_not_have_leaves_nothing(site: Site) -> None:
+    site.script("sbatch", r"printf '\377\376' >&2; exit 1")
     site.script("squeue", ":")
     done = site.janus("submit", "demo")
     assert done.returncode == 2
-    assert "the queue has no such job" in done.stderr and "Socket timed out" in done.stderr
+    assert "the queue has no such job" in done.stderr
     assert site.runs() == []
     assert len(site.calls("squeue")) == 2
+
+
+def test_a_request_that_may_still_arrive_is_kept_though_the_queue_has_no_such_job(site: Site) -> None:
+    site.script("sbatch", LOST)
+    site.script("squeue", ":")
+    done = site.janus("submit", "demo")
+    assert done.returncode == 21
+    assert "may take the request later" in done.stderr and "Socket timed out" in done.stderr
+    (run,) = site.runs()
+    assert f"the job with {run.bundle(1).job_sbatch}" in done.stderr
+    assert len(site.calls("sbatch")) == 1
 
 
 @pytest.mark.parametrize(

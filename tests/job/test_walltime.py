@@ -68,6 +68,8 @@ def test_a_time_limit_within_the_signals_lead_is_refused_with_what_to_type(
         (["slurm.signal=B:USR1@60"], ["60 s after the signal", "may take 240 s", "slurm.signal=B:USR1@300"]),
         (["slurm.signal=B:USR1@300", "restart.stop_timeout_s=400"], ["may take 400 s", "slurm.signal=B:USR1@460"]),
         (["slurm.no-requeue=true"], ["slurm.no-requeue", "--set restart.on_stop=end"]),
+        (["slurm.requeue=false"], ["slurm.requeue: false", "JobRequeue", "--set restart.on_stop=end"]),
+        (["slurm.time-min=10"], ["slurm.time-min: 10: 600 s less 300 s", "leave 240 s of each attempt"]),
     ],
 )
 def test_times_that_cost_work_are_warned_of_with_the_arithmetic(

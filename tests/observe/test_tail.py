@@ -324,6 +324,7 @@ def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         (bin_dir / "squeue").chmod(0o755)
         monkeypatch.setenv("PATH", str(bin_dir))
         monkeypatch.setattr(tail_module, "CANNOT_START_GRACE_S", 0.3)
+        monkeypatch.setattr(tail_module, "FOR_USER_ALONE_GRACE_S", 0.3)
         write_json_atomically(run.submission_json, {"cluster": "slurm", "job_id": "7", "submitted_at": time.time()})
         return run
 
@@ -331,7 +332,8 @@ def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
 
 @pytest.mark.parametrize(
-    ("reason", "command"), [("DependencyNeverSatisfied", "scancel 7"), ("JobHeldUser", "release 7")]
+    ("reason", "command"),
+    [("DependencyNeverSatisfied", "scancel 7"), ("JobHeldUser", "release 7"), ("PartitionDown", "sinfo -R")],
 )
 def test_a_job_that_cannot_start_is_not_followed_without_an_end(
     waiting: Callable[[str], RunDir], reason: str, command: str

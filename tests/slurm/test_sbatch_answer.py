@@ -35,6 +35,8 @@ def test_a_job_id_is_read_from_every_form_that_sbatch_has(stdout: str, returncod
         ("sbatch: error: invalid partition specified: gold", "wrong"),
         ("sbatch: unrecognized option '--gold'\nTry \"sbatch --help\"", "wrong"),
         (FAILED + "Unspecified error", "wrong"),
+        ("sbatch: error: QOSMaxNodePerJobLimit\n" + FAILED + "Job violates accounting/QOS policy (…)", "wrong"),
+        (FAILED + "Slurm temporarily unable to accept job, sleeping and retrying", "away"),
         ("sbatch: error: QOSMaxSubmitJobPerUserLimit\n" + FAILED + "Job violates accounting/QOS policy (…)", "limit"),
         ("sbatch: error: AssocMaxSubmitJobLimit\n" + FAILED + "Job violates accounting/QOS policy", "limit"),
         (FAILED + "Unable to contact slurm controller (connect failure)", "away"),

@@ -16,6 +16,7 @@ import pytest
 from janus_cluster.run.files import write_json_atomically
 from janus_cluster.run.local_process import is_local_job
 from janus_cluster.run.paths import RunDir
+from janus_cluster.run.records.failure import ScriptFailure
 from janus_cluster.run.records.submission import StatusRecord, Submission, load_status, load_submission
 from janus_cluster.slurm.commands import SlurmJob
 from janus_cluster.slurm.state import (
@@ -409,3 +410,22 @@ def test_status_json_of_the_contract_is_read_whole(tmp_path: Path) -> None:
         started_at=1.0,
         updated_at=2.5,
     )
+
+
+@pytest.mark.parametrize("squeue", ["exit 0", "echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1"])
+def test_a_script_that_recorded_its_end_has_failed_whatever_slurm_remembers(
+    squeue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("squeue", "scontrol", "sacct"):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{squeue}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    run = RunDir(tmp_path / "run")
+    run.logs.mkdir(parents=True)
+    write_json_atomically(run.submission_json, {"cluster": "slurm", "job_id": "7", "submitted_at": 1.0})
+    assert load_job_states([run])[0].state == "UNKNOWN"
+    ScriptFailure(job_id="7", node="n1", message="module: not found").write(run.script_failure_json)
+    state = load_job_states([run])[0]
+    assert (state.state, state.exit_code, state.reason) == ("FAILED", 2, "module: not found")
+    ScriptFailure(job_id="6", node="n1", message="of an earlier job").write(run.script_failure_json)
+    assert load_job_states([run])[0].state == "UNKNOWN"
