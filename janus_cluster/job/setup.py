@@ -11,10 +11,12 @@ _ACTIVATES = (
     re.compile(r"(?:^|[;&|]\s*)(?:source|\.)\s+[\"']?(?P<prefix>\S+?)/bin/activate\b(?!\s+\S)"),
     re.compile(r"(?:^|[;&|]\s*)(?:conda|mamba|micromamba)\s+activate\s+(?P<name>\S+)"),
     re.compile(r"(?:^|[;&|]\s*)(?:source|\.)\s+\S*/?activate\s+(?P<name>[\w.-]+)"),
+    re.compile(r"(?:^|[;&|]\s*)pyenv\s+(?:activate|shell)\s+(?P<name>\S+)"),
+    re.compile(r"(?:^|[;&|]\s*)spack\s+(?:load|env\s+activate)\s+\S*(?:py-|python|torch)\S*"),
     re.compile(r"(?:^|[;&|]\s*)(?:module|ml)\s+(?:load\s+)?\S*(?:python|conda|miniforge|pytorch)\S*", re.IGNORECASE),
 )
 # As job.sbatch reports it.
-_FAILED = re.compile(r"environment\.setup\w*: exit code (?P<code>\d+) of: (?P<command>\S+)(?P<rest>.*)")
+_FAILED = re.compile(r"environment\.(?P<key>setup\w*): exit code (?P<code>\d+) of: (?P<command>\S+)(?P<rest>.*)")
 _ADD = {
     "module": "source /etc/profile.d/modules.sh   # or lmod.sh, z00_lmod.sh there",
     "conda": "source PREFIX/etc/profile.d/conda.sh   # PREFIX: conda info --base",
@@ -57,7 +59,7 @@ def advise_on_setup(message: str) -> str | None:
     command = found["command"]
     is_unknown = found["code"] == "127" or (command in ("conda", "mamba") and found["rest"].split()[:1] == ["activate"])
     if is_unknown and command in _ADD:
-        return f"add a line before it in environment.setup: {_ADD[command]}"
+        return f"add a line before it in environment.{found['key']}: {_ADD[command]}"
     if found["code"] == "127":
         return f"{command} is no command on that node: correct the line, or add one before it that brings it"
     return f"try it in a shell on that node, then correct the line: {command}{found['rest']}"

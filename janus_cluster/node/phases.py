@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from janus_cluster.errors import FailureKind, JanusError, StepNotStarted, StoppedOnPurpose
 from janus_cluster.job.resolved import ResolvedJob
+from janus_cluster.job.setup import advise_on_setup
 from janus_cluster.node.batch_log import log_line
 from janus_cluster.node.completion import LEAVE_S, Completion
 from janus_cluster.node.ledger import Ledger
@@ -128,10 +129,13 @@ class Attempt:
         if not messages and self.launcher.cluster == "local":
             return
         reason = "; ".join(messages) or f"no message; see {self.run.batch_log}"
+        of_setup = next((message for message in messages if "environment.setup_each_node" in message), None)
         raise StepNotStarted(
             f"no task of phase {phase} began on any node (exit code {code}): {reason}",
-            hint="slurm.… and srun_extra of the job file, or the site: no node is blamed, and nothing was excluded",
-            kind="environment" if any("environment.setup_each_node" in message for message in messages) else None,
+            hint=advise_on_setup(of_setup)
+            if of_setup is not None
+            else "slurm.… and srun_extra of the job file, or the site: no node is blamed, and nothing was excluded",
+            kind=None if of_setup is None else "environment",
         )
 
     def _logged_bytes(self) -> int:

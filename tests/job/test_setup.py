@@ -18,6 +18,8 @@ LOGIN = "/home/u/venv/bin/python"
         "micromamba activate janus",
         "module load python/3.11",
         "ml Miniforge3",
+        "pyenv activate janus",
+        "spack load py-torch",
     ],
 )
 def test_a_setup_that_activates_another_environment_is_named(line: str) -> None:
@@ -44,6 +46,10 @@ def test_a_setup_that_brings_the_interpreter_that_submits_is_none(line: str, pyt
     [
         ("environment.setup: exit code 127 of: module load cuda", "source /etc/profile.d/modules.sh"),
         ("environment.setup: exit code 127 of: conda activate janus", "etc/profile.d/conda.sh"),
+        (
+            "setup on n1: environment.setup_each_node: exit code 127 of: module load y",
+            "in environment.setup_each_node: source",
+        ),
         ("environment.setup: exit code 1 of: conda activate janus", "etc/profile.d/conda.sh"),
         ("environment.setup: exit code 127 of: modul load cuda", "modul is no command"),
         ("environment.setup: exit code 1 of: module load no-such", "correct the line: module load no-such"),
