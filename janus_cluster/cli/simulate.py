@@ -25,7 +25,7 @@ LEVELS = ("easy", "memory")
     "simulate",
     epilog="""\b
 Examples:
-  janus-cluster simulate demo                    its newest run, 100 walks of its own kind, none of them trained on
+  janus-cluster simulate demo                    its newest run; none of the walks was trained on
   janus-cluster simulate 4711 --episodes 500 --batch 32
   janus-cluster simulate /models/mine --level memory --json
   srun --gres=gpu:1 janus-cluster simulate 4711  the same on a GPU node
