@@ -44,7 +44,8 @@ Examples:
   janus-cluster submit my.yaml --rehearse              stopped on purpose: does it go on?
 
 \b
-Exit codes: 0 submitted, 2 wrong input or refused by sbatch (nothing is left behind), 21 no Slurm.
+Exit codes: 0 submitted, 2 wrong input or refused by sbatch (nothing is left behind), 21 no Slurm,
+or an answer of sbatch that was lost, 25 refused for now by a limit of your user, account or QOS.
 With --follow the job's own: 10 and 11 of the gate, 12 training failed, 13 stopped on purpose;
 24 it is queued and cannot start.
 With --rehearse: 0 all was proven, 14 something was not.
@@ -128,7 +129,7 @@ Examples:
 
 \b
 Exit codes: 0 sent, 2 it is live, has completed or cannot continue, 21 unknown whether it
-still runs, 22 no such run. With --follow the job's own.
+still runs, 22 no such run, 25 refused for now by a limit. With --follow the job's own.
 
 \b
 See also: docs/reliability.md
