@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from janus_cluster.preflight.sysfs import NodeRoot, read_text
+from janus_cluster.run.text import counted
 
 _COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
@@ -27,4 +28,4 @@ def read_oom_kills(root: NodeRoot) -> int:
 
 def describe_oom_kills(count: int) -> str:
     """The line of the node's log by which the diagnosis recognises them."""
-    return f"memory: the kernel ended {count} processes of this job (oom_kill of its memory cgroup)"
+    return f"memory: the kernel ended {counted(count, 'process')} of this job (oom_kill of its memory cgroup)"

@@ -23,6 +23,7 @@ from janus_cluster.run.paths import RunDir
 from janus_cluster.run.records.bundle import load_resolved
 from janus_cluster.run.records.gate import AllReduceRecord, RailsRecord
 from janus_cluster.run.stamped import stamp_output
+from janus_cluster.run.text import counted
 from janus_cluster.training.probe_device import measure_gemm, measure_intra_node
 from janus_cluster.training.probe_rails import measure_rails
 from janus_cluster.training.probe_timing import Payload, local_world_size, slowest, time_all_reduce
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         AllReduceRecord(values=report).write(path)
         print(
             f"probe: {len(report['gemm'])} GEMM, {len(report['rails'])} tests of rails; all-reduce "
-            f"{report['payload_bytes'] / 1e6:g} MB over {world.world_size} ranks ({world.backend}): "
+            f"{report['payload_bytes'] / 1e6:g} MB over {counted(world.world_size, 'rank')} ({world.backend}): "
             f"median {statistics.median(report['times_s']) * 1e3:.1f} ms, "
             f"sum {'correct' if report['sum_correct'] else 'WRONG'}; {report['duration_s']:.1f} s",
             flush=True,
