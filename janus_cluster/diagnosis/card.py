@@ -216,10 +216,8 @@ def _with_less_host_memory(resolved: ResolvedRecord) -> str:
     """A --set option that gives a rank more of the node's memory, or lets it need less."""
     asked, workers = resolved.value("slurm.mem"), resolved.value("data.num_workers")
     # A job that sets none asks for all of it.
-    if asked in (None, 0, "0"):
-        if isinstance(workers, int) and workers > 0:
-            return f"--set data.num_workers={workers // 2}   # fewer loaders in memory"
-        return "  # where there is more memory: the job has all of it, and no loaders"
+    if asked in (None, 0, "0") and isinstance(workers, int) and workers > 1:
+        return f"--set data.num_workers={workers // 2}   # fewer loaders in memory"
     return "--set slurm.mem=0   # all of the node's memory"
 
 
