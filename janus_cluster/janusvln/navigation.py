@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from janus_cluster.janusvln.world.episodes import Outcome
-from janus_cluster.run.records.training import Measure, NavigationScores
+from janus_cluster.run.records.training import Measure, NavigationScores, Outcome
 
 _Z_95 = 1.959964
 

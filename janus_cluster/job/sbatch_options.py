@@ -85,7 +85,7 @@ def warn_of_few_cpus(options: Mapping[str, str | None], *, ranks: int, workers: 
     if has_whole_nodes or asks:
         return []
     needed = ranks * (1 + workers)
-    shown = "not set" if "exclusive" not in options else str(options["exclusive"])
+    shown = "false" if "exclusive" not in options else str(options["exclusive"])
     return [
         f"slurm.exclusive: {shown}: a node may give the job one CPU for {ranks} ranks of {workers} data workers each; "
         f"type --set slurm.cpus-per-task={needed}, or leave slurm.exclusive out"

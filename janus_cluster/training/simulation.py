@@ -13,7 +13,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from janus_cluster.janusvln.data.tokenizer import load_tokenizer
 from janus_cluster.janusvln.navigation import score_navigation
 from janus_cluster.janusvln.policy import EpisodeMemory, ModelPolicy
 from janus_cluster.janusvln.world.demo import DEFAULT_LEVEL, DEFAULT_SIZE, DEMO_VERSION, draw_walk, read_parameters
-from janus_cluster.janusvln.world.episodes import REFERENCES, Outcome, RoomEpisode, walk_to_end
+from janus_cluster.janusvln.world.episodes import REFERENCES, RoomEpisode, walk_to_end
 from janus_cluster.run.records.training import EPISODES_JSONL, SIMULATION_JSON, SimulationRecord, WalkedEpisode
 from janus_cluster.run.streams import run_program
 from janus_cluster.training.evaluation import NEW_TOKENS_BY_DEFAULT, choose_device, load_model
@@ -92,7 +92,7 @@ def simulate(arguments: argparse.Namespace) -> None:
             row.append(out / EPISODES_JSONL)
             walked[row.index] = row
             progress.step(row)
-    outcomes = [_outcome(walked[index]) for index in range(arguments.episodes)]
+    outcomes = [walked[index] for index in range(arguments.episodes)]
     _print("the same episodes at random and on the shortest way")
     references = {}
     for name, make in REFERENCES.items():
@@ -179,10 +179,6 @@ def _plain(rooms: Rooms) -> Mapping[str, Any]:
 def _has_four_parts(subject: Subject) -> bool:
     """Whether the training data's answers have four parts; the generated rooms' have."""
     return not subject.held_out_only or subject.load_samples().samples[0].has_four_parts
-
-
-def _outcome(row: WalkedEpisode) -> Outcome:
-    return Outcome(**{field.name: getattr(row, field.name) for field in fields(Outcome)})
 
 
 class _Progress:

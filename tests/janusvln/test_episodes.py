@@ -8,7 +8,8 @@ import pytest
 
 from janus_cluster.janusvln.navigation import measure_mean, measure_rate, score_navigation
 from janus_cluster.janusvln.world.demo import draw_walk
-from janus_cluster.janusvln.world.episodes import REFERENCES, Outcome, RoomEpisode, walk_to_end
+from janus_cluster.janusvln.world.episodes import REFERENCES, RoomEpisode, walk_to_end
+from janus_cluster.run.records.training import Outcome
 
 SIZE = (64, 48)
 

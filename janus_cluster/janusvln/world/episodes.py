@@ -6,7 +6,6 @@ Units: metres. A walk ends with STOP or after `max_steps` actions; a step forwar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,32 +14,9 @@ from janus_cluster.janusvln.world.geometry import ACTIONS, FORWARD_M, Door, Pose
 from janus_cluster.janusvln.world.plan import is_arrived, plan_actions
 from janus_cluster.janusvln.world.render import render_view
 from janus_cluster.janusvln.world.tasks import MAX_STEPS, Walk
+from janus_cluster.run.records.training import Outcome
 
 STOP = "STOP"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """How an episode ended.
-
-    is_success:  STOP in front of the last goal, after all the others.
-    was_there:   in front of the last goal at any time, after all the others (oracle success).
-    path_m, shortest_m: walked forwards, and on the shortest way. error_m: from the end to the middle of the last goal.
-    """
-
-    is_success: bool
-    was_there: bool
-    has_stopped: bool
-    steps: int
-    shortest_steps: int
-    path_m: float
-    shortest_m: float
-    error_m: float
-
-    @property
-    def spl(self) -> float:
-        """Success weighted by path length. Source: Anderson et al., arXiv 1807.06757."""
-        return float(self.is_success) * self.shortest_m / max(self.path_m, self.shortest_m)
 
 
 class RoomEpisode:

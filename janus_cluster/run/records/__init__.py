@@ -8,5 +8,6 @@ failure.py     what failed: the class in attempt.json, failures/rank<r>.json of 
 verdict.py     preflight/attempt_<n>/verdict*.json
 gate.py        preflight/attempt_<n>/: facts, connect, all_reduce, counters, rails
 metrics.py     metrics.jsonl, a type for every kind of line
-training.py    data.json, bad_data.jsonl, a checkpoint's manifest.json, janus_data.json, evaluation.json
+training.py    data.json, bad_data.jsonl, a checkpoint's manifest.json, janus_data.json, evaluation.json,
+               simulation.json, episodes.jsonl
 """

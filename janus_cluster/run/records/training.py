@@ -1,6 +1,7 @@
 """Files of training besides metrics.jsonl.
 
-data.json, bad_data.jsonl, a checkpoint's manifest.json, janus_data.json beside exported weights, evaluation.json.
+data.json, bad_data.jsonl, a checkpoint's manifest.json, janus_data.json beside exported weights, evaluation.json,
+simulation.json and its episodes.jsonl.
 """
 
 from __future__ import annotations
@@ -118,14 +119,16 @@ class PreparationRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WalkedEpisode(Record):
-    """A line of episodes.jsonl: an episode that a policy walked, and how it ended. Units: metres."""
+class Outcome(Record):
+    """How an episode in a world ended. Units: metres.
+
+    is_success:  STOP in front of the last goal, after all the others.
+    was_there:   in front of the last goal at any time, after all the others (oracle success).
+    path_m, shortest_m: walked forwards, and on the shortest way. error_m: from the end to the middle of the last goal.
+    """
 
     SCHEMA_VERSION: ClassVar[int | None] = None
 
-    index: int
-    instruction: str
-    actions: tuple[str, ...]
     is_success: bool
     was_there: bool
     has_stopped: bool
@@ -134,6 +137,20 @@ class WalkedEpisode(Record):
     path_m: float
     shortest_m: float
     error_m: float
+
+    @property
+    def spl(self) -> float:
+        """Success weighted by path length. Source: Anderson et al., arXiv 1807.06757."""
+        return float(self.is_success) * self.shortest_m / max(self.path_m, self.shortest_m)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkedEpisode(Outcome):
+    """A line of episodes.jsonl: an episode that a policy walked, and how it ended."""
+
+    index: int
+    instruction: str
+    actions: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
